@@ -1,0 +1,367 @@
+"""The decoder: shapes, causality, caches, padding, positions, norms, labels, configs. Equality with
+transformers is in test_oracle.py; files are in test_checkpoint.py."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import SIZES, VQ, K, S, V, batch_with_pictures, randomize, scrambled_vocabulary
+
+from chameleon import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    KVCache,
+    rotary_table,
+    rotate,
+)
+
+TEXT = 74  # ids from here on are text in the scrambled vocabulary
+
+
+def small_model(**changes) -> ChameleonForConditionalGeneration:
+    values = SIZES | dict(num_key_value_heads=2, vocabulary_map=scrambled_vocabulary()) | changes
+    model = ChameleonForConditionalGeneration(ChameleonConfig(vq_config=VQ, **values)).eval()
+    randomize(model)
+    return model
+
+
+MODEL = small_model()
+
+
+def text_ids(B: int, T: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(TEXT, V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=3e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------- shapes and masks
+
+
+@settings(max_examples=20, deadline=None)
+@given(B=st.integers(1, 4), T=st.integers(1, 20), keep=st.integers(0, 20))
+def test_shapes_hold_for_any_batch_and_length(B, T, keep):
+    with torch.no_grad():
+        out = MODEL(text_ids(B, T), output_hidden_states=True, output_attentions=True,
+                    logits_to_keep=keep)
+    assert out.logits.shape == (B, min(keep, T) or T, V)
+    assert [h.shape for h in out.hidden_states] == [(B, T, 64)] * 4
+    assert [a.shape for a in out.attentions] == [(B, 4, T, T)] * 3
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), T=st.integers(2, 16), data=st.data(),
+       attention=st.sampled_from(["eager", "sdpa"]))
+def test_no_logit_before_t_moves_when_id_t_changes(seed, T, data, attention):
+    t = data.draw(st.integers(1, T - 1))
+    MODEL.set_attention(attention)
+    ids = text_ids(1, T, seed)
+    other = ids.clone()
+    other[0, t] = TEXT + (ids[0, t] - TEXT + 1) % (V - TEXT)
+    with torch.no_grad():
+        a, b = MODEL(ids).logits[0], MODEL(other).logits[0]
+    MODEL.set_attention("sdpa")
+    assert torch.equal(a[:t], b[:t])
+    assert not torch.equal(a[t:], b[t:])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_any_chunking_through_the_cache_equals_the_full_forward(seed, cuts):
+    ids = text_ids(2, sum(cuts), seed)
+    cache = KVCache(MODEL.config, 2, sum(cuts))
+    with torch.no_grad():
+        chunks = [MODEL(part, past_key_values=cache).logits for part in ids.split(cuts, dim=1)]
+        close(torch.cat(chunks, 1), MODEL(ids).logits)
+    assert cache.length == sum(cuts)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+       attention=st.sampled_from(["eager", "sdpa"]))
+def test_a_left_padded_row_equals_the_row_alone(seed, lengths, attention):
+    MODEL.set_attention(attention)
+    T = max(lengths)
+    rows = [text_ids(1, n, seed + n) for n in lengths]
+    ids = torch.cat([torch.cat((torch.ones(1, T - r.shape[1]).long(), r), 1) for r in rows])
+    mask = torch.tensor([[0] * (T - n) + [1] * n for n in lengths])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        batch = MODEL(ids, attention_mask=mask, position_ids=positions).logits
+        for b, (row, n) in enumerate(zip(rows, lengths)):
+            close(batch[b, T - n :], MODEL(row).logits[0])
+    MODEL.set_attention("sdpa")
+    assert batch.isfinite().all()  # rows of pure padding are no NaN
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), pad=st.integers(1, 6), side=st.sampled_from(["left", "right"]))
+def test_what_stands_on_padding_changes_nothing(seed, pad, side):
+    ids, T = text_ids(1, 8 + pad, seed), 8 + pad
+    mask = torch.ones(1, T, dtype=torch.long)
+    hidden = slice(0, pad) if side == "left" else slice(T - pad, T)
+    mask[:, hidden] = 0
+    other = ids.clone()
+    other[:, hidden] = text_ids(1, pad, seed + 1)
+    real = mask.bool()
+    with torch.no_grad():
+        a, b = (MODEL(x, attention_mask=mask).logits[real] for x in (ids, other))
+    assert torch.equal(a, b)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 6), m=st.integers(1, 6))
+def test_packed_documents_do_not_see_each_other(seed, n, m):
+    a, b = text_ids(1, n, seed), text_ids(1, m, seed + 1)
+    document = torch.tensor([0] * n + [1] * m)
+    mask = (document[:, None] == document[None])[None]  # (1, T, T)
+    positions = torch.cat((torch.arange(n), torch.arange(m)))[None]
+    with torch.no_grad():
+        packed = MODEL(torch.cat((a, b), 1), attention_mask=mask, position_ids=positions).logits
+        close(packed[:, :n], MODEL(a).logits)
+        close(packed[:, n:], MODEL(b).logits)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), past=st.integers(0, 5), T=st.integers(1, 7),
+       pad=st.integers(0, 3), heads=st.sampled_from([1, 2, 4]))
+def test_eager_attention_equals_sdpa(seed, past, T, pad, heads):
+    model = small_model(num_key_value_heads=heads)
+    ids = text_ids(2, past + T, seed)
+    mask = torch.ones(2, past + T, dtype=torch.long)
+    mask[1, :pad] = 0
+    logits = {}
+    for name in ("eager", "sdpa"):
+        model.set_attention(name)
+        cache = KVCache(model.config, 2, past + T)
+        with torch.no_grad():
+            if past:
+                model(ids[:, :past], attention_mask=mask[:, :past], past_key_values=cache)
+            logits[name] = model(ids[:, past:], attention_mask=mask, past_key_values=cache).logits
+    real = mask[:, past:].bool()
+    close(logits["eager"][real], logits["sdpa"][real])
+
+
+def test_a_mask_of_the_wrong_width_and_a_full_cache_are_refused():
+    with pytest.raises(ValueError, match="attention_mask has 3 columns"):
+        MODEL(text_ids(1, 5), attention_mask=torch.tensor([[0, 1, 1]]))
+    with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
+        MODEL(text_ids(1, 5), past_key_values=KVCache(MODEL.config, 1, 4))
+
+
+# --------------------------------------------------------------------------------- RoPE and norms
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), i=st.integers(0, 200), j=st.integers(0, 200),
+       shift=st.integers(0, 500), kind=st.sampled_from([None, "linear"]))
+def test_rope_scores_depend_on_the_distance_only(seed, i, j, shift, kind):
+    scaling = {"type": kind, "factor": 2.5} if kind else None
+    config = ChameleonConfig(**(SIZES | dict(rope_scaling=scaling)))
+    g = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(1, 1, 1, config.head_dim, generator=g) for _ in range(2))
+
+    def score(i: int, j: int) -> torch.Tensor:
+        a = rotate(q, *rotary_table(config, torch.tensor([[i]])))
+        return (a * rotate(k, *rotary_table(config, torch.tensor([[j]])))).sum()
+
+    torch.testing.assert_close(score(i, j), score(i + shift, j + shift), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(rotate(q, *rotary_table(config, torch.tensor([[i]]))).norm(),
+                               q.norm())
+
+
+def test_dynamic_rope_forgets_a_long_call():
+    model = small_model(rope_scaling={"type": "dynamic", "factor": 2.0},
+                        max_position_embeddings=16)
+    short, long = text_ids(1, 10), text_ids(1, 30)
+    with torch.no_grad():
+        before = model(short).logits
+        model(long)
+        assert torch.equal(model(short).logits, before)
+        assert not torch.equal(model(long).logits[:, :10], model(long[:, :10]).logits)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 100), scale=st.floats(0.1, 1000.0))
+def test_qk_norm_makes_logits_blind_to_the_scale_of_q_proj(seed, scale):
+    model = small_model()
+    ids = text_ids(1, 9, seed)
+    with torch.no_grad():
+        before = model(ids).logits
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= scale
+            layer.self_attn.k_proj.weight *= scale
+        after = model(ids).logits
+    torch.testing.assert_close(before, after, atol=2e-2, rtol=1e-2)  # eps of the norm remains
+
+
+def test_attention_dropout_acts_in_training_only():
+    model = small_model(attention_dropout=0.5)
+    ids = text_ids(1, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_tied_embeddings_are_one_matrix():
+    model = small_model(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# ---------------------------------------------------------------------------- pictures and labels
+
+
+def test_pictures_and_their_own_ids_are_the_same_input():
+    inputs = batch_with_pictures()
+    ids = MODEL.model.replace_image_placeholders(inputs["input_ids"], inputs["pixel_values"])
+    with torch.no_grad():
+        a = MODEL(**inputs).logits
+        b = MODEL(ids, attention_mask=inputs["attention_mask"]).logits
+    assert torch.equal(a, b)
+
+
+@settings(max_examples=15, deadline=None)
+@given(counts=st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(any),
+       seed=st.integers(0, 100))
+def test_pictures_fill_placeholders_in_order_row_after_row(counts, seed):
+    placeholder = MODEL.model.vocabulary.image_token_id
+    T = max(counts) * (S + 1)
+    rows = [([placeholder] * S + [80]) * n for n in counts]
+    ids = torch.tensor([r + [81] * (T - len(r)) for r in rows])
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.rand(sum(counts), 3, 32, 32, generator=g) * 2 - 1
+    filled = MODEL.model.replace_image_placeholders(ids, pixels)
+    codes = MODEL.model.vqmodel.encode(pixels)
+    assert torch.equal(filled[ids != placeholder], ids[ids != placeholder])
+    image_ids = filled[ids == placeholder].view(-1, S)
+    assert torch.equal(MODEL.model.vocabulary.codes_from_ids(image_ids), codes)
+
+
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_too_few_and_too_many_pictures_are_refused(pictures):
+    inputs = batch_with_pictures()
+    with pytest.raises(ValueError, match=f"{pictures} pictures are .* {2 * S} <image>"):
+        MODEL(inputs["input_ids"], pixel_values=torch.zeros(pictures, 3, 32, 32))
+
+
+def test_image_logits_are_masked_unless_asked_for():
+    ids = text_ids(1, 4)
+    code_ids = MODEL.model.code_to_id
+    with torch.no_grad():
+        masked, open_ = MODEL(ids).logits, MODEL(ids, mask_image_logits=False).logits
+    assert (masked[..., code_ids] == torch.finfo(torch.float32).min).all()
+    keep = torch.ones(V, dtype=torch.bool).index_fill(0, code_ids, False)
+    assert torch.equal(masked[..., keep], open_[..., keep])
+    assert keep.sum() == V - K and open_[..., code_ids].abs().max() < 1e3
+
+
+def test_labels_on_pictures_are_the_pictures_own_ids():
+    inputs = batch_with_pictures()
+    ids = MODEL.model.replace_image_placeholders(inputs["input_ids"], inputs["pixel_values"])
+    with torch.no_grad():
+        a = MODEL(**inputs, labels=inputs["input_ids"], mask_image_logits=False)
+    real_logits = a.logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(real_logits, ids[:, 1:].flatten())
+    torch.testing.assert_close(a.loss, expected)
+    with pytest.raises(ValueError, match="mask_image_logits=False"):
+        MODEL(**inputs, labels=inputs["input_ids"])
+
+
+def test_ignored_labels_count_for_nothing():
+    ids = text_ids(1, 6)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        out = MODEL(ids, labels=labels)
+    expected = -out.logits[0, 3:5].log_softmax(-1).gather(1, ids[0, 4:, None]).mean()
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_training_reaches_every_parameter():
+    model = small_model().train()
+    inputs = batch_with_pictures()
+    model(**inputs, labels=inputs["input_ids"], mask_image_logits=False).loss.backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None and "vqmodel" not in n]
+    assert not dead
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(), "exactly one"),
+    (dict(input_ids=torch.ones(1, 2).long(), inputs_embeds=torch.ones(1, 2, 64)), "exactly one"),
+    (dict(inputs_embeds=torch.ones(1, 2, 64), pixel_values=torch.ones(1, 3, 32, 32)), "input_ids"),
+])
+def test_inputs_that_do_not_fit_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MODEL(**arguments)
+
+
+def test_an_unknown_attention_names_the_known_ones():
+    with pytest.raises(ValueError, match="eager, sdpa"):
+        MODEL.set_attention("fast")
+
+
+# --------------------------------------------------------------------------------------- configs
+
+
+def test_presets_have_the_published_sizes():
+    def parameters(config: ChameleonConfig) -> float:
+        with torch.device("meta"):
+            model = ChameleonForConditionalGeneration(config, with_vq_decoder=False)
+        return sum(p.numel() for n, p in model.named_parameters() if "vqmodel" not in n) / 1e9
+
+    assert round(parameters(ChameleonConfig.chameleon_7b()), 2) == 7.01
+    assert round(parameters(ChameleonConfig.chameleon_34b()), 2) == 34.29
+    assert ChameleonConfig.tiny().head_dim == 32
+
+
+def test_the_released_layout_has_548_tensors():
+    with torch.device("meta"):
+        model = ChameleonForConditionalGeneration(ChameleonConfig(), with_vq_decoder=False)
+    assert len(model.state_dict()) == 548
+
+
+def test_both_generations_of_config_are_read():
+    old = ChameleonConfig.from_dict(dict(
+        rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0}, torch_dtype="bfloat16"))
+    new = ChameleonConfig.from_dict(dict(dtype="bfloat16", image_token_id=8711, rope_parameters=dict(
+        rope_type="linear", rope_theta=5e5, factor=2.0)))
+    assert old == new and (old.rope_type, old.rope_factor, old.rope_theta) == ("linear", 2.0, 5e5)
+    plain = ChameleonConfig.from_dict(dict(rope_parameters=dict(rope_type="default")))
+    assert plain == ChameleonConfig()
+
+
+def test_absent_values_mean_what_the_documentation_says():
+    config = ChameleonConfig(num_attention_heads=16, hidden_size=64, num_key_value_heads=None,
+                             vq_config=None, vocabulary_map=None)
+    assert config.num_key_value_heads == 16
+    assert config.vq_config.codes_per_image == 1024
+
+
+@pytest.mark.parametrize("change, name", [
+    (dict(vocab_size=0), "vocab_size"),
+    (dict(hidden_size=65), "hidden_size"),
+    (dict(num_attention_heads=5), "hidden_size"),
+    (dict(num_key_value_heads=3), "num_key_value_heads"),
+    (dict(hidden_act="sulu"), "hidden_act"),
+    (dict(attention_dropout=1.5), "attention_dropout"),
+    (dict(rope_theta=-1.0), "rope_theta"),
+    (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope_scaling"),
+    (dict(rope_scaling={"type": "linear"}), "rope_scaling"),
+    (dict(vocabulary_map={"<image>": 160}), "vocabulary_map"),
+    (dict(num_hidden_layers="3"), "num_hidden_layers"),
+    (dict(vq_config=dict(base_channels=33)), "base_channels"),
+])
+def test_an_impossible_config_names_its_field(change, name):
+    with pytest.raises(ValueError, match=name):
+        ChameleonConfig(**(SIZES | change))
+
+
+def test_a_config_without_vocabulary_map_builds_and_reads_no_pictures():
+    model = small_model(vocabulary_map=None)
+    with torch.no_grad():
+        model(text_ids(1, 3))
+    with pytest.raises(ValueError, match="vocabulary_map"):
+        model.get_image_tokens(torch.zeros(1, 3, 32, 32))

@@ -1,0 +1,204 @@
+"""The VQ-VAE: shapes for any size, nearest codes, where each gradient flows. Oracle equality is in
+test_oracle.py."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, VectorQuantizer
+
+SMALL = dict(embed_dim=8, num_embeddings=32, latent_channels=16, resolution=32, base_channels=32,
+             channel_multiplier=(1, 2), num_res_blocks=1)
+
+
+def small_vqvae(**changes) -> ChameleonVQVAE:
+    torch.manual_seed(0)
+    model = ChameleonVQVAE(ChameleonVQVAEConfig(**(SMALL | changes))).eval()
+    torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model
+
+
+def quantizer(K: int = 32, D: int = 8, **changes) -> VectorQuantizer:
+    config = ChameleonVQVAEConfig(**(SMALL | dict(embed_dim=D, num_embeddings=K) | changes))
+    q = VectorQuantizer(config)
+    torch.nn.init.normal_(q.embedding.weight)
+    return q
+
+
+def test_the_released_sizes_have_the_published_parameter_counts():
+    with torch.device("meta"):
+        model = ChameleonVQVAE(ChameleonVQVAEConfig())
+    count = {name: sum(p.numel() for p in m.parameters()) for name, m in model.named_children()}
+    reading = sum(count.values()) - count["decoder"]
+    assert round(reading / 1e6, 1) == 29.4 and round(count["decoder"] / 1e6, 1) == 39.3
+    assert model.config.codes_per_image == 1024  # 512 / 2^4 = 32, squared
+
+
+@settings(max_examples=15, deadline=None)
+@given(B=st.integers(1, 3), h=st.integers(1, 6), w=st.integers(2, 6), double=st.booleans())
+def test_any_picture_becomes_a_grid_of_codes_and_comes_back(B, h, w, double):
+    model = small_vqvae(double_latent=double)
+    pixels = torch.rand(B, 3, 2 * h, 2 * w) * 2 - 1
+    codes = model.encode(pixels)
+    assert codes.shape == (B, h * w) and codes.dtype == torch.int64
+    assert 0 <= codes.min() and codes.max() < SMALL["num_embeddings"]
+    assert model.decode(codes, grid=(h, w)).shape == pixels.shape
+    reconstruction, losses = model(pixels)
+    assert reconstruction.shape == pixels.shape
+    assert all(loss.shape == () for loss in losses)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), N=st.integers(1, 40), K=st.integers(1, 50), D=st.integers(1, 9))
+def test_the_nearest_code_is_the_one_brute_force_finds(seed, N, K, D):
+    torch.manual_seed(seed)
+    q, z = quantizer(K, D), torch.randn(N, D)
+    distances = (z[:, None] - q.embedding.weight[None]).square().sum(-1)  # (N, K)
+    chosen = distances.gather(1, q.nearest(z)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distances.min(1).values, atol=1e-4, rtol=1e-4)
+
+
+def test_equal_codes_give_the_first():
+    q = quantizer(K=4, D=2)
+    with torch.no_grad():
+        q.embedding.weight.copy_(torch.tensor([[5.0, 5], [1, 1], [1, 1], [0, 9]]))
+    assert q.nearest(torch.ones(3, 2)).tolist() == [1, 1, 1]
+
+
+def test_codes_run_in_raster_order():
+    """A picture lit in one place changes codes in that place only, counted row by row."""
+    q = quantizer(K=2, D=2)
+    with torch.no_grad():
+        q.embedding.weight.copy_(torch.tensor([[0.0, 0], [1, 1]]))
+    z = torch.zeros(1, 2, 3, 4)
+    z[:, :, 1, 2] = 1  # row 1, column 2 of a grid four wide
+    _, codes, _ = q(z)
+    assert codes[0].nonzero().flatten().tolist() == [1 * 4 + 2]
+
+
+def test_encode_and_forward_and_decode_use_the_same_codes():
+    model = small_vqvae()
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        reconstruction, _ = model(pixels)
+    torch.testing.assert_close(
+        model.decode(model.encode(pixels)), reconstruction, atol=1e-4, rtol=1e-4
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), h=st.integers(1, 4), w=st.integers(1, 4))
+def test_the_straight_through_gradient_is_the_identity(seed, h, w):
+    torch.manual_seed(seed)
+    q = quantizer()
+    z = torch.randn(2, 8, h, w, requires_grad=True)
+    upstream = torch.randn(2, 8, h, w)
+    zq, codes, _ = q(z)
+    zq.backward(upstream)
+    assert torch.equal(z.grad, upstream)
+    assert q.embedding.weight.grad is None  # the argmin passes nothing to the codebook
+    e = q.embedding(codes).mT.view_as(z)
+    torch.testing.assert_close(zq, e, atol=1e-6, rtol=1e-5)  # forward, it is the code vector
+
+
+@settings(max_examples=20, deadline=None)
+@given(beta=st.floats(0.0, 4.0), quirk=st.booleans())
+def test_beta_scales_the_encoders_gradient_only_and_the_quirk_the_codebooks(beta, quirk):
+    def gradients(beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        q = quantizer(beta=beta, beta_on_codebook=quirk)
+        z = torch.randn(2, 8, 3, 3, requires_grad=True)
+        q(z)[2].total.backward()
+        return z.grad, q.embedding.weight.grad
+
+    (z_one, e_one), (z_beta, e_beta) = gradients(1.0), gradients(beta)
+    torch.testing.assert_close(z_beta, z_one * (1.0 if quirk else beta))
+    torch.testing.assert_close(e_beta, e_one * (beta if quirk else 1.0))
+
+
+def test_each_loss_moves_one_side_only():
+    q = quantizer()
+    z = torch.randn(1, 8, 2, 2, requires_grad=True)
+    _, _, losses = q(z)
+    assert torch.autograd.grad(losses.codebook, z, allow_unused=True, retain_graph=True) == (None,)
+    weight = q.embedding.weight
+    assert torch.autograd.grad(losses.commitment, weight, allow_unused=True) == (None,)
+
+
+def test_perplexity_counts_codes_as_if_equally_used():
+    q = quantizer(K=8, D=1)
+    with torch.no_grad():
+        q.embedding.weight.copy_(torch.arange(8.0)[:, None])
+    for used in (1, 2, 4, 8):
+        z = torch.arange(8.0).remainder(used).view(1, 1, 2, 4)
+        assert math.isclose(q(z)[2].perplexity.item(), used, rel_tol=1e-5)
+
+
+def test_training_reaches_every_parameter_and_lowers_the_loss():
+    torch.manual_seed(0)
+    model = small_vqvae().train()
+    pixels = torch.rand(4, 3, 16, 16) * 2 - 1
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    history = []
+    for _ in range(12):
+        reconstruction, losses = model(pixels)
+        loss = (reconstruction - pixels).square().mean() + losses.total
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.8 * history[0]
+
+
+def test_encoding_is_fp32_whatever_the_surroundings():
+    model = small_vqvae()
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    codes = model.encode(pixels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.encode(pixels), codes)
+    model.to(torch.bfloat16)
+    model.encode(pixels.bfloat16())
+    assert model.encoder.conv_in.weight.dtype == torch.float32
+
+
+def test_a_model_without_decoder_says_so():
+    model = ChameleonVQVAE(ChameleonVQVAEConfig(**SMALL), with_decoder=False)
+    codes = model.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="no VQ-VAE decoder"):
+        model.decode(codes)
+
+
+@pytest.mark.parametrize("codes, grid, message", [
+    (torch.zeros(1, 5, dtype=torch.long), None, "5 codes are not a 2 x 2 grid"),
+    (torch.full((1, 4), 32), None, r"codes must lie in 0\.\.31"),
+    (torch.full((1, 4), -1), None, r"codes must lie in 0\.\.31"),
+])
+def test_impossible_codes_are_refused(codes, grid, message):
+    with pytest.raises(ValueError, match=message):
+        small_vqvae().decode(codes, grid)
+
+
+def test_a_picture_without_batch_is_refused():
+    with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\)"):
+        small_vqvae().encode(torch.zeros(3, 8, 8))
+
+
+@pytest.mark.parametrize("change, name", [
+    (dict(base_channels=48), "base_channels"),
+    (dict(num_embeddings=0), "num_embeddings"),
+    (dict(channel_multiplier=()), "channel_multiplier"),
+    (dict(resolution=31), "resolution"),
+    (dict(dropout=1.0), "dropout"),
+])
+def test_an_impossible_config_names_its_field(change, name):
+    with pytest.raises(ValueError, match=name):
+        ChameleonVQVAEConfig(**(SMALL | change))
+
+
+def test_the_config_survives_a_dict_and_ignores_unknown_keys():
+    config = ChameleonVQVAEConfig(**SMALL, attn_resolutions=[16])
+    assert ChameleonVQVAEConfig.from_dict(config.to_dict() | {"ch_mult": [1]}) == config
