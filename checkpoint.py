@@ -38,8 +38,10 @@ def read_config(folder: Path) -> ChameleonConfig:
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.get("model_type", "chameleon") != "chameleon":
+            raise ValueError("it does not describe a chameleon model")
         return ChameleonConfig.from_dict(values)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, ValueError) as e:
+    except (TypeError, AttributeError, ValueError) as e:  # broken JSON and UTF-8 are ValueErrors
         raise ValueError(f"{path} cannot be used: {e}") from None
 
 

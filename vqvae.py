@@ -139,11 +139,14 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(swish(self.norm1(x)))  # (B, C_out, H, W)
-        h = self.conv2(self.dropout(swish(self.norm2(h))))
+        # One name for each step's result, so that each step frees the map before it.
+        h = swish(self.norm1(x))
+        h = self.conv1(h)  # (B, C_out, H, W)
+        h = swish(self.norm2(h))
+        h = self.conv2(self.dropout(h))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)  # (B, C_out, H, W)
-        return x + h
+        return h.add_(x)  # in place: no backward pass needs the output of conv2
 
 
 class AttnBlock(nn.Module):
@@ -199,13 +202,11 @@ class Level(nn.Module):
         attends = c.attn_type == "vanilla" and resolution in (c.attn_resolutions or ())
         self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs if attends)
 
-    def forward(self, x: Tensor) -> Tensor:
-        # Each map is dropped as soon as the next one exists: holding all of them, as a list of
-        # hidden states would, costs several times the memory at 512x512.
-        for i, block in enumerate(self.block):
-            x = block(x)
-            x = self.attn[i](x) if self.attn else x
-        return x
+    def steps(self) -> list[nn.Module]:
+        """The modules of this level in the order they run."""
+        if self.attn:
+            return [module for both in zip(self.block, self.attn) for module in both]
+        return list(self.block)
 
 
 class Middle(nn.Module):
@@ -243,8 +244,11 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv_in(pixels)  # (B, C, H, W)
+        # Step by step here, not in a forward of Level: a call holds its input until it returns,
+        # and at 512x512 every map held is 134 MB. (A list of hidden states would hold them all.)
         for level in self.down:
-            x = level(x)
+            for step in level.steps():
+                x = step(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)  # (B, C, H/2, W/2)
         return self.conv_out(swish(self.norm_out(self.mid(x))))  # (B, latent_channels, h, w)
@@ -278,7 +282,8 @@ class Decoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features))  # (B, C, h, w)
         for level in reversed(self.up):
-            x = level(x)
+            for step in level.steps():
+                x = step(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)  # (B, C, 2h, 2w)
         return self.conv_out(swish(self.norm_out(x)))  # (B, 3, H, W)
@@ -379,7 +384,9 @@ class ChameleonVQVAE(nn.Module):
         if self.quant_conv.weight.dtype != torch.float32:
             self.float()  # after a `.to(torch.bfloat16)` of the whole model
         with torch.autocast(pixel_values.device.type, enabled=False):
-            z = self.quant_conv(self.encoder(pixel_values.float()))  # (B, D, h, w)
+            # Same numbers, other order in memory: convolutions then need no reordered copies.
+            pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)
+            z = self.quant_conv(self.encoder(pixels))  # (B, D, h, w)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*S, D)
             return self.quantize.nearest(flat).view(len(z), -1)  # (B, S)
 

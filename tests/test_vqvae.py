@@ -2,11 +2,14 @@
 test_oracle.py."""
 
 import math
+import weakref
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, VectorQuantizer
 
@@ -163,6 +166,50 @@ def test_encoding_is_fp32_whatever_the_surroundings():
     model.to(torch.bfloat16)
     model.encode(pixels.bfloat16())
     assert model.encoder.conv_in.weight.dtype == torch.float32
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made under it, and the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        out = function(*arguments, **(options or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.add(storage)
+        return out
+
+    def add(self, storage) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        self.known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.alive -= size
+
+
+def test_encoding_holds_fewer_bytes_than_transformers():
+    values = dict(resolution=64, base_channels=32, num_embeddings=16, embed_dim=16,
+                  latent_channels=16)
+    ours = ChameleonVQVAE(ChameleonVQVAEConfig(**values), with_decoder=False).eval()
+    theirs = transformers.ChameleonVQVAE(transformers.ChameleonVQVAEConfig(**values)).eval()
+    pixels = torch.rand(1, 3, 64, 64)
+    peaks = []
+    for model in (ours, theirs):
+        with torch.no_grad(), PeakBytes() as memory:
+            model.encode(pixels)
+        peaks.append(memory.peak)
+    one_map = 32 * 64 * 64 * 4  # bytes of a feature map at full resolution
+    assert peaks[0] < 0.75 * peaks[1]
+    assert peaks[0] < 3.6 * one_map  # the block's input, and one convolution's input and output
 
 
 def test_a_model_without_decoder_says_so():
