@@ -480,6 +480,12 @@ class ChameleonModel(nn.Module):
         # A copy that follows the weights to their device; names, not numbers, define the ids.
         self.register_buffer("code_to_id", self.vocabulary.code_to_id.clone(), persistent=False)
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
+                        device: str | torch.device = "cpu") -> "ChameleonModel":
+        """The model without its head, of a folder that holds both."""
+        return ChameleonForConditionalGeneration.from_pretrained(folder, dtype, device).model
+
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Pictures, pixels in [-1, 1] (N, 3, H, W) -> vocabulary ids (N, S) in raster order."""
         if not len(self.code_to_id):

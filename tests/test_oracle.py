@@ -140,3 +140,36 @@ def test_image_tokens_equal_transformers_for_scrambled_names():
     ours, theirs = pair()
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(ours.get_image_tokens(pixels), theirs.get_image_tokens(pixels).long())
+
+
+@pytest.mark.slow
+def test_the_released_width_and_the_released_vqvae_equal_transformers():
+    """Two layers of 7B, all 65536 ids, one 512x512 picture: 1024 codes among 8192."""
+    from tokenizer import image_token_name
+
+    names = {image_token_name(code): code + 4 for code in range(8192)}
+    names |= {"<eoss>": 8196, "<racm3:break>": 8197, "<reserved08706>": 8710, "<image>": 8711}
+    config = transformers.ChameleonConfig(num_hidden_layers=2, vocabulary_map=names)
+    theirs = transformers.ChameleonForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "embed" in name and "vqmodel" not in name:
+                p.normal_()
+            elif p.ndim == 1:
+                p.add_(torch.randn_like(p) * 0.2)
+        theirs.model.vqmodel.quantize.embedding.weight.normal_(std=0.3)
+    with torch.device("meta"):
+        ours = ChameleonForConditionalGeneration(
+            ChameleonConfig(num_hidden_layers=2, vocabulary_map=names), with_vq_decoder=False)
+    ours.load_state_dict(theirs.state_dict(), assign=True)  # shares the 2.3 GB
+    ours.eval()
+    pixels = torch.rand(1, 3, 512, 512) * 2 - 1
+    codes = ours.model.vqmodel.encode(pixels)
+    with torch.no_grad():
+        expected = theirs.model.vqmodel.encode(pixels, return_dict=True).image_tokens
+    assert codes.unique().numel() > 20 and torch.equal(codes[0], expected)
+    ids = torch.tensor([[0, 20000, 8197, *[8711] * 1024, 8196, 30000, 40000, 8710]])
+    with torch.no_grad():
+        a = ours(ids, pixel_values=pixels, logits_to_keep=5).logits
+        b = theirs(ids, pixel_values=pixels, logits_to_keep=5).logits
+    torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
