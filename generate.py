@@ -1,449 +1,42 @@
-"""Sampling: the loop that turns a Chameleon into something that answers and draws. And the command.
-
-    ids (B,T) --prefill--> logits of the last place (B,V) --grammar, filters--> one id each (B,)
-                                ^                                                   |
-                                +----- one token through the cache (B,1) <----------+
+"""The command: prompts and pictures in, text and pictures out.
 
     python generate.py --prompt "What do you see in this image?<image>" --image examples/shapes.png
     python generate.py --prompt "Draw a large red circle." --mode image --out circle.png
+    python generate.py --prompt "Draw a blue star, then say what it is." --mode interleaved --out d
+    python generate.py --reconstruct --image examples/shapes.png
 
-The prompt goes through the model once, all tokens at a time, and fills the KV cache; then every
-new token costs one step of one column. Text and pictures come from the same loop: a picture is
-begin-image, exactly S codes, end-image, and the grammar says where in this the row stands.
-
-    TEXT --begin-image--> PICTURE (S codes) --end-image, not asked for--> TEXT ... until an end
-
-Letter  meaning
-B, T    rows of the batch, tokens of a row so far
-V, K    vocabulary; codes of the codebook
-S       codes of a picture: 1024 in the release, where 512 / 16 squared is the size of the grid
-G       guidance streams: 1, 2 or 3 versions of each row's context in one batch
-
-Rows of a batch are independent: each has its own positions, its own modality, its own end, its
-own random numbers, and gives exactly what it would give alone.
+Answers stream to stdout; everything else goes to stderr. How the sampling works is in sampling.py;
+here are the options, the checks that come before any weight is read, and what is written to disk.
+As a library, this file gives `generate` and `stream`.
 """
 
 import argparse
+import base64
+import colorsys
+import html
+import io
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image, ImageDraw
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from tokenizer import VocabularyMap
+from chameleon import ChameleonForConditionalGeneration
+from checkpoint import read_config, write_atomically
+from sampling import MODES, check_options, check_room, generate, pieces, stream
+from tokenizer import ChameleonImageProcessor, ChameleonProcessor, Tokenizer, load_image
+
+__all__ = ["generate", "stream"]
 
 TINY = Path(__file__).resolve().parent / "tiny"
-MODES = ("text", "image", "interleaved")
+GOLDEN = 0.618033988749895  # multiples of it fill the circle of hues evenly
+GAP = 4  # pixels between pictures of a sheet
 
 
 # ---------------------------------------------------------------------------------------------
-# What may come next, and from logits to an id. The filters are (B, V) -> (B, V).
-
-
-class Grammar:
-    """The modality grammar: which ids may come next, as one function of the ids so far.
-
-    `mode` is "text": no id of a picture at all; "image": one picture, at once; "interleaved":
-    text, and a picture wherever the model begins one. ValueError if these weights cannot draw.
-    """
-
-    def __init__(self, model: ChameleonForConditionalGeneration, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        self.mode, self.S = mode, model.config.vq_config.codes_per_image
-        self.vocabulary = model.model.vocabulary
-        self.begin, self.end = self.vocabulary.begin_image_id, self.vocabulary.end_image_id
-        if mode != "text":
-            check_can_draw(model)
-        V, device = model.config.vocab_size, model.device
-        self.codes = torch.zeros(V, dtype=torch.bool, device=device)
-        self.codes[model.model.code_to_id] = True  # (V,)
-        self.text = torch.ones(V, dtype=torch.bool, device=device)
-        self.text[picture_ids(self.vocabulary)] = False  # (V,)
-
-    def codes_so_far(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> codes since the begin-image that is still open (B,), -1 in text."""
-        T = ids.shape[1]
-        if self.mode == "text" or self.begin is None:
-            return torch.full_like(ids[:, 0], -1)
-        place = torch.arange(1, T + 1, device=ids.device)  # 1 .. T, so that 0 is "nowhere"
-        begun = torch.where(ids == self.begin, place, 0).amax(1)  # (B,)
-        ended = torch.where(ids == self.end, place, 0).amax(1)  # (B,)
-        return torch.where(begun > ended, T - begun, -1)
-
-    def allowed(self, drawn: Tensor, room: int) -> Tensor:
-        """`codes_so_far` (B,), places left for new ids -> bool (B, V); some id always is.
-
-        Why exactly S codes, 1024 in the release: the VQ-VAE's decoder wants a whole grid, and
-        the model never saw another number. So end-image is not asked for but put, and a picture
-        begins only where begin-image, S codes and end-image still fit.
-        """
-        outside = self.text.clone()  # (V,)
-        if self.mode == "image":
-            outside = torch.zeros_like(outside)
-        if self.mode != "text" and room >= self.S + 2:
-            outside[self.begin] = True
-        full = torch.zeros_like(outside)
-        if self.end is not None:
-            full[self.end] = True
-        kind = (drawn >= 0).long() + (drawn >= self.S).long()  # 0 text, 1 inside, 2 full
-        return torch.stack((outside, self.codes, full))[kind]  # (B, V)
-
-
-def check_can_draw(model: ChameleonForConditionalGeneration) -> None:
-    """ValueError if the weights or the vocabulary lack what a picture needs."""
-    vocabulary = model.model.vocabulary
-    if None in (vocabulary.begin_image_id, vocabulary.end_image_id) or not vocabulary.num_codes:
-        raise ValueError("this vocabulary has no image tokens, so the model cannot draw")
-    if model.model.vqmodel.decoder is None:
-        raise ValueError("these weights have no VQ-VAE decoder (model.vqmodel.decoder.*), so they "
-                         "cannot draw: take Anole-7b or tiny/")
-
-
-def picture_ids(vocabulary: VocabularyMap) -> list[int]:
-    """All ids that belong to pictures: the codes, begin-image, end-image and <image>."""
-    marks = (vocabulary.begin_image_id, vocabulary.end_image_id, vocabulary.image_token_id)
-    return vocabulary.code_to_id.tolist() + [i for i in marks if i is not None]
-
-
-def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
-    """Makes every id of `ids` (B, T) less likely, prompt included (CTRL, arXiv 1909.05858).
-
-        logit / penalty where positive, logit * penalty where negative
-    """
-    if penalty == 1.0:
-        return logits
-    seen = logits.gather(-1, ids)  # (B, T)
-    seen = torch.where(seen > 0, seen / penalty, seen * penalty)
-    return logits.scatter(-1, ids, seen)
-
-
-def keep_top_k(logits: Tensor, k: int | None) -> Tensor:
-    """Keeps the k highest logits of each row, and those equal to the k-th."""
-    if not k or k >= logits.shape[-1]:
-        return logits
-    kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
-    return logits.masked_fill(logits < kth, float("-inf"))
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the smallest set of most likely ids whose probability reaches p; at least one."""
-    if p >= 1.0:
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probs = ordered.softmax(-1)
-    # An id falls out if those BEFORE it reach p already; so the one that crosses p stays.
-    out = probs.cumsum(-1) - probs >= p
-    return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
-
-
-def draw(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """One id for each row, distributed as softmax(logits).   (B, V) -> (B,)
-
-    If e_i are independent and exponential, argmax_i p_i / e_i is i with probability p_i: no
-    cumulative sum, no host synchronization, and every row keeps its own stream of numbers.
-    """
-    noise = torch.stack([
-        torch.empty_like(row).exponential_(generator=g) for row, g in zip(logits, generators)
-    ])  # (B, V)
-    return (logits.softmax(-1) / noise).argmax(-1)  # (B,)
-
-
-def choose(
-    logits: Tensor, seen: Tensor, generators: list[torch.Generator], *, temperature: float,
-    top_k: int | None, top_p: float, repetition_penalty: float = 1.0,
-) -> Tensor:
-    """logits (B, V), ids so far (B, T) -> next ids (B,). The order of transformers' processors.
-
-    Temperature 0 takes the most likely id; the penalty holds for it, too.
-    """
-    logits = penalize_repetition(logits.float(), seen, repetition_penalty)
-    if temperature == 0:
-        return logits.argmax(-1)  # (B,)
-    return draw(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), generators)
-
-
-# ---------------------------------------------------------------------------------------------
-# Guidance: what the prompt changes, made larger
-
-
-def guidance_streams(text: float, image: float, mode: str, has_pictures: bool) -> list[str]:
-    """Which versions of a row's context the two scales compare; each costs a row of the batch.
-
-    full      everything
-    pictures  only <s>, pictures and their marks: what is drawn if the words are not read
-    nothing   only <s> and the begin-image of the picture being drawn
-    """
-    if mode == "text" or text == image == 1.0:
-        return ["full"]
-    if image == 1.0:
-        return ["full", "pictures"]
-    if mode == "image" and not has_pictures:  # then "pictures" and "nothing" are the same
-        return ["full", "nothing"]
-    return ["full", "pictures", "nothing"]
-
-
-def guide(logits: Tensor, text: float, image: float) -> Tensor:
-    """Logits of the G streams (G, B, V) -> guided logits (B, V). On raw logits, before any filter.
-
-        nothing + image (pictures - nothing) + text (full - pictures)
-
-    written so that it holds for two streams, where the second is both of the others.
-    """
-    full, *others = logits
-    if not others:
-        return full
-    guided = others[0] + text * (full - others[0])
-    if len(others) == 2:
-        guided = guided + (image - 1) * (others[0] - others[1])
-    return guided  # (B, V)
-
-
-class Contexts:
-    """The G versions of B rows as one left-padded batch behind one cache, one prefill for all.
-
-    Every step feeds one column to all G * B rows. Where a version does not get the new token (a
-    word is no news to "pictures"), the column is masked: it is as if it were not there. So a row
-    can go from text to picture and back without ever computing its past again.
-    """
-
-    def __init__(self, model: ChameleonForConditionalGeneration, rows: list[Tensor],
-                 streams: list[str], steps: int) -> None:
-        self.model, self.streams, self.B = model, streams, len(rows)
-        self.is_picture = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
-        self.is_picture[picture_ids(model.model.vocabulary)] = True  # (V,)
-        self.begin = model.model.vocabulary.begin_image_id
-        self.end = model.model.vocabulary.end_image_id
-        rows = [self.version(row, name) for name in streams for row in rows]  # G * B times (n,)
-        T = max(map(len, rows))
-        self.new = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (GB, T)
-        self.mask = torch.zeros(len(rows), T + steps, dtype=torch.long, device=model.device)
-        for mask, row in zip(self.mask, rows):
-            mask[T - len(row) : T] = 1
-        self.padded = len(streams) > 1 or not bool(self.mask[:, :T].all())
-        self.cache = KVCache(model.config, len(rows), T + steps, model.dtype, model.device)
-
-    def version(self, row: Tensor, stream: str) -> Tensor:
-        """One row's ids (n,) -> those that the stream sees; <s> always stays."""
-        if stream == "full":
-            return row
-        keep = self.is_picture[row] if stream == "pictures" else torch.zeros_like(row).bool()
-        keep[0] = True
-        return row[keep]
-
-    def hidden(self) -> Tensor:
-        """Runs the columns that are new -> the last one's hidden state (G * B, D)."""
-        L = self.cache.length + self.new.shape[1]
-        mask = positions = None  # no padding: every step may use the fastest attention
-        if self.padded:
-            mask = self.mask[:, :L]
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, self.cache.length :]
-        # Only the last place gets logits: all of them would be (T, V), 1 GiB at 4096 x 65536.
-        return self.model.model(self.new, attention_mask=mask, position_ids=positions,
-                                past_key_values=self.cache).last_hidden_state[:, -1]  # (GB, D)
-
-    def feed(self, chosen: Tensor) -> None:
-        """The rows' next ids (B,) become the next column of all streams."""
-        column = self.cache.length
-        for g, stream in enumerate(self.streams):
-            mask = self.mask[g * self.B : (g + 1) * self.B]  # (B, L), a view
-            mask[:, column] = 1
-            if stream != "full":
-                mask[:, column] = self.is_picture[chosen].long()
-            if stream == "nothing":  # a new picture forgets the one before; <s> stays
-                forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)
-                mask.masked_fill_(forget, 0)
-                mask[:, column] = (self.is_picture[chosen] & (chosen != self.end)).long()
-        self.new = chosen.repeat(len(self.streams))[:, None]  # (GB, 1)
-
-
-# ---------------------------------------------------------------------------------------------
-# The loop
-
-
-def check_options(max_new_tokens: int | None, **options: float | None) -> None:
-    """ValueError, naming the option, if one is out of range."""
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    for name, value in options.items():
-        if "temperature" in name and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 (greedy) or above, got {value}")
-        if "top_k" in name and value is not None and value < 0:
-            raise ValueError(f"{name} must be 1 or more, or 0 for no limit, got {value}")
-        if "top_p" in name and not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-        if "penalty" in name and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be above 0, got {value}")
-        if "guidance" in name and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 or above (1 is none), got {value}")
-
-
-def check_room(config: ChameleonConfig, prompt_length: int, mode: str = "text") -> int:
-    """-> how many tokens fit behind the prompt. ValueError if none does, or no picture."""
-    factor = config.rope_factor if config.rope_type != "default" else 1
-    context = int(config.max_position_embeddings * factor)
-    picture = config.vq_config.codes_per_image + 2
-    if prompt_length + (picture if mode == "image" else 1) > context:
-        raise ValueError(f"the prompt has {prompt_length} tokens, pictures included, but the "
-                         f"context holds {context}"
-                         + (f" and a picture takes {picture}" if mode == "image" else "")
-                         + ": shorten it or use fewer pictures")
-    return context - prompt_length
-
-
-def steps_to_make(model: ChameleonForConditionalGeneration, prompt_length: int, mode: str,
-                  max_new_tokens: int | None) -> int:
-    """How many ids to make at most: 256 of text, one picture, or all that fits."""
-    room = check_room(model.config, prompt_length, mode)
-    if mode == "image":
-        return model.config.vq_config.codes_per_image + 2
-    return min(room, max_new_tokens or (256 if mode == "text" else room))
-
-
-def check_prompt(model: ChameleonForConditionalGeneration, input_ids: Tensor,
-                 attention_mask: Tensor | None, pixel_values: Tensor | None) -> None:
-    """ValueError for what would run and give a wrong answer."""
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be (B, T) with T > 0, got {tuple(input_ids.shape)}")
-    if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ValueError("the prompts are padded on the right, and the next token would follow "
-                         "padding: use padding_side='left'")
-    placeholder = model.model.vocabulary.image_token_id
-    if pixel_values is None and placeholder is not None and (input_ids == placeholder).any():
-        raise ValueError("the prompt has <image> placeholders but there are no pixel_values")
-
-
-def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
-    """Where an answer ends: the ids asked for, else end of sequence and end of turn."""
-    vocabulary = model.model.vocabulary
-    if mode == "image":
-        return [vocabulary.end_image_id]
-    if eos_token_id is None:
-        eos_token_id = model.config.eos_token_id
-        ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-        return [i for i in (*ids, vocabulary.end_of_turn_id) if i is not None]
-    return list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-
-
-class Picker:
-    """Hidden states of all streams -> each row's next id: head, guidance, grammar, filters."""
-
-    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
-                 guidance: tuple[float, float], text: dict, image: dict,
-                 generators: list[torch.Generator]) -> None:
-        self.model, self.grammar, self.guidance = model, grammar, guidance
-        self.text, self.image, self.generators = text, image, generators
-
-    def __call__(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int) -> Tensor:
-        """hidden (G * B, D), ids so far (B, T), `codes_so_far` (B,) -> next ids (B,)"""
-        hidden = hidden.view(-1, *drawn.shape, hidden.shape[-1])  # (G, B, D)
-        inside = (drawn >= 0) & (drawn < self.grammar.S)  # (B,): rows that draw a code now
-        chosen = torch.empty_like(drawn)
-        for rows, next_ids in ((~inside, self.text_ids), (inside, self.code_ids)):
-            if rows.any():
-                own = [g for g, here in zip(self.generators, rows.tolist()) if here]
-                chosen[rows] = next_ids(hidden[:, rows], seen[rows], drawn[rows], room, own)
-        return chosen
-
-    def text_ids(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int, own) -> Tensor:
-        """Outside of pictures: the whole head on the full context. (G, B, D) -> (B,)"""
-        logits = self.model.lm_head(hidden[0])  # (B, V)
-        logits = logits.masked_fill(~self.grammar.allowed(drawn, room), float("-inf"))
-        return choose(logits, seen, own, **self.text)
-
-    def code_ids(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int, own) -> Tensor:
-        """Inside: no other logit matters, so K rows of the head, not V. (G, B, D) -> (B,)"""
-        code_to_id = self.model.model.code_to_id  # (K,)
-        logits = F.linear(hidden, self.model.lm_head.weight[code_to_id])  # (G, B, K)
-        codes = choose(guide(logits, *self.guidance), seen, own, **self.image)
-        return code_to_id[codes]
-
-
-@torch.inference_mode()
-def stream(
-    model: ChameleonForConditionalGeneration,
-    input_ids: Tensor,  # (B, T), padded on the left
-    attention_mask: Tensor | None = None,  # (B, T), 0 on padding
-    pixel_values: Tensor | None = None,  # (N, 3, H, W), for the <image> placeholders in order
-    *,
-    mode: str = "text",  # "image": one picture at once; "interleaved": as the model decides
-    max_new_tokens: int | None = None,  # None: 256 of text, one picture, all that fits
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    image_temperature: float = 1.0,
-    image_top_k: int | None = None,
-    image_top_p: float = 1.0,
-    guidance_text: float = 1.0,
-    guidance_image: float = 1.0,
-    seed: int | list[int] = 0,
-    eos_token_id: int | list[int] | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next id of every row, (B,), until all have ended or the context is full.
-
-    A row that has ended yields padding. Text is greedy unless `do_sample`; pictures are drawn at
-    random unless `image_temperature` is 0. Row b draws with seed + b (or its own seed of a list),
-    so it can be repeated alone. The repetition penalty never acts inside a picture.
-    Raises ValueError on options or prompts that cannot work.
-    """
-    text = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    image = dict(temperature=image_temperature, top_k=image_top_k, top_p=image_top_p)
-    check_options(max_new_tokens, **text, **{f"image_{k}": v for k, v in image.items()},
-                  repetition_penalty=repetition_penalty, guidance_text=guidance_text,
-                  guidance_image=guidance_image)
-    check_prompt(model, input_ids, attention_mask, pixel_values)
-    (B, T), device = input_ids.shape, input_ids.device
-    grammar = Grammar(model, mode)
-    steps = steps_to_make(model, T, mode, max_new_tokens)
-    text |= dict(repetition_penalty=repetition_penalty, temperature=do_sample and temperature)
-    seeds = [seed + b for b in range(B)] if isinstance(seed, int) else seed
-    generators = [torch.Generator(device).manual_seed(s) for s in seeds]
-    pick = Picker(model, grammar, (guidance_text, guidance_image), text, image, generators)
-    stops = stop_ids(model, eos_token_id, mode)
-    pad = model.config.pad_token_id
-    pad = pad if pad is not None else stops[0] if stops else 0
-
-    model.eval()
-    if pixel_values is not None:
-        input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = [ids[mask.bool()] for ids, mask in zip(input_ids, real)]
-    has_pictures = any(grammar.begin in row.tolist() for row in rows)
-    streams = guidance_streams(guidance_text, guidance_image, mode, has_pictures)
-    contexts = Contexts(model, rows, streams, steps)
-    seen = torch.where(real.bool(), input_ids, input_ids[:, -1:])  # padding counts for nothing
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    for step in range(steps):
-        chosen = pick(contexts.hidden(), seen, grammar.codes_so_far(seen), steps - step)  # (B,)
-        chosen = torch.where(ended, pad, chosen)
-        yield chosen
-        ended = ended | torch.isin(chosen, torch.tensor(stops, device=device))
-        if ended.all():
-            return
-        seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
-        contexts.feed(chosen)
-
-
-def generate(model: ChameleonForConditionalGeneration, input_ids: Tensor, attention_mask=None,
-             pixel_values=None, **options) -> Tensor:
-    """Prompt ids (B, T) -> prompt and answer (B, T + new), ended rows padded.
-
-    Options are those of `stream`; greedy text by default. Equals transformers' model.generate,
-    where `model.generate(**inputs, ...)` is written `generate(model, **inputs, ...)`.
-    DIFFERS: draws, if asked to; ends at end of turn, too; in text never yields begin-image or
-    end-image (transformers masks the codes only); top_k defaults to none, not 50.
-    """
-    new = list(stream(model, input_ids, attention_mask, pixel_values, **options))
-    return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1)  # (B, T + new)
-
-
-# ---------------------------------------------------------------------------------------------
-# The command line
+# Options, and all that can be wrong with them
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -452,25 +45,41 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="generate.py", description="Text from text and pictures.")
+    parser = OneLineParser(prog="generate.py", description="Text and pictures from both.")
     add = parser.add_argument
     add("--model", type=Path, default=TINY, help="folder with the weights (default: tiny/)")
-    add("--prompt", action="append", required=True, metavar="TEXT",
+    add("--prompt", action="append", default=[], metavar="TEXT",
         help="<image> marks a picture's place; repeat the option for a batch")
     add("--image", action="append", default=[], metavar="FILE",
         help="in the order of <image>; without <image> in the prompt it goes in front")
+    add("--mode", default="text", choices=MODES, help="what to make: text, a picture, or both")
+    add("--out", type=Path, help="file for a picture, folder for an interleaved document")
+    add("--count", type=int, default=1, help="so many pictures of each prompt, and a sheet of all")
+    add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
     add("--completion", action="store_true", help="continue the prompt instead of answering it")
     add("--max-new-tokens", type=int)
-    add("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    add("--temperature", type=float, default=0.0, help="of text; 0, the default, is greedy")
     add("--top-k", type=int, default=0, help="0 is no limit")
     add("--top-p", type=float, default=1.0)
     add("--repetition-penalty", type=float, default=1.0)
+    add("--image-temperature", type=float, default=1.0, help="of pictures; 0 is greedy")
+    add("--image-top-k", type=int, default=0)
+    add("--image-top-p", type=float, default=0.9)
+    add("--guidance-text", type=float, default=1.0, help="how much the words count; Meta uses 3")
+    add("--guidance-image", type=float, default=1.0, help="how much pictures do; Meta uses 1.2")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
     add("--attention", default="sdpa", choices=["eager", "sdpa"])
     return parser.parse_args(arguments)
+
+
+def sampling_options(options: argparse.Namespace) -> dict:
+    """The command line's numbers under the names of `stream`."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "image_temperature",
+             "image_top_k", "image_top_p", "guidance_text", "guidance_image")
+    return {name: getattr(options, name) for name in names}
 
 
 def place_images(prompts: list[str], count: int) -> list[str]:
@@ -496,42 +105,227 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name} cannot be used here: {reason}") from None
 
 
-def answer(options: argparse.Namespace) -> None:
-    """Answers to stdout, as they are made; everything else to stderr.
+def check_output(options: argparse.Namespace) -> None:
+    """ValueError for an --out that could not be written, before anything is computed."""
+    if options.count < 1 or (options.count > 1 and options.mode != "image"):
+        raise ValueError("--count is a number of pictures, for --mode image")
+    if options.out is None:
+        defaults = {"text": None, "image": "picture.png", "interleaved": "document"}
+        name = "reconstruction.png" if options.reconstruct else defaults[options.mode]
+        options.out = Path(name) if name else None
+    elif options.mode == "text" and not options.reconstruct:
+        raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
+    if options.mode == "interleaved":
+        if len(options.prompt) > 1:
+            raise ValueError("--mode interleaved writes one document: give one --prompt")
+        if options.out.exists() and not options.out.is_dir():
+            raise ValueError(f"--out {options.out} is a file: name a folder for the document")
+    elif options.out is not None:
+        picture_format(options.out)
 
-    All that can be wrong with the input is found before the weights, the slow part, are read.
-    """
-    from checkpoint import read_config
-    from tokenizer import ChameleonProcessor, load_image
 
-    sampling = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-                    repetition_penalty=options.repetition_penalty)
-    check_options(options.max_new_tokens, **sampling)
-    config = read_config(options.model)
-    processor = ChameleonProcessor.from_pretrained(options.model)
-    images = [load_image(path) for path in options.image]
-    prompts = place_images(options.prompt, len(images))
-    inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt",
-                       return_for_text_completion=options.completion)
-    check_room(config, inputs["input_ids"].shape[1])
-    device = pick_device(options.device)
-    dtype = options.dtype
+def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
+    device, dtype = pick_device(options.device), options.dtype
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, dtype)
     model = ChameleonForConditionalGeneration.from_pretrained(options.model, dtype, device)
-    steps = stream(model.set_attention(options.attention), **inputs.to(device),
-                   mode="text", max_new_tokens=options.max_new_tokens, do_sample=options.temperature > 0,
-                   seed=options.seed, **sampling)
-    if len(prompts) == 1:
-        decoder = processor.tokenizer.stream_decoder()
-        for ids in steps:
-            print(decoder.feed(int(ids[0])), end="", flush=True)
-        print(decoder.flush())
-    else:
-        for prompt, row in zip(options.prompt, torch.stack(list(steps), dim=1).tolist()):
-            print(prompt, file=sys.stderr, flush=True)
-            print(processor.decode(row, skip_special_tokens=True), flush=True)
+    return model.set_attention(options.attention)
+
+
+def answer(options: argparse.Namespace) -> None:
+    """All that can be wrong with the input is found before the weights, the slow part, are read."""
+    sampling = sampling_options(options)
+    check_options(options.max_new_tokens, **sampling)
+    check_output(options)
+    config = read_config(options.model)
+    processor = ChameleonProcessor.from_pretrained(options.model)
+    images = [load_image(path) for path in options.image]
+    if options.reconstruct:
+        return reconstruct(options, processor, images)
+    if not options.prompt:
+        raise ValueError("give a --prompt (see --help)")
+    prompts = place_images(options.prompt, len(images))
+    inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt",
+                       return_for_text_completion=options.completion)
+    check_room(config, inputs["input_ids"].shape[1], options.mode)
+    model = load_model(options)
+    inputs = inputs.to(model.device)
+    if "pixel_values" in inputs:  # so that rows can be repeated for --count
+        pixels = inputs.pop("pixel_values")
+        inputs["input_ids"] = model.model.replace_image_placeholders(inputs["input_ids"], pixels)
+    inputs = {name: rows.repeat_interleave(options.count, dim=0) for name, rows in inputs.items()}
+    steps = stream(model, **inputs, mode=options.mode, max_new_tokens=options.max_new_tokens,
+                   do_sample=options.temperature > 0, seed=options.seed, **sampling)
+    make = {"text": write_text, "image": write_pictures, "interleaved": write_interleaved}
+    make[options.mode](options, model, processor.tokenizer, steps)
+
+
+def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
+    """One answer streams to stdout; those of a batch follow each other, when all are done."""
+    if len(options.prompt) == 1:
+        try:
+            for piece in pieces(model, tokenizer, steps):
+                print(piece.text, end="", flush=True)
+        finally:
+            print(flush=True)
+        return
+    for prompt, row in zip(options.prompt, torch.stack(list(steps), dim=1).tolist()):
+        print(prompt, file=sys.stderr, flush=True)
+        print(tokenizer.decode(row), flush=True)
+
+
+def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
+    """One picture to --out; of several, a contact sheet to --out and each beside it, numbered."""
+    from tqdm import tqdm
+
+    rows = len(options.prompt) * options.count
+    total = model.config.vq_config.codes_per_image + 2
+    done = [None] * rows
+    try:
+        bar = tqdm(steps, total=total, desc="image tokens", disable=None, leave=False)
+        for piece in pieces(model, tokenizer, bar):
+            done[piece.row] = piece.image or done[piece.row]
+    finally:  # also after Ctrl-C: what is drawn is saved
+        pictures = [picture for picture in done if picture is not None]
+        if pictures and rows == 1:
+            save_picture(pictures[0], options.out)
+        elif pictures:
+            save_picture(contact_sheet(pictures), options.out)
+            for n, picture in enumerate(pictures, start=1):
+                save_picture(picture, options.out.with_stem(f"{options.out.stem}-{n}"))
+        if pictures:
+            print(f"{options.out}: {len(pictures)} picture(s)", file=sys.stderr)
+
+
+def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
+    """Text streams to stdout, a picture is a line with its file; --out gets the document."""
+    parts, pictures = [], 0
+    try:
+        for piece in pieces(model, tokenizer, steps):
+            if piece.image is not None:
+                pictures += 1
+                parts.append(piece.image)
+                print(f"[{options.out / str(pictures)}.png]", flush=True)
+            elif parts and isinstance(parts[-1], str):
+                parts[-1] += piece.text
+            else:
+                parts.append(piece.text)
+            print(piece.text, end="", flush=True)
+    finally:
+        print(flush=True)
+        if parts:
+            write_document(options.out, parts)
+            print(f"{options.out / 'document.html'}", file=sys.stderr)
+
+
+def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, images: list) -> None:
+    """Each picture as the model sees it, its codes, and what the codes say, side by side."""
+    if not images:
+        raise ValueError("--reconstruct needs an --image")
+    model = load_model(options)
+    pixels = processor.image_processor(images, return_tensors="pt").pixel_values.to(model.device)
+    codes = model.model.vqmodel.encode(pixels)  # (N, S)
+    decoded = model.model.vqmodel.decode(codes)  # (N, 3, H, W)
+    seen, again = map(ChameleonImageProcessor.postprocess, (pixels, decoded))
+    side = math.isqrt(codes.shape[1])
+    panels = []
+    for original, grid, picture in zip(seen, codes.view(-1, side, side).tolist(), again):
+        original, picture = enlarge(original, 512), enlarge(picture, 512)
+        panels += [original, code_grid(grid, original.width).resize(original.size), picture]
+    save_picture(contact_sheet(panels, columns=3), options.out)
+    error = (pixels.clamp(-1, 1) - decoded.clamp(-1, 1)).square().mean()
+    print(f"{options.out}: {len(images)} picture(s), {side} x {side} codes each, "
+          f"PSNR {10 * torch.log10(4 / error):.1f} dB", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures and pages to look at
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Writes the whole picture or nothing; the format is that of the file's name."""
+    kind = picture_format(path)
+    write_atomically(path, lambda part: image.save(part, format=kind))
+
+
+def picture_format(path: Path) -> str:
+    """"out.png" -> "PNG". ValueError if the folder is missing or the ending is no picture's."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} does not end like a picture: name it .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} of {path.name} does not exist: make it first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    return kind
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size, row by row on a light ground; as square as it gets by default."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    size = columns * (width + GAP) + GAP, rows * (height + GAP) + GAP
+    sheet = Image.new("RGB", size, "lightgray")
+    for n, picture in enumerate(pictures):
+        row, column = divmod(n, columns)
+        sheet.paste(picture, (column * (width + GAP) + GAP, row * (height + GAP) + GAP))
+    return sheet
+
+
+def code_grid(codes: Sequence[Sequence[int]], side: int) -> Image.Image:
+    """Codes (h, w) -> a picture about `side` pixels wide; equal codes have equal colours."""
+    rows, columns = len(codes), len(codes[0])
+    cell = max(1, side // columns)
+    grid = Image.new("RGB", (columns * cell, rows * cell))
+    pen = ImageDraw.Draw(grid)
+    for y, row in enumerate(codes):
+        for x, code in enumerate(row):
+            red, green, blue = colorsys.hsv_to_rgb(code * GOLDEN % 1, 0.45, 0.95)
+            colour = tuple(round(255 * c) for c in (red, green, blue))
+            box = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
+            pen.rectangle(box, fill=colour)
+            if cell >= 24:  # else the number would not be legible
+                middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+                pen.text(middle, str(code), fill="black", anchor="mm", font_size=cell * 0.36)
+    return grid
+
+
+def enlarge(picture: Image.Image, side: int) -> Image.Image:
+    """By a whole factor to at most `side` pixels a side, each pixel a square: nothing invented."""
+    factor = max(1, side // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+
+
+def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
+    """Text and pictures in order -> 1.png, 2.png ..., document.md, and document.html, which holds
+    the pictures inside itself and reads well in light and dark.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown, body, n = [], [], 0
+    for part in parts:
+        if isinstance(part, str):
+            markdown.append(part)
+            body.append(f"<p>{html.escape(part)}</p>")
+            continue
+        n += 1
+        save_picture(part, folder / f"{n}.png")
+        markdown.append(f"![picture {n}]({n}.png)")
+        buffer = io.BytesIO()
+        part.save(buffer, format="PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        body.append(f'<p><img alt="picture {n}" src="data:image/png;base64,{data}"></p>')
+    page = (
+        '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        "<title>Chameleon</title><style>body{font:1.1rem/1.5 serif;max-width:40rem;margin:2rem "
+        "auto}p{white-space:pre-wrap}img{min-width:12rem;image-rendering:pixelated}</style>\n"
+        + "\n".join(body) + "\n"
+    )
+    for name, text in (("document.md", "\n\n".join(markdown) + "\n"), ("document.html", page)):
+        write_atomically(
+            folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8")
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -543,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"generate.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
     return 0
 

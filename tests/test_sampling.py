@@ -1,0 +1,382 @@
+"""Sampling: each filter against its definition, the loop against transformers and against itself,
+the modality grammar and guidance for any logits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import SIZES, VQ, S, V, batch_with_pictures, randomize, scrambled_vocabulary
+from test_oracle import pair
+
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from sampling import (
+    Grammar,
+    check_room,
+    draw,
+    generate,
+    guidance_streams,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    picture_ids,
+    stream,
+)
+
+
+def small_model(**changes) -> ChameleonForConditionalGeneration:
+    values = SIZES | dict(vocabulary_map=scrambled_vocabulary(), vq_config=VQ) | changes
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**values)).eval()
+    randomize(model)
+    return model
+
+
+MODEL = small_model()
+logits_strategy = st.lists(st.floats(-20, 20), min_size=2, max_size=30)
+
+
+# ---------------------------------------------------------------------------------------- filters
+
+
+@settings(max_examples=200, deadline=None)
+@given(logits=logits_strategy, p=st.floats(0.01, 1.0))
+def test_top_p_keeps_the_smallest_sufficient_set(logits, p):
+    logits = torch.tensor([logits], dtype=torch.float64)
+    kept = keep_top_p(logits, p)[0].isfinite()
+    probs = logits.softmax(-1)[0]
+    mass = probs[kept].sum().item()
+    assert kept.any() and mass >= p - 1e-9
+    assert p == 1.0 or mass - probs[kept].min().item() < p + 1e-9  # without the least, too little
+    if not kept.all():
+        assert probs[kept].min() >= probs[~kept].max()
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits=st.lists(st.floats(-20, 20), min_size=2, max_size=30, unique=True),
+       k=st.integers(1, 40))
+def test_top_k_keeps_the_k_highest(logits, k):
+    kept = keep_top_k(torch.tensor([logits], dtype=torch.float64), k)[0].isfinite()
+    highest = sorted(range(len(logits)), key=lambda i: -logits[i])[:k]
+    assert kept.nonzero().flatten().tolist() == sorted(highest)
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits=logits_strategy, penalty=st.floats(1.01, 3.0), data=st.data())
+def test_the_penalty_lowers_what_was_seen_and_nothing_else(logits, penalty, data):
+    ids = data.draw(st.lists(st.integers(0, len(logits) - 1), min_size=1, max_size=8))
+    before = torch.tensor([logits], dtype=torch.float64)
+    after = penalize_repetition(before, torch.tensor([ids]), penalty)[0]
+    for i, x in enumerate(logits):
+        expected = (x / penalty if x > 0 else x * penalty) if i in ids else x
+        assert math.isclose(after[i].item(), expected, rel_tol=1e-12)
+
+
+def test_draws_follow_the_distribution():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(probs.log().repeat(20_000, 1), [generator] * 20_000)
+    observed = torch.bincount(drawn, minlength=5) / 20_000
+    assert (observed - probs).abs().max() < 0.015  # four standard deviations
+    assert observed[4] == 0
+
+
+# -------------------------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=2, swin_norm=True)])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_ids_equal_transformers(changes, penalty):
+    ours, theirs = pair(**changes)
+    inputs = batch_with_pictures()
+    marks = [70, 71, 72, 73]
+    expected = theirs.generate(
+        **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=penalty,
+        suppress_tokens=[i for i in marks if i != 72], eos_token_id=[2, 72], pad_token_id=1)
+    ids = generate(ours, **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=penalty)
+    assert torch.equal(ids, expected)
+
+
+def left_padded(rows: list[list[int]]) -> dict:
+    T = max(map(len, rows))
+    return dict(
+        input_ids=torch.tensor([[1] * (T - len(r)) + r for r in rows]),
+        attention_mask=torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows]),
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), sample=st.booleans(), penalty=st.sampled_from([1.0, 1.2]),
+       lengths=st.lists(st.integers(1, 8), min_size=2, max_size=4))
+def test_each_row_of_a_batch_equals_its_single_run(seed, sample, penalty, lengths):
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(74, V, (n,), generator=g).tolist() for n in lengths]
+    stops = list(range(74, 84))  # often met, so rows end at different times
+    options = dict(max_new_tokens=10, do_sample=sample, top_p=0.9, top_k=40, temperature=0.8,
+                   repetition_penalty=penalty, eos_token_id=stops)
+    batch = generate(MODEL, **left_padded(rows), seed=seed, **options)
+    for b, row in enumerate(rows):
+        # A pad id counts as seen by the repetition penalty, so pads must not leak into a row.
+        single = generate(MODEL, torch.tensor([row]), seed=seed + b, **options)[0, len(row) :]
+        answer = batch[b, max(lengths) :]
+        assert torch.equal(answer[: len(single)], single)
+        assert (answer[len(single) :] == 1).all()  # padded once it has ended
+
+
+def test_pictures_in_a_batch_reach_their_own_rows():
+    inputs = batch_with_pictures()
+    ids = generate(MODEL, **inputs, max_new_tokens=6)
+    for b in range(2):
+        row = inputs["input_ids"][b][inputs["attention_mask"][b].bool()][None]
+        single = generate(MODEL, row, pixel_values=inputs["pixel_values"][b : b + 1],
+                          max_new_tokens=6)
+        assert torch.equal(ids[b, -6:], single[0, -6:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), temperature=st.floats(0.1, 5.0), sample=st.booleans())
+def test_text_never_contains_a_pictures_id(seed, temperature, sample):
+    forbidden = set(picture_ids(MODEL.model.vocabulary))
+    assert len(forbidden) == VQ["num_embeddings"] + 3
+    ids = generate(MODEL, torch.tensor([[0, 80]]), max_new_tokens=20, do_sample=sample, seed=seed,
+                   temperature=temperature, eos_token_id=[])
+    assert not forbidden & set(ids[0, 2:].tolist()) and ids.shape == (1, 22)
+
+
+def test_temperature_towards_zero_is_greedy():
+    prompt = torch.tensor([[0, 80, 81]])
+    greedy = generate(MODEL, prompt, max_new_tokens=10)
+    for t in (0.0, 1e-4):
+        assert torch.equal(
+            generate(MODEL, prompt, max_new_tokens=10, do_sample=True, temperature=t), greedy
+        )
+
+
+def test_a_seed_repeats_and_another_differs():
+    run = lambda seed: generate(MODEL, torch.tensor([[0, 80]]), do_sample=True, seed=seed,  # noqa
+                                temperature=3.0, max_new_tokens=20).tolist()
+    assert run(1) == run(1) != run(2)
+
+
+def test_an_answer_ends_at_end_of_sequence_or_end_of_turn():
+    model = small_model()
+    for stop in (2, 72):
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[stop] = model.lm_head.weight.new_ones(1)
+            model.model.norm.weight.fill_(1.0)
+        hidden_sign = model.model(torch.tensor([[0, 80]])).last_hidden_state[0, -1].sum().sign()
+        with torch.no_grad():
+            model.lm_head.weight[stop] *= hidden_sign
+        assert generate(model, torch.tensor([[0, 80]]), max_new_tokens=5)[0, 2:].tolist() == [stop]
+
+
+def test_the_context_ends_the_answer():
+    model = small_model(max_position_embeddings=8)
+    assert generate(model, torch.tensor([[0, 80, 81]]), eos_token_id=[]).shape == (1, 8)
+
+
+def test_stream_yields_each_step_as_it_is_made():
+    steps = stream(MODEL, torch.tensor([[0, 80]]), max_new_tokens=4, eos_token_id=[])
+    first = next(steps)
+    assert first.shape == (1,)
+    rest = list(steps)
+    expected = generate(MODEL, torch.tensor([[0, 80]]), max_new_tokens=4, eos_token_id=[])
+    assert [int(i) for i in (first, *rest)] == expected[0, 2:].tolist()
+
+
+# ---------------------------------------------------------------------------------------- drawing
+
+SMALL_S = 4  # codes of an 8x8 picture
+BEGIN, END = 71, 70
+DRAWER = small_model(vq_config=VQ | dict(resolution=8), max_position_embeddings=200)
+CODES = set(DRAWER.model.code_to_id.tolist())
+
+
+def with_any_logits(seed: int, scale: float, begin: float) -> ChameleonForConditionalGeneration:
+    """Random logits at every step, those of begin-image raised so that pictures are frequent."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        DRAWER.lm_head.weight.copy_(torch.randn(DRAWER.lm_head.weight.shape, generator=g) * scale)
+        hidden = DRAWER.model(torch.tensor([[0, 80]])).last_hidden_state[0, -1]
+        DRAWER.lm_head.weight[BEGIN] += begin * hidden / hidden.norm()
+    return DRAWER
+
+
+def pictures_of(ids: list[int]) -> list[list[int]]:
+    """The ids between each begin-image and the next end-image; fails on marks out of order."""
+    pictures, inside = [], None
+    for i in ids:
+        if i == BEGIN:
+            assert inside is None
+            inside = []
+        elif i == END:
+            pictures.append(inside)
+            inside = None
+        elif inside is not None:
+            inside.append(i)
+        else:
+            assert i not in CODES
+    assert inside is None  # none is left unfinished
+    return pictures
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 3), room=st.integers(1, 40),
+       scale=st.floats(0.01, 3.0), begin=st.floats(0, 30), sample=st.booleans(),
+       guidance=st.sampled_from([(1.0, 1.0), (3.0, 1.0), (2.0, 1.5)]))
+def test_every_picture_has_exactly_s_codes_and_the_grammar_never_ends_dead(
+        seed, B, room, scale, begin, sample, guidance):
+    model = with_any_logits(seed, scale, begin)
+    prompt = torch.tensor([[0, 80]] * B)
+    ids = generate(model, prompt, mode="interleaved", max_new_tokens=room, do_sample=sample,
+                   seed=seed, eos_token_id=[], guidance_text=guidance[0],
+                   guidance_image=guidance[1])
+    assert ids.shape == (B, 2 + room) and ids.min() >= 0 and ids.max() < V
+    for row in ids[:, 2:].tolist():
+        assert all(len(p) == SMALL_S and set(p) <= CODES for p in pictures_of(row))
+        assert 73 not in row  # the placeholder is never made
+
+
+def test_pictures_do_occur_and_need_room_for_all_their_codes():
+    model = with_any_logits(0, 0.01, 1000.0)  # begins a picture whenever it may
+    prompt = torch.tensor([[0, 80]])
+    options = dict(mode="interleaved", eos_token_id=[])
+    for room in range(1, 20):
+        ids = generate(model, prompt, max_new_tokens=room, **options)[0, 2:].tolist()
+        assert len(pictures_of(ids)) == room // (SMALL_S + 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 3))
+def test_image_mode_draws_exactly_one_picture_at_once(seed, B):
+    model = with_any_logits(seed, 1.0, 0.0)
+    ids = generate(model, torch.tensor([[0, 80]] * B), mode="image", seed=seed)[:, 2:]
+    assert ids.shape == (B, SMALL_S + 2)
+    assert (ids[:, 0] == BEGIN).all() and (ids[:, -1] == END).all()
+    assert all(len(pictures_of(row)) == 1 for row in ids.tolist())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), scales=st.tuples(st.floats(0, 5), st.floats(0, 5)),
+       lengths=st.lists(st.integers(1, 6), min_size=2, max_size=3))
+def test_rows_in_text_and_rows_in_pictures_share_a_batch(seed, scales, lengths):
+    model = with_any_logits(seed, 0.3, 8.0)
+    g = torch.Generator().manual_seed(seed)
+    rows = [[0] + torch.randint(74, V, (n,), generator=g).tolist() for n in lengths]
+    options = dict(mode="interleaved", max_new_tokens=18, do_sample=True, temperature=1.5,
+                   guidance_text=scales[0], guidance_image=scales[1], eos_token_id=[80, 90, 100])
+    batch = generate(model, **left_padded(rows), seed=seed, **options)
+    for b, row in enumerate(rows):
+        single = generate(model, torch.tensor([row]), seed=seed + b, **options)[0, len(row) :]
+        assert torch.equal(batch[b, max(lengths) + 1 :][: len(single)], single)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), image_first=st.booleans())
+def test_the_cache_across_modality_switches_equals_the_full_forward(seed, image_first):
+    """Each greedy id is the best allowed one of a forward pass over everything before it."""
+    model = with_any_logits(seed, 0.3, 10.0)
+    prompt = [0, 80] + ([BEGIN, *sorted(CODES)[:SMALL_S], END] if image_first else [])
+    ids = generate(model, torch.tensor([prompt]), mode="interleaved", max_new_tokens=20,
+                   image_temperature=0.0, eos_token_id=[])[0]
+    grammar = Grammar(model, "interleaved")
+    with torch.no_grad():
+        logits = model(ids[None], mask_image_logits=False).logits[0]
+    for t in range(len(prompt), len(ids)):
+        drawn = grammar.codes_so_far(ids[None, :t])
+        allowed = grammar.allowed(drawn, len(prompt) + 20 - t)[0]
+        best = logits[t - 1].masked_fill(~allowed, float("-inf"))
+        assert best.max() - best[ids[t]] < 1e-4
+
+
+def reference_guidance(model, row: list[int], text: float, image: float) -> torch.Tensor:
+    """Meta's three streams, each its own full forward pass, for the next code after `row`."""
+    start = max(i for i, x in enumerate(row) if x == BEGIN)
+    full = row
+    pictures = [row[0]] + [i for i in row[1:] if i in CODES or i in (BEGIN, END)]
+    nothing = [row[0]] + row[start:]
+    with torch.no_grad():
+        f, i, u = (model(torch.tensor([ids]), mask_image_logits=False).logits[0, -1]
+                   for ids in (full, pictures, nothing))
+    return u + image * (i - u) + text * (f - i)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), text=st.sampled_from([0.0, 1.0, 3.0]),
+       image=st.sampled_from([0.0, 1.0, 1.2]), shown=st.booleans(),
+       mode=st.sampled_from(["image", "interleaved"]))
+def test_guidance_equals_three_separate_forward_passes(seed, text, image, shown, mode):
+    model = with_any_logits(seed, 0.3, 12.0)
+    prompt = [0, 80] + ([BEGIN, *sorted(CODES)[:SMALL_S], END, 81] if shown else [])
+    ids = generate(model, torch.tensor([prompt]), mode=mode, image_temperature=0.0,
+                   guidance_text=text, guidance_image=image, eos_token_id=[],
+                   max_new_tokens=20)[0].tolist()
+    code_ids = sorted(CODES)
+    for t in range(len(prompt), len(ids)):
+        if ids[t] in CODES:
+            logits = reference_guidance(model, ids[:t], text, image)[code_ids]
+            assert logits.max() - logits[code_ids.index(ids[t])] < 1e-3
+
+
+def test_scales_of_one_are_no_guidance_and_a_dropped_prompt_is_its_own():
+    assert guidance_streams(1.0, 1.0, "interleaved", True) == ["full"]
+    model = with_any_logits(3, 1.0, 0.0)
+    empty = torch.tensor([[0]])
+    plain = generate(model, empty, mode="image", seed=5)
+    assert torch.equal(generate(model, empty, mode="image", seed=5, guidance_text=4.0), plain)
+
+
+def test_the_repetition_penalty_never_acts_inside_a_picture():
+    model = with_any_logits(1, 1.0, 0.0)
+    prompt = torch.tensor([[0, 80]])
+    plain = generate(model, prompt, mode="image", image_temperature=0.0)
+    assert torch.equal(
+        generate(model, prompt, mode="image", image_temperature=0.0, repetition_penalty=9.0), plain
+    )
+
+
+@pytest.mark.parametrize("model, options, message", [
+    (DRAWER, dict(mode="video"), "mode 'video' is none of text, image, interleaved"),
+    (DRAWER, dict(mode="image", image_temperature=-1.0), "image_temperature must be"),
+    (DRAWER, dict(mode="image", image_top_p=0.0), "image_top_p must be"),
+    (DRAWER, dict(mode="image", guidance_text=-1.0), "guidance_text must be"),
+    (small_model(vocabulary_map=None), dict(mode="image"), "no image tokens"),
+    (small_model(max_position_embeddings=40), dict(mode="image"), "a picture takes 66"),
+])
+def test_drawing_that_cannot_work_is_one_clear_line(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor([[0, 80]]), **options)
+
+
+def test_weights_without_vq_decoder_say_so_before_drawing():
+    values = SIZES | dict(vocabulary_map=scrambled_vocabulary(), vq_config=VQ)
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**values), with_vq_decoder=False)
+    with pytest.raises(ValueError, match="no VQ-VAE decoder"):
+        generate(model, torch.tensor([[0, 80]]), mode="image")
+
+
+PROMPT = torch.tensor([[0, 80]])
+
+
+@pytest.mark.parametrize("ids, options, message", [
+    (PROMPT, dict(temperature=-1.0), "temperature must be 0"),
+    (PROMPT, dict(temperature=float("nan")), "temperature must be 0"),
+    (PROMPT, dict(top_p=0.0), "top_p must be above 0"),
+    (PROMPT, dict(top_p=1.5), "top_p must be above 0"),
+    (PROMPT, dict(top_k=-1), "top_k must be"),
+    (PROMPT, dict(repetition_penalty=0.0), "repetition_penalty must be"),
+    (PROMPT, dict(max_new_tokens=0), "max_new_tokens must be"),
+    (torch.zeros(1, 0).long(), {}, "input_ids must be"),
+    (torch.full((1, 300), 80), {}, "prompt has 300 tokens.*context holds 256"),
+    (torch.tensor([[0] + [73] * S]), {}, "no pixel_values"),
+    (PROMPT, dict(attention_mask=torch.tensor([[1, 0]])), "padding_side='left'"),
+])
+def test_what_cannot_work_is_one_clear_line(ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, ids, **options)
+
+
+def test_rope_scaling_lengthens_the_context():
+    config = ChameleonConfig(**(SIZES | dict(rope_scaling={"type": "linear", "factor": 2.0})))
+    assert check_room(config, 400) == 112
