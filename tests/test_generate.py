@@ -1,8 +1,199 @@
 """The command line: everything a user can get wrong, and what is written to disk."""
 
+import itertools
+import shutil
+
 import pytest
+import torch
+from PIL import Image
 
 import generate as module
+from chameleon import ChameleonForConditionalGeneration
+from sampling import pieces
+from tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def run(untrained_folder, tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+
+    def command(*arguments: str, model=untrained_folder):
+        try:
+            code = module.main(["--model", str(model), "--device", "cpu", *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_text_streams_to_stdout_and_nothing_else_does(run):
+    code, out, err = run("--prompt", "Hi<image>", "--image", "red.png", "--max-new-tokens", "5")
+    assert code == 0 and out.endswith("\n") and len(out) > 1 and err == ""
+
+
+def test_a_batch_answers_in_order_and_each_as_if_alone(run):
+    prompts = ["a", "What do you see?<image>"]
+    picture, limit = ("--image", "red.png"), ("--max-new-tokens", "6")
+    first = run("--prompt", prompts[0], *limit)[1]
+    second = run("--prompt", prompts[1], *picture, *limit)[1]
+    code, out, err = run("--prompt", prompts[0], "--prompt", prompts[1], *picture, *limit)
+    assert code == 0 and out == first + second and err.splitlines() == prompts
+
+
+def test_completion_leaves_the_end_of_turn_out(run):
+    both = [run("--prompt", "abc", "--max-new-tokens", "8", *extra)[1]
+            for extra in ([], ["--completion"])]
+    assert both[0] != both[1]
+
+
+def test_a_picture_is_written_where_one_says(run, tmp_path):
+    code, out, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
+    assert code == 0 and out == "" and "a.png: 1 picture" in err
+    assert Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+def test_several_pictures_come_with_a_contact_sheet(run, tmp_path):
+    code, _, _ = run("--prompt", "Draw", "--mode", "image", "--out", "a.png", "--count", "3")
+    assert code == 0
+    sheet = Image.open(tmp_path / "a.png").convert("RGB")
+    for n in (1, 2, 3):
+        single = Image.open(tmp_path / f"a-{n}.png")
+        y, x = divmod(n - 1, 2)
+        box = (4 + 20 * x, 4 + 20 * y)
+        assert sheet.crop((*box, box[0] + 16, box[1] + 16)).tobytes() == single.tobytes()
+    # Picture n of a batch is the one that its own seed draws alone.
+    run("--prompt", "Draw", "--mode", "image", "--out", "b.png", "--seed", "1")
+    assert Image.open(tmp_path / "b.png").tobytes() == Image.open(tmp_path / "a-2.png").tobytes()
+
+
+def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):
+    for seed in range(60):  # hot enough that some seed soon begins a picture
+        code, out, err = run("--prompt", "Tell", "--mode", "interleaved", "--out", "d", "--seed",
+                             str(seed), "--max-new-tokens", "60", "--temperature", "30")
+        assert code == 0 and "document.html" in err
+        if "[d/1.png]" in out:
+            break
+    markdown = (tmp_path / "d" / "document.md").read_text()
+    page = (tmp_path / "d" / "document.html").read_text()
+    pictures = sorted((tmp_path / "d").glob("*.png"))
+    assert len(pictures) == out.count(".png]") >= 1
+    assert markdown.count("![picture") == page.count("data:image/png;base64") == len(pictures)
+    assert "color-scheme" in page and "http" not in page  # dark mode safe, self-contained
+
+
+def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path):
+    code, _, err = run("--reconstruct", "--image", "red.png", "--out", "r.png")
+    assert code == 0 and "4 x 4 codes each, PSNR" in err
+    assert Image.open(tmp_path / "r.png").size == (3 * 516 + 4, 520)
+
+
+def interrupted(steps, after: int):
+    yield from itertools.islice(steps, after)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after, drawn", [(0, []), (1, []), (5, [4]), (17, [16])])
+def test_ctrl_c_hands_over_what_is_done_and_goes_on_up(untrained_folder, after, drawn):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    tokenizer = load_tokenizer(untrained_folder)
+    steps = module.stream(model, torch.tensor([[0, 300]]), mode="image")
+    made = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in pieces(model, tokenizer, interrupted(steps, after)):
+            made.append(piece)
+    assert [piece.drawn for piece in made] == drawn
+    assert all(piece.image.size == (16, 16) for piece in made)
+
+
+def test_ctrl_c_on_the_command_saves_the_partial_picture_and_exits_130(run, tmp_path, monkeypatch):
+    stream = module.stream
+    monkeypatch.setattr(module, "stream", lambda *a, **o: interrupted(stream(*a, **o), 9))
+    code, _, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
+    assert code == 130 and Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+def test_partial_pictures_come_every_so_many_codes(untrained_folder):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    tokenizer = load_tokenizer(untrained_folder)
+    steps = module.stream(model, torch.tensor([[0, 300]]), mode="image")
+    assert [p.drawn for p in pieces(model, tokenizer, steps, every=6)] == [6, 12, 16]
+
+
+def test_streamed_text_equals_the_text_of_all_ids(untrained_folder):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    tokenizer = load_tokenizer(untrained_folder)
+    options = dict(max_new_tokens=40, do_sample=True, temperature=3.0, eos_token_id=[])
+    steps = list(module.stream(model, torch.tensor([[0, 300]]), **options))
+    streamed = "".join(p.text for p in pieces(model, tokenizer, iter(steps)))
+    assert streamed == tokenizer.decode([int(i) for i in steps])
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def write_broken_pictures(folder):
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "folder.png").mkdir()
+    whole = (folder / "red.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+
+
+ASK = ("--prompt", "What is this?<image>", "--image")
+BAD = {
+    "missing picture": ((*ASK, "nowhere.png"), "nowhere.png"),
+    "text file as picture": ((*ASK, "text.png"), "text.png"),
+    "folder as picture": ((*ASK, "folder.png"), "folder.png"),
+    "truncated picture": ((*ASK, "cut.png"), "cut.png"),
+    "decompression bomb": ((*ASK, "bomb.png"), "too large"),
+    "one picture too many": ((*ASK, "red.png", "--image", "red.png"), "2 picture(s) for 1"),
+    "one picture too few": (("--prompt", "a<image>"), "0 picture(s) for 1"),
+    "empty prompt": (("--prompt", ""), "empty"),
+    "no prompt": ((), "--prompt"),
+    "prompt too long": (("--prompt", "abc " * 2000), "context holds 256"),
+    "no room for a picture": (("--prompt", "q" * 240, "--mode", "image"), "a picture takes 18"),
+    "negative temperature": (("--prompt", "a", "--temperature", "-1"), "temperature must be"),
+    "top-p 0": (("--prompt", "a", "--top-p", "0"), "top_p must be"),
+    "negative top-k": (("--prompt", "a", "--top-k", "-2"), "top_k must be"),
+    "no new tokens": (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens must be"),
+    "unknown device": (("--prompt", "a", "--device", "quantum"), "--device quantum"),
+    "text to a picture file": (("--prompt", "a", "--out", "a.png"), "--mode image"),
+    "not a picture's ending": (("--prompt", "a", "--mode", "image", "--out", "a.doc"), ".png"),
+    "no folder for it": (("--prompt", "a", "--mode", "image", "--out", "no/a.png"), "does not"),
+    "document onto a file": (("--prompt", "a", "--mode", "interleaved", "--out", "red.png"),
+                             "is a file"),
+    "count of text": (("--prompt", "a", "--count", "2"), "--mode image"),
+    "reconstruct nothing": (("--reconstruct",), "--image"),
+    "weak guidance": (("--prompt", "a", "--mode", "image", "--guidance-text", "-1"),
+                      "guidance_text must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tmp_path, name,
+                                                                         monkeypatch):
+    write_broken_pictures(tmp_path)
+    if name != "unknown device":
+        monkeypatch.setattr(module, "load_model", lambda options: pytest.fail("weights were read"))
+    arguments, message = BAD[name]
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("file, message", [
+    (None, "folder"), ("config.json", "config.json"), ("model.safetensors", "model.safetensors"),
+    ("tokenizer.model", "tokenizer"),
+])
+def test_an_incomplete_model_folder_is_one_line(run, untrained_folder, tmp_path, file, message):
+    folder = tmp_path / "model"
+    if file:
+        shutil.copytree(untrained_folder, folder)
+        (folder / file).unlink()
+    code, out, err = run("--prompt", "a", model=folder)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -68,6 +68,15 @@ def test_pixels_equal_the_documented_pipeline_bit_for_bit(mode):
         assert np.array_equal(got[0], documented(image, 32)), (mode, width, height)
 
 
+@given(st.sampled_from(MODES), st.integers(1, 150), st.integers(1, 150), st.integers(1, 48))
+@settings(deadline=None, max_examples=150)
+def test_any_size_and_any_edge_equal_the_documented_pipeline(mode, width, height, edge):
+    image = picture(mode, width, height)
+    processor = ChameleonImageProcessor(size=edge, crop_size=edge)
+    got = processor(image, return_tensors="np").pixel_values[0]
+    assert np.array_equal(got, documented(image, edge))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "I;16"])
 @pytest.mark.parametrize("size", [(640, 480), (333, 777), (1, 99), (512, 512)])
 def test_pixels_at_full_size_equal_the_documented_pipeline(mode, size):
@@ -108,7 +117,7 @@ def test_transparent_pictures_are_at_most_one_level_away_from_transformers_5(ora
     {"image_std": [0.5, 0.25, 2.0]}, {"do_rescale": False, "do_normalize": False},
     {"do_resize": False, "crop_size": {"height": 65, "width": 30}}, {"size": {"shortest_edge": 9}},
     {"image_mean": 0.5, "image_std": 0.5},
-])  # fmt: skip
+])
 def test_every_option_does_what_transformers_does(options, oracle):
     image = picture("RGB", 40, 61)
     want = oracle(image, return_tensors="np", **options)["pixel_values"]
@@ -138,8 +147,9 @@ def test_arrays_and_tensors_of_either_layout_give_the_pixels_of_the_picture():
     for image in (array, array.transpose(2, 0, 1), tensor, tensor.permute(2, 0, 1),
                   array.astype(np.float32), array.astype(np.int64), tensor.to(torch.bfloat16)):
         assert torch.equal(processor(image, return_tensors="pt").pixel_values, want)
-    stack = processor(np.stack([array, array]), return_tensors="pt").pixel_values
-    assert stack.shape == (2, 3, 32, 32) and torch.equal(stack[1:], want)
+    stack = processor(np.stack([255 - array, array]), return_tensors="pt").pixel_values
+    assert stack.shape == (2, 3, 32, 32)
+    assert torch.equal(stack[1:], want) and not torch.equal(stack[:1], want)
 
 
 def test_grey_and_transparent_arrays_give_the_pixels_of_the_picture():
@@ -153,8 +163,24 @@ def test_grey_and_transparent_arrays_give_the_pixels_of_the_picture():
         assert np.array_equal(processor(array, return_tensors="np").pixel_values, want)
 
 
+def test_an_array_of_true_and_false_is_white_and_black():
+    mask = noise(50, 40, 1)[:, :, 0] > 99
+    processor = ChameleonImageProcessor(**SMALL)
+    want = processor(Image.fromarray(mask), return_tensors="np").pixel_values  # PIL's mode "1"
+    assert np.array_equal(processor(mask, return_tensors="np").pixel_values, want)
+
+
+def test_transparent_fractions_are_blended_on_white_as_levels_are():
+    rgba = noise(40, 50, 4).transpose(2, 0, 1)
+    options = {"do_resize": False, "do_center_crop": False}
+    processor = ChameleonImageProcessor(**options)
+    levels = processor(rgba, return_tensors="np", rescale_factor=1 / 255).pixel_values
+    parts = processor(rgba / np.float32(255), return_tensors="np", do_rescale=False).pixel_values
+    assert np.abs(levels - parts).max() < 1.01 / 255  # levels are whole, fractions are not
+
+
 def test_fractions_equal_transformers_when_rescaling_is_off(oracle):
-    fractions = noise(50, 40, 3).transpose(2, 0, 1) / np.float32(255)
+    fractions = np.random.default_rng(0).random((3, 40, 50), dtype=np.float32)
     want = oracle(fractions, return_tensors="np", do_rescale=False)["pixel_values"]
     processor = ChameleonImageProcessor(**SMALL)
     got = processor(fractions, return_tensors="np", do_rescale=False).pixel_values
@@ -213,7 +239,8 @@ def test_options_survive_saving_and_transformers_reads_them(tmp_path):
     options = {**SMALL, "resample": 3, "do_normalize": False, "rescale_factor": 0.5}
     processor = ChameleonImageProcessor(**options)
     processor.save_pretrained(tmp_path / "new")
-    assert ChameleonImageProcessor.from_pretrained(tmp_path / "new").to_dict() == processor.to_dict()
+    again = ChameleonImageProcessor.from_pretrained(tmp_path / "new")
+    assert again.to_dict() == processor.to_dict()
     theirs = hf.ChameleonImageProcessorPil.from_pretrained(tmp_path / "new")
     assert dict(theirs.crop_size) == SMALL["crop_size"] and theirs.rescale_factor == 0.5
     theirs.save_pretrained(tmp_path / "theirs")
@@ -223,9 +250,16 @@ def test_options_survive_saving_and_transformers_reads_them(tmp_path):
 
 def test_options_inside_processor_config_json_are_read(tmp_path):
     (tmp_path / "processor_config.json").write_text(
-        '{"image_processor": {"size": {"shortest_edge": 48}, "do_pad": null}, "image_seq_length": 9}'
+        '{"image_processor": {"size": {"shortest_edge": 48}, "do_pad": null}, "image_token": "x"}'
     )
     assert ChameleonImageProcessor.from_pretrained(tmp_path).size == {"shortest_edge": 48}
+
+
+def test_an_option_given_as_none_is_the_processors_own():
+    processor = ChameleonImageProcessor(size=20, crop_size=None, do_center_crop=False)
+    assert processor.crop_size == {"height": 512, "width": 512}
+    pixels = processor(Image.new("RGB", (50, 40)), size=None, do_center_crop=None).pixel_values
+    assert pixels[0].shape == (3, 20, 25)
 
 
 def test_changing_one_processors_options_leaves_the_documented_defaults():
@@ -241,7 +275,7 @@ def test_changing_one_processors_options_leaves_the_documented_defaults():
     {"crop_size": {"height": 5}}, {"image_std": [1.0, 0.0, 1.0]}, {"rescale_factor": "a"},
     {"image_mean": ["a"]}, {"do_resize": "false"}, {"crop_size": {"height": 5.5, "width": 5}},
     {"resample": [1]}, {"image_mean": [1.0, 1.0]},
-])  # fmt: skip
+])
 def test_an_impossible_option_is_a_one_line_error_that_names_it(options):
     with pytest.raises(ValueError, match=next(iter(options))) as error:
         ChameleonImageProcessor(**options)(Image.new("RGB", (600, 600)))
@@ -258,8 +292,9 @@ def test_an_unknown_option_is_named():
 @pytest.mark.parametrize("bad", [
     "picture.png", 5, None, np.zeros((0, 5, 3), np.uint8), np.zeros((5, 5, 2), np.uint8),
     np.zeros((5,), np.uint8), np.full((9, 9, 3), 300.0), np.full((9, 9, 3), np.nan), [],
-    np.full((9, 9, 3), -1), np.array([["a"]]), Image.new("RGB", (0, 4)), Image.new("RGB", (1, 5000)),
-])  # fmt: skip
+    np.full((9, 9, 3), -1), np.array([["a"]]), Image.new("RGB", (0, 4)),
+    Image.new("RGB", (1, 5000)),
+])
 def test_what_is_no_picture_is_a_one_line_error(bad):
     with pytest.raises(ValueError) as error:
         ChameleonImageProcessor()(bad, return_tensors="pt")
@@ -280,11 +315,13 @@ def test_pictures_of_different_shapes_cannot_be_stacked():
 def png(width: int, height: int) -> bytes:
     """A png that claims a size; its data holds one row only."""
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        length, checksum = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
+        return length + kind + data + checksum
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     rows = zlib.compress(b"\0" * (1 + 3 * min(width, 1000)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 @pytest.fixture
@@ -307,7 +344,7 @@ def test_load_image_reads_the_whole_picture(good):
     ("bomb.png", png(20000, 20000), "too large"),
     ("large.png", png(10000, 10000), "too large"),
     ("zero.png", png(0, 5), "picture"),
-])  # fmt: skip
+])
 def test_a_file_that_is_no_whole_picture_is_a_one_line_error(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)

@@ -1,0 +1,53 @@
+"""Fixtures that several test files share."""
+
+import pytest
+import torch
+from small import SIZES, VQ, randomize
+from synthetic import write_small_sentencepiece, write_synthetic_tokenizer
+
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from tokenizer import ChameleonImageProcessor, ChameleonProcessor, load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory):
+    """A folder with a small tokenizer.json of the release's pipeline and layout, codes permuted."""
+    folder = tmp_path_factory.mktemp("bpe")
+    write_synthetic_tokenizer(folder, num_codes=64, num_merges=400, shuffled_codes=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_folder(tmp_path_factory):
+    """A folder with a small tokenizer.model, trained as the project's own checkpoint's is."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    write_small_sentencepiece(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe(bpe_folder):
+    return load_tokenizer(bpe_folder)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer(sentencepiece_folder):
+    return load_tokenizer(sentencepiece_folder)
+
+
+@pytest.fixture(scope="session")
+def untrained_folder(tmp_path_factory):
+    """A whole checkpoint folder with random weights: 16x16 pictures of 16 codes, 64 codes."""
+    folder = tmp_path_factory.mktemp("untrained")
+    write_small_sentencepiece(folder)
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(0)
+    vq = dict(VQ, resolution=16)
+    config = ChameleonConfig(**(SIZES | dict(
+        vocab_size=tokenizer.vocab_size, vocabulary_map=tokenizer.vocab, vq_config=vq)))
+    model = ChameleonForConditionalGeneration(config)
+    randomize(model)
+    model.save_pretrained(folder)
+    pictures = ChameleonImageProcessor(size=16, crop_size=16)
+    ChameleonProcessor(pictures, tokenizer, image_seq_length=16).save_pretrained(folder)
+    return folder
