@@ -481,10 +481,9 @@ class ChameleonModel(nn.Module):
         self.register_buffer("code_to_id", self.vocabulary.code_to_id.clone(), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
-                        device: str | torch.device = "cpu") -> "ChameleonModel":
-        """The model without its head, of a folder that holds both."""
-        return ChameleonForConditionalGeneration.from_pretrained(folder, dtype, device).model
+    def from_pretrained(cls, folder: str | Path, **options) -> "ChameleonModel":
+        """The model without its head, of a folder that holds both; options as there."""
+        return ChameleonForConditionalGeneration.from_pretrained(folder, **options).model
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Pictures, pixels in [-1, 1] (N, 3, H, W) -> vocabulary ids (N, S) in raster order."""
@@ -641,13 +640,15 @@ class ChameleonForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
-                        device: str | torch.device = "cpu") -> "ChameleonForConditionalGeneration":
+                        device: str | torch.device = "cpu",
+                        device_map: str | None = None) -> "ChameleonForConditionalGeneration":
         """Reads a folder in the Hugging Face layout. `dtype` None keeps what the file holds; the
-        VQ-VAE is fp32 in any case. ValueError, in one line, says what is wrong with the folder.
+        VQ-VAE is fp32 in any case. `device_map` is transformers' word for `device`; both know
+        "auto", the fastest there is. ValueError, in one line, says what is wrong with the folder.
         """
-        from checkpoint import load_checkpoint
+        from checkpoint import load_checkpoint, pick_device
 
-        return load_checkpoint(cls, Path(folder), dtype, device)
+        return load_checkpoint(cls, Path(folder), dtype, pick_device(device_map or device))
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json and safetensors that transformers and `from_pretrained` read."""

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig
 
@@ -89,13 +90,37 @@ def check_tensors(folder: Path, wanted: dict[str, tuple], found: dict[str, tuple
                          f"{'; '.join(problems[:8])}{more}")
 
 
+def pick_device(name: str | torch.device) -> torch.device:
+    """A device by its name, "auto" being the fastest there is; ValueError if it is not there."""
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError, TypeError) as e:
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"the device {name} cannot be used here: {reason}") from None
+
+
+class WithoutInit(TorchFunctionMode):
+    """Inside, weights are not initialized. Meta tensors hold nothing to fill, and torch imports
+    half of its compiler to find that out: two seconds before the first word.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None  # they work in place, nobody reads what they return
+        return function(*args, **(kwargs or {}))
+
+
 def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device) -> nn.Module:
     config = read_config(folder)
     files = open_checkpoint(folder, device)
     files = {n: f for n, f in files.items() if not n.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)  # some writers store the tied matrix twice
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         has_decoder = any(name.startswith(DECODER_PREFIX) for name in files)
         model = cls(config, with_vq_decoder=has_decoder)
     wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}  # tied matrices once

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from chameleon import ChameleonForConditionalGeneration
-from checkpoint import read_config, write_atomically
+from checkpoint import pick_device, read_config, write_atomically
 from sampling import MODES, check_options, check_room, generate, pieces, stream
 from tokenizer import ChameleonImageProcessor, ChameleonProcessor, Tokenizer, load_image
 
@@ -91,18 +91,6 @@ def place_images(prompts: list[str], count: int) -> list[str]:
     if len(prompts) == count:
         return ["<image>" + prompt for prompt in prompts]
     raise ValueError(f"{count} pictures for {len(prompts)} prompts: mark their places by <image>")
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used here: {reason}") from None
 
 
 def check_output(options: argparse.Namespace) -> None:

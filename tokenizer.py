@@ -601,12 +601,16 @@ class ChameleonProcessor:
                 data[name].append(fill + content if side == "left" else content + fill)
         return data
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """As Tokenizer.decode."""
-        return self.tokenizer.decode(ids, skip_special_tokens)
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True,
+               clean_up_tokenization_spaces: bool = False) -> str:
+        """As Tokenizer.decode. Text comes back as it was, so there are no spaces to clean up."""
+        return self.batch_decode([ids], skip_special_tokens, clean_up_tokenization_spaces)[0]
 
-    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = True) -> list[str]:
+    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = True,
+                     clean_up_tokenization_spaces: bool = False) -> list[str]:
         """As Tokenizer.batch_decode."""
+        if clean_up_tokenization_spaces:
+            raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
         return self.tokenizer.batch_decode(batch, skip_special_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:

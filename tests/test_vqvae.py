@@ -158,11 +158,17 @@ def test_training_reaches_every_parameter_and_lowers_the_loss():
 
 
 def test_encoding_is_fp32_whatever_the_surroundings():
-    model = small_vqvae()
-    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    model = small_vqvae(num_embeddings=2048)
+    pixels = torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():  # a codebook as dense as the encoder's outputs: rounding changes codes
+        model.quantize.embedding.weight.mul_(model.quant_conv(model.encoder(pixels)).std())
     codes = model.encode(pixels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.encode(pixels), codes)
+        with torch.no_grad():
+            rounded = model.quant_conv(model.encoder(pixels)).float()
+    flat = rounded.permute(0, 2, 3, 1).flatten(0, 2)
+    assert not torch.equal(model.quantize.nearest(flat).view_as(codes), codes)
     model.to(torch.bfloat16)
     model.encode(pixels.bfloat16())
     assert model.encoder.conv_in.weight.dtype == torch.float32
