@@ -1,8 +1,8 @@
 """The decoder of Chameleon: one Llama-like transformer over text AND image tokens.
 
-    text ----tokenizer.py----> ids ---+
-                                      +--> ids (B,T) --embed--> x (B,T,D) --N layers--> --norm-->
-    picture --vqvae.py--> codes --> ids                              --lm_head--> logits (B,T,V)
+    text ------tokenizer.py----------> ids --+
+    picture --vqvae.py--> codes --name--> ids +--> ids (B,T) --embed--> x (B,T,D)
+                                     x --N layers--> --norm--> --lm_head--> logits (B,T,V)
 
     one layer (7B)      h = x + attention(norm(x))        out = h + mlp(norm(h))
     one layer (34B)     h = x + norm(attention(x))        out = h + norm(mlp(h))
@@ -120,6 +120,9 @@ class ChameleonConfig:
         D, H, G = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if D % (2 * H):
             raise ValueError(f"hidden_size {D} must be an even multiple of num_attention_heads {H}")
+        if self.rope_type == "dynamic" and D == 2 * H:
+            raise ValueError("rope_scaling dynamic needs a head_dim of at least 4, hidden_size "
+                             f"{D} / num_attention_heads {H} is 2")
         if H % G:
             raise ValueError(f"num_key_value_heads {G} must divide num_attention_heads {H}")
 
@@ -173,7 +176,7 @@ class ChameleonConfig:
 
     @classmethod
     def chameleon_34b(cls, **changes) -> "ChameleonConfig":
-        """The larger release, called 30b on disk (paper, table 1)."""
+        """The larger release, called 30b on disk; sizes as in Hugging Face's converter."""
         sizes = dict(
             hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
             num_attention_heads=64, num_key_value_heads=8, model_parallel_size=4, swin_norm=True,
@@ -191,7 +194,7 @@ class ChameleonConfig:
         rope = values.pop("rope_parameters", None)
         if rope:
             values["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
-            kind = rope.get("rope_type", "default")
+            kind = rope.get("rope_type", rope.get("type", "default"))
             if kind != "default":
                 values["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
         known = {field.name for field in dataclasses.fields(cls)}
@@ -291,6 +294,9 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int, device) -> Te
     when no mask tensor is needed to say so: one query, or no past.
     """
     L = past + T
+    if attention_mask is not None and attention_mask.shape[-1] != L:
+        raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns, but there are "
+                         f"{L} tokens ({past} cached + {T} new)")
     if attention_mask is not None and attention_mask.ndim == 2 and T > 1 and attention_mask.all():
         attention_mask = None  # the processor always sends a mask; most often nothing is padded
     if attention_mask is None and (T == 1 or past == 0):
@@ -300,9 +306,6 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int, device) -> Te
     allowed = (j <= t)[None]  # (1, T, L)
     if attention_mask is not None:
         real = attention_mask.bool()
-        if real.shape[-1] != L:
-            raise ValueError(f"attention_mask has {real.shape[-1]} columns, but there are {L} "
-                             f"tokens ({past} cached + {T} new)")
         real = real if real.ndim == 3 else real[:, None]  # (B, T or 1, L)
         allowed = allowed & real | (j == t)  # (B, T, L)
     return allowed[:, None]  # (B or 1, 1, T, L)
@@ -443,7 +446,7 @@ class ChameleonDecoderLayer(nn.Module):
 class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
     """The layer of the 34B model: norms behind, so that no block can add something huge.
 
-    Same parameters, same names (equation 1 of section 2.3, the order of Swin Transformer V2).
+    Same parameters, same names (section 2.3, which takes the order from Swin Transformers).
     """
 
     def forward(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor | None]:
@@ -457,7 +460,7 @@ class ChameleonOutput:
     """What a forward pass gives; a field is None where it was not asked for or does not apply."""
 
     loss: Tensor | None = None  # scalar, mean over the labels that count
-    logits: Tensor | None = None  # (B, T, V)
+    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
     last_hidden_state: Tensor | None = None  # (B, T, D), after the final norm
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
@@ -475,14 +478,15 @@ class ChameleonModel(nn.Module):
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = ChameleonRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vqmodel = ChameleonVQVAE(config.vq_config, with_vq_decoder)
-        with torch.device("cpu"):  # real numbers even while the weights are on "meta"
-            self.vocabulary = VocabularyMap(config.vocabulary_map)
+        self.vocabulary = VocabularyMap(config.vocabulary_map)
         # A copy that follows the weights to their device; names, not numbers, define the ids.
         self.register_buffer("code_to_id", self.vocabulary.code_to_id.clone(), persistent=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options) -> "ChameleonModel":
-        """The model without its head, of a folder that holds both; options as there."""
+        """The model without its head, of a folder that holds both; options are those of
+        ChameleonForConditionalGeneration.from_pretrained.
+        """
         return ChameleonForConditionalGeneration.from_pretrained(folder, **options).model
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
@@ -499,6 +503,8 @@ class ChameleonModel(nn.Module):
         are not exactly N * S placeholders. Feeding the result is the same as feeding pictures.
         """
         image_ids = self.get_image_tokens(pixel_values)  # (N, S)
+        if self.vocabulary.image_token_id is None:
+            raise ValueError("this vocabulary has no <image>: put the pictures' ids into input_ids")
         here = input_ids == self.vocabulary.image_token_id  # (B, T)
         if here.sum() != image_ids.numel():
             raise ValueError(f"{len(image_ids)} pictures are {image_ids.numel()} image tokens, but "
@@ -609,6 +615,8 @@ class ChameleonForConditionalGeneration(nn.Module):
         released text models and transformers do; drawing and training need it off.
         Raises ValueError if labels contain image codes while it is on.
         """
+        if labels is not None and logits_to_keep:
+            raise ValueError("labels need all logits: leave logits_to_keep at 0")
         if pixel_values is not None and input_ids is not None:
             filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
             if labels is not None:  # DIFFERS: transformers leaves the placeholder as the label
@@ -639,15 +647,19 @@ class ChameleonForConditionalGeneration(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | str | None = None,
                         device: str | torch.device = "cpu",
                         device_map: str | None = None) -> "ChameleonForConditionalGeneration":
-        """Reads a folder in the Hugging Face layout. `dtype` None keeps what the file holds; the
-        VQ-VAE is fp32 in any case. `device_map` is transformers' word for `device`; both know
-        "auto", the fastest there is. ValueError, in one line, says what is wrong with the folder.
+        """Reads a folder in the Hugging Face layout. `dtype` None or "auto" keeps what the file
+        holds; the VQ-VAE is fp32 in any case. `device_map` is transformers' word for `device`;
+        both know "auto", the fastest there is. ValueError, in one line, says what is wrong.
         """
-        from checkpoint import load_checkpoint, pick_device
+        from checkpoint import load_checkpoint, pick_device  # here: checkpoint imports this file
 
+        if isinstance(dtype, str):
+            name, dtype = dtype, getattr(torch, dtype, None)
+            if name != "auto" and not isinstance(dtype, torch.dtype):
+                raise ValueError(f"dtype {name!r} is no dtype of torch: say bfloat16, float32 ...")
         return load_checkpoint(cls, Path(folder), dtype, pick_device(device_map or device))
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:

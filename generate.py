@@ -14,7 +14,6 @@ import argparse
 import base64
 import colorsys
 import html
-import io
 import math
 import sys
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="generate.py", description="Text and pictures from both.")
+    parser = OneLineParser("generate.py", description="Text and pictures in, text and pictures out.")
     add = parser.add_argument
     add("--model", type=Path, default=TINY, help="folder with the weights (default: tiny/)")
     add("--prompt", action="append", default=[], metavar="TEXT",
@@ -57,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--count", type=int, default=1, help="so many pictures of each prompt, and a sheet of all")
     add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
     add("--completion", action="store_true", help="continue the prompt instead of answering it")
-    add("--max-new-tokens", type=int)
+    add("--max-new-tokens", type=int, help="256 by default; a picture is always whole")
     add("--temperature", type=float, default=0.0, help="of text; 0, the default, is greedy")
     add("--top-k", type=int, default=0, help="0 is no limit")
     add("--top-p", type=float, default=1.0)
@@ -67,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image-top-p", type=float, default=0.9)
     add("--guidance-text", type=float, default=1.0, help="how much the words count; Meta uses 3")
     add("--guidance-image", type=float, default=1.0, help="how much pictures do; Meta uses 1.2")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all random draws; row b of a batch adds b")
     add("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
@@ -193,8 +192,10 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
         for piece in pieces(model, tokenizer, steps):
             if piece.image is not None:
                 pictures += 1
+                in_line = parts and isinstance(parts[-1], str) and not parts[-1].endswith("\n")
+                new_line = "\n" if in_line else ""
                 parts.append(piece.image)
-                print(f"[{options.out / str(pictures)}.png]", flush=True)
+                print(f"{new_line}[{options.out / str(pictures)}.png]", flush=True)
             elif parts and isinstance(parts[-1], str):
                 parts[-1] += piece.text
             else:
@@ -270,8 +271,8 @@ def code_grid(codes: Sequence[Sequence[int]], side: int) -> Image.Image:
     pen = ImageDraw.Draw(grid)
     for y, row in enumerate(codes):
         for x, code in enumerate(row):
-            red, green, blue = colorsys.hsv_to_rgb(code * GOLDEN % 1, 0.45, 0.95)
-            colour = tuple(round(255 * c) for c in (red, green, blue))
+            hue = code * GOLDEN % 1
+            colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.45, 0.95))
             box = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
             pen.rectangle(box, fill=colour)
             if cell >= 24:  # else the number would not be legible
@@ -300,9 +301,7 @@ def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
         n += 1
         save_picture(part, folder / f"{n}.png")
         markdown.append(f"![picture {n}]({n}.png)")
-        buffer = io.BytesIO()
-        part.save(buffer, format="PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
+        data = base64.b64encode((folder / f"{n}.png").read_bytes()).decode()
         body.append(f'<p><img alt="picture {n}" src="data:image/png;base64,{data}"></p>')
     page = (
         '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'

@@ -8,7 +8,7 @@ The prompt goes through the model once, all tokens at a time, and fills the KV c
 new token costs one step of one column. Text and pictures come from the same loop: a picture is
 begin-image, exactly S codes, end-image, and the grammar says where in this a row stands.
 
-    TEXT --begin-image--> PICTURE (S codes) --end-image, not asked for--> TEXT ... until an end
+    TEXT --begin-image--> PICTURE (S codes) --end-image, forced--> TEXT ... until an end
 
 Letter  meaning
 B, T    rows of the batch, tokens of a row so far
@@ -17,8 +17,8 @@ S       codes of a picture: 1024 in the release, where the grid is 512 / 16 squa
 G       guidance streams: 1, 2 or 3 versions of each row's context in one batch
 
 What differs from sampling a Llama: the grammar, and guidance for pictures. Rows of a batch are
-independent: each has its own positions, its own modality, its own end, its own random numbers,
-and gives exactly what it would give alone.
+independent: each has its own positions, its own modality, its own end, its own random numbers. It
+gives what it would give alone, as long as the longest prompt leaves it the same room.
 """
 
 from collections.abc import Iterator
@@ -71,11 +71,12 @@ class Grammar:
         return torch.where(begun > ended, T - begun, -1)
 
     def allowed(self, drawn: Tensor, room: int) -> Tensor:
-        """`codes_so_far` (B,), places left for new ids -> bool (B, V); some id always is.
+        """`codes_so_far` (B,), places left for new ids -> bool (B, V).
 
+        Some id always is allowed, but behind the one picture of mode "image", where the row ends.
         Why exactly S codes, 1024 in the release: the VQ-VAE's decoder wants a whole grid, and
-        the model never saw another number. So end-image is not asked for but put, and a picture
-        begins only where begin-image, S codes and end-image still fit.
+        the model never saw another number. So end-image is never sampled but inserted after S
+        codes, and a picture may begin only where begin-image, S codes and end-image still fit.
         """
         outside = self.text.clone()  # (V,)
         if self.mode == "image":
@@ -94,9 +95,7 @@ def check_can_draw(model: ChameleonForConditionalGeneration) -> None:
     vocabulary = model.model.vocabulary
     if None in (vocabulary.begin_image_id, vocabulary.end_image_id) or not vocabulary.num_codes:
         raise ValueError("this vocabulary has no image tokens, so the model cannot draw")
-    if model.model.vqmodel.decoder is None:
-        raise ValueError("these weights have no VQ-VAE decoder (model.vqmodel.decoder.*), so they "
-                         "cannot draw: take Anole-7b or tiny/")
+    model.model.vqmodel.check_decoder()
 
 
 def picture_ids(vocabulary: VocabularyMap) -> list[int]:
@@ -148,15 +147,12 @@ def draw(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
     return (logits.softmax(-1) / noise).argmax(-1)  # (B,)
 
 
-def choose(
-    logits: Tensor, seen: Tensor, generators: list[torch.Generator], *, temperature: float,
-    top_k: int | None, top_p: float, repetition_penalty: float = 1.0,
-) -> Tensor:
-    """logits (B, V), ids so far (B, T) -> next ids (B,). The order of transformers' processors.
+def choose(logits: Tensor, generators: list[torch.Generator], *, temperature: float,
+           top_k: int | None, top_p: float) -> Tensor:
+    """logits (B, V) -> the index chosen in each row (B,). The order of transformers' processors.
 
-    Temperature 0 takes the most likely id; the penalty holds for it, too.
+    Temperature 0 takes the most likely one.
     """
-    logits = penalize_repetition(logits.float(), seen, repetition_penalty)
     if temperature == 0:
         return logits.argmax(-1)  # (B,)
     return draw(keep_top_p(keep_top_k(logits / temperature, top_k), top_p), generators)
@@ -171,15 +167,13 @@ def guidance_streams(text: float, image: float, mode: str, has_pictures: bool) -
 
     full      everything
     pictures  only <s>, pictures and their marks: what is drawn if the words are not read
-    nothing   only <s> and the begin-image of the picture being drawn
+    nothing   only <s> and the picture being drawn, from its begin-image on
     """
+    if mode == "image" and not has_pictures:
+        image = 1.0  # "pictures" and "nothing" are the same context, whatever the scale
     if mode == "text" or text == image == 1.0:
         return ["full"]
-    if image == 1.0:
-        return ["full", "pictures"]
-    if mode == "image" and not has_pictures:  # then "pictures" and "nothing" are the same
-        return ["full", "nothing"]
-    return ["full", "pictures", "nothing"]
+    return ["full", "pictures"] if image == 1.0 else ["full", "pictures", "nothing"]
 
 
 def guide(logits: Tensor, text: float, image: float) -> Tensor:
@@ -187,7 +181,7 @@ def guide(logits: Tensor, text: float, image: float) -> Tensor:
 
         nothing + image (pictures - nothing) + text (full - pictures)
 
-    written so that it holds for two streams, where the second is both of the others.
+    written so that the third term falls away with the third stream.
     """
     full, *others = logits
     if not others:
@@ -227,7 +221,11 @@ class Contexts:
         """One row's ids (n,) -> those that the stream sees; <s> always stays."""
         if stream == "full":
             return row
-        keep = self.is_picture[row] if stream == "pictures" else torch.zeros_like(row).bool()
+        keep = self.is_picture[row]  # (n,)
+        if stream == "nothing":  # a picture that the prompt itself began is still being drawn
+            begun = int((row == self.begin).nonzero().max()) if (row == self.begin).any() else 0
+            finished = bool((row[begun:] == self.end).any())
+            keep[: len(row) if finished else begun] = False
         keep[0] = True
         return row[keep]
 
@@ -246,14 +244,11 @@ class Contexts:
         """The rows' next ids (B,) become the next column of all streams."""
         column = self.cache.length
         for g, stream in enumerate(self.streams):
-            mask = self.mask[g * self.B : (g + 1) * self.B]  # (B, L), a view
-            mask[:, column] = 1
-            if stream != "full":
-                mask[:, column] = self.is_picture[chosen].long()
+            mask = self.mask[g * self.B : (g + 1) * self.B]  # (B, T + steps), a view
+            mask[:, column] = 1 if stream == "full" else self.is_picture[chosen].long()
             if stream == "nothing":  # a new picture forgets the one before; <s> stays
-                forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)
-                mask.masked_fill_(forget, 0)
-                mask[:, column] = (self.is_picture[chosen] & (chosen != self.end)).long()
+                forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, T + steps)
+                mask[:, :column].masked_fill_(forget[:, :column], 0)
         self.new = chosen.repeat(len(self.streams))[:, None]  # (GB, 1)
 
 
@@ -266,6 +261,8 @@ def check_options(max_new_tokens: int | None, **options: float | None) -> None:
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for name, value in options.items():
+        if value is None and "top_k" not in name:
+            raise ValueError(f"{name} is None: leave it out for its default")
         if "temperature" in name and not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be 0 (greedy) or above, got {value}")
         if "top_k" in name and value is not None and value < 0:
@@ -318,48 +315,47 @@ def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) 
     vocabulary = model.model.vocabulary
     if mode == "image":
         return [vocabulary.end_image_id]
+    asked = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    ids = list(asked) if isinstance(asked, (list, tuple)) else [asked]
     if eos_token_id is None:
-        eos_token_id = model.config.eos_token_id
-        ids = list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-        return [i for i in (*ids, vocabulary.end_of_turn_id) if i is not None]
-    return list(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+        ids.append(vocabulary.end_of_turn_id)
+    return [i for i in ids if i is not None]
 
 
 class Picker:
     """Hidden states of all streams -> each row's next id: head, guidance, grammar, filters."""
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
-                 guidance: tuple[float, float], text: dict, image: dict,
+                 guidance: tuple[float, float], repetition_penalty: float, text: dict, image: dict,
                  generators: list[torch.Generator]) -> None:
         self.model, self.grammar, self.guidance = model, grammar, guidance
-        self.text, self.image, self.generators = text, image, generators
+        self.repetition_penalty, self.generators = repetition_penalty, generators
+        self.text, self.image = text, image
         if grammar.mode != "text":
             self.code_rows = model.lm_head.weight[model.model.code_to_id]  # (K, D)
 
     def __call__(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int) -> Tensor:
         """hidden (G * B, D), ids so far (B, T), `codes_so_far` (B,) -> next ids (B,)"""
-        hidden = hidden.view(-1, *drawn.shape, hidden.shape[-1])  # (G, B, D)
+        hidden = hidden.unflatten(0, (-1, len(drawn)))  # (G, B, D)
         inside = (drawn >= 0) & (drawn < self.grammar.S)  # (B,): rows that draw a code now
         chosen = torch.empty_like(drawn)
-        for rows, next_ids in ((~inside, self.text_ids), (inside, self.code_ids)):
-            if rows.any():
-                own = [g for g, here in zip(self.generators, rows.tolist()) if here]
-                chosen[rows] = next_ids(hidden[:, rows], seen[rows], drawn[rows], room, own)
+        if not inside.all():  # the whole head, on the full context alone
+            text = ~inside
+            logits = self.model.lm_head(hidden[0, text])  # (rows, V)
+            allowed = self.grammar.allowed(drawn[text], room)  # (rows, V)
+            logits = penalize_repetition(logits.float(), seen[text], self.repetition_penalty)
+            logits = logits.masked_fill(~allowed, float("-inf"))
+            chosen[text] = choose(logits, self.generators_of(text), **self.text)
+        if inside.any():  # no other logit matters, so K rows of the head, not V
+            logits = guide(F.linear(hidden[:, inside], self.code_rows), *self.guidance)  # (rows, K)
+            codes = choose(logits.float(), self.generators_of(inside), **self.image)  # (rows,)
+            chosen[inside] = self.model.model.code_to_id[codes]
         return chosen
 
-    def text_ids(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int, own) -> Tensor:
-        """Outside of pictures: the whole head on the full context. (G, B, D) -> (B,)"""
-        logits = self.model.lm_head(hidden[0])  # (B, V)
-        logits = logits.masked_fill(~self.grammar.allowed(drawn, room), float("-inf"))
-        return choose(logits, seen, own, **self.text)
-
-    def code_ids(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int, own) -> Tensor:
-        """Inside: no other logit matters, so K rows of the head, not V. (G, B, D) -> (B,)"""
-        logits = guide(F.linear(hidden, self.code_rows), *self.guidance)  # (B, K)
-        return self.model.model.code_to_id[choose(logits, seen, own, **self.image)]
+    def generators_of(self, rows: Tensor) -> list[torch.Generator]:
+        return [g for g, here in zip(self.generators, rows.tolist()) if here]
 
 
-@torch.inference_mode()
 def stream(
     model: ChameleonForConditionalGeneration,
     input_ids: Tensor,  # (B, T), padded on the left
@@ -367,26 +363,24 @@ def stream(
     pixel_values: Tensor | None = None,  # (N, 3, H, W), for the <image> placeholders in order
     *,
     mode: str = "text",  # "image": one picture at once; "interleaved": as the model decides
-    max_new_tokens: int | None = None,  # None: 256 of text, one picture, all that fits
-    do_sample: bool = False,
+    max_new_tokens: int | None = None,  # None: 256 of text, else all that fits; one picture anyway
+    do_sample: bool = False,  # of text; pictures are sampled unless image_temperature is 0
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,  # never acts inside a picture
     image_temperature: float = 1.0,
     image_top_k: int | None = None,
     image_top_p: float = 1.0,
     guidance_text: float = 1.0,
     guidance_image: float = 1.0,
-    seed: int | list[int] = 0,
+    seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
     eos_token_id: int | list[int] | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next id of every row, (B,), until all have ended or the context is full.
 
-    A row that has ended yields padding. Text is greedy unless `do_sample`; pictures are drawn at
-    random unless `image_temperature` is 0. Row b draws with seed + b (or its own seed of a list),
-    so it can be repeated alone. The repetition penalty never acts inside a picture.
-    Raises ValueError on options or prompts that cannot work.
+    A row that has ended yields padding. Text is greedy by default. ValueError, at once and not at
+    the first id, for options or prompts that cannot work.
     """
     text = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     image = dict(temperature=image_temperature, top_k=image_top_k, top_p=image_top_p)
@@ -394,36 +388,52 @@ def stream(
                   repetition_penalty=repetition_penalty, guidance_text=guidance_text,
                   guidance_image=guidance_image)
     check_prompt(model, input_ids, attention_mask, pixel_values)
-    (B, T), device = input_ids.shape, input_ids.device
     grammar = Grammar(model, mode)
-    steps = steps_to_make(model, T, mode, max_new_tokens)
-    text |= dict(repetition_penalty=repetition_penalty, temperature=do_sample and temperature)
-    seeds = [seed + b for b in range(B)] if isinstance(seed, int) else seed
-    generators = [torch.Generator(device).manual_seed(s) for s in seeds]
-    pick = Picker(model, grammar, (guidance_text, guidance_image), text, image, generators)
+    steps = steps_to_make(model, input_ids.shape[1], mode, max_new_tokens)
+    seeds = [seed + b for b in range(len(input_ids))] if isinstance(seed, int) else seed
+    if len(seeds) != len(input_ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} rows: give one for each")
+    generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
+    text["temperature"] = temperature if do_sample else 0.0
+    guidance = (guidance_text, guidance_image)
+    pick = Picker(model, grammar, guidance, repetition_penalty, text, image, generators)
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     stops = stop_ids(model, eos_token_id, mode)
-    pad = model.config.pad_token_id
-    pad = pad if pad is not None else stops[0] if stops else 0
+    return steps_of(model, input_ids, real.bool(), pixel_values, pick, stops, steps)
 
+
+@torch.inference_mode()
+def steps_of(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
+             pixel_values: Tensor | None, pick: Picker, stops: list[int],
+             steps: int) -> Iterator[Tensor]:
+    """The loop of `stream`, whose arguments are checked. `real` (B, T) is False on padding."""
+    was_training = model.training
     model.eval()
     if pixel_values is not None:
         input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    rows = [ids[mask.bool()] for ids, mask in zip(input_ids, real)]
-    has_pictures = any(grammar.begin in row.tolist() for row in rows)
-    streams = guidance_streams(guidance_text, guidance_image, mode, has_pictures)
+    rows = [ids[here] for ids, here in zip(input_ids, real)]
+    has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
+    streams = guidance_streams(*pick.guidance, pick.grammar.mode, has_pictures)
     contexts = Contexts(model, rows, streams, steps)
-    seen = torch.where(real.bool(), input_ids, input_ids[:, -1:])  # padding counts for nothing
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    for step in range(steps):
-        chosen = pick(contexts.hidden(), seen, grammar.codes_so_far(seen), steps - step)  # (B,)
-        chosen = torch.where(ended, pad, chosen)
-        yield chosen
-        ended = ended | torch.isin(chosen, torch.tensor(stops, device=device))
-        if ended.all():
-            return
-        seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
-        contexts.feed(chosen)
+    # What the penalty and the grammar look at. Padding becomes a copy of the row's last id, which
+    # is in the row anyway.
+    seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)
+    ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
+    ends = torch.tensor(stops, device=seen.device)
+    pad = next((i for i in (model.config.pad_token_id, *stops) if i is not None), 0)
+    try:
+        for step in range(steps):
+            drawn = pick.grammar.codes_so_far(seen)  # (B,)
+            chosen = pick(contexts.hidden(), seen, drawn, steps - step)  # (B,)
+            chosen = torch.where(ended, pad, chosen)
+            yield chosen
+            ended = ended | torch.isin(chosen, ends)
+            if ended.all():
+                return
+            seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
+            contexts.feed(chosen)
+    finally:
+        model.train(was_training)
 
 
 def generate(model: ChameleonForConditionalGeneration, input_ids: Tensor, attention_mask=None,
@@ -463,7 +473,7 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
     """What `stream` yields -> text as soon as it is valid text, and pictures.
 
     A picture comes when its last code is drawn; with `every` also after so many codes each, the
-    missing ones filled with its first. Ctrl-C still gives what is done, then goes on up.
+    missing ones filled with its first. On Ctrl-C, first yields what is half done, then re-raises.
     """
     vocabulary, S = tokenizer.vocabulary, model.config.vq_config.codes_per_image
     decoders, codes, interrupt = [], [], None

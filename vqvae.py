@@ -18,8 +18,8 @@ A different size of picture gives a different S; nothing in this file is tied to
 
 What differs from a plain VQ-VAE (van den Oord et al., 2017, https://arxiv.org/abs/1711.00937):
 the encoder and decoder are those of VQGAN (Esser et al., 2021, https://arxiv.org/abs/2012.09841),
-with residual blocks, GroupNorm, swish and one attention block in the middle. Chameleon (section 2.1)
-takes the picture tokenizer of Make-A-Scene (https://arxiv.org/abs/2203.13131), trained at 512x512.
+with residual blocks, GroupNorm, swish and one attention block in the middle. Chameleon (section
+2.1) trains its own after Make-A-Scene's (https://arxiv.org/abs/2203.13131), at 512x512.
 
 Three spaces, three words: `pixels` live in [-1, 1], `codes` in 0..K-1 (this file), and `ids` in
 0..V-1 (the decoder's vocabulary, chameleon.py). Nothing here knows about ids.
@@ -37,7 +37,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUPS, GROUP_NORM_EPS = 32, 1e-6  # VQGAN fixes both: 32 channels would be instance norm
+# VQGAN fixes both. With 32 channels each group is one channel, that is instance norm, which
+# forgets plain colours: use base_channels >= 64.
+GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,8 +74,9 @@ class ChameleonVQVAEConfig:
             self.attn_resolutions = tuple(self.attn_resolutions)
         for name in ("embed_dim", "num_embeddings", "latent_channels", "resolution",
                      "in_channels", "base_channels", "num_res_blocks"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
             raise ValueError(f"channel_multiplier {self.channel_multiplier} needs entries >= 1")
         if any(self.base_channels * m % GROUPS for m in self.channel_multiplier):
@@ -150,7 +153,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Every place looks at every other, one head as wide as the map.   (B, C, H, W) unchanged"""
+    """Every place looks at every other; one head over all C channels.   (B, C, H, W) unchanged"""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -176,8 +179,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Padding only right and below (VQGAN inherits it from a TensorFlow code): padding=1 all
-        # around would shift every feature by one pixel, and pictures would get other codes.
+        # Padding only right and below, as in VQGAN: padding=1 all around would shift every
+        # feature by one pixel, and pictures would get other codes.
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
 
 
@@ -223,7 +226,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """pixels (B, 3, H, W) -> features (B, latent_channels, h, w)"""
+    """pixels (B, 3, H, W) -> features (B, latent_channels, h, w), twice as many if double_latent"""
 
     def __init__(self, c: ChameleonVQVAEConfig) -> None:
         super().__init__()
@@ -299,7 +302,7 @@ class VQLosses(NamedTuple):
     codebook: Tensor  # | sg[z] - e |^2 : moves the code vectors to the encoder's outputs
     commitment: Tensor  # | z - sg[e] |^2 : keeps the encoder's outputs near their codes
     total: Tensor  # codebook + beta * commitment
-    perplexity: Tensor  # exp(entropy of code use): how many codes this batch used, as if equally
+    perplexity: Tensor  # exp(entropy of code use): K if all are used equally, 1 if only one is
 
 
 class VectorQuantizer(nn.Module):
@@ -369,21 +372,34 @@ class ChameleonVQVAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config) if with_decoder else None
 
+    def check_decoder(self) -> None:
+        """ValueError if these weights came without a decoder."""
+        if self.decoder is None:
+            raise ValueError(
+                "these weights have no VQ-VAE decoder (model.vqmodel.decoder.*), so they cannot "
+                "draw: facebook/chameleon-7b came without one, leloy/Anole-7b-v0.1-hf has it"
+            )
+
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, S) in raster order. Always fp32 inside.
 
-        DIFFERS: transformers encodes in the model's dtype. In bf16 1.6 % of the codes of the
-        released model change, so a checkpoint read as bf16 keeps this module in fp32.
-        Raises ValueError if the shape is not a batch of pictures.
+        DIFFERS: transformers encodes in the model's dtype. In bf16 1.6 % of the codes change, so
+        `from_pretrained(dtype=torch.bfloat16)` keeps this module in fp32.
+        Raises ValueError if the shape is not a batch of pictures, or the weights are not fp32.
         """
         channels = self.config.in_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(f"pixel_values must be (B, {channels}, H, W), got "
                              f"{tuple(pixel_values.shape)}")
         if self.quant_conv.weight.dtype != torch.float32:
-            self.float()  # after a `.to(torch.bfloat16)` of the whole model
-        with torch.autocast(pixel_values.device.type, enabled=False):
+            raise ValueError(
+                f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which changes codes: "
+                "load with from_pretrained(dtype=...), which leaves them in float32"
+            )
+        # No reduced precision by a side door either: bf16 autocast, or TF32 convolutions on CUDA.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # Same numbers, other order in memory: convolutions then need no reordered copies.
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)
             z = self.quant_conv(self.encoder(pixels))  # (B, D, h, w)
@@ -395,18 +411,16 @@ class ChameleonVQVAE(nn.Module):
         """Codes (B, S) in raster order -> pixels (B, 3, H, W), about [-1, 1], not clamped.
 
         `grid` is (h, w); without it the picture is square. Raises ValueError if there is no
-        decoder, if S is not h * w, or if a code is outside 0..K-1.
+        decoder, if codes are not (B, S) with S = h * w, or if a code is outside 0..K-1.
         """
-        if self.decoder is None:
-            raise ValueError(
-                "these weights have no VQ-VAE decoder (model.vqmodel.decoder.*), so they cannot "
-                "draw: facebook/chameleon-7b is published without one, Anole-7b has it"
-            )
+        self.check_decoder()
+        if codes.ndim != 2:
+            raise ValueError(f"codes must be (B, S), got {tuple(codes.shape)}")
         K, S = self.config.num_embeddings, codes.shape[1]
         h, w = grid or (isqrt(S), isqrt(S))
         if h * w != S:
             raise ValueError(f"{S} codes are not a {h} x {w} grid: pass grid=(h, w)")
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < K):
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= K):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")
         zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, D, h, w)
         return self.decoder(self.post_quant_conv(zq))  # (B, 3, H, W)
@@ -417,5 +431,6 @@ class ChameleonVQVAE(nn.Module):
         The reconstruction carries gradient to decoder AND encoder (straight through the codes);
         add a reconstruction loss of your choice to `losses.total`.
         """
+        self.check_decoder()
         zq, _, losses = self.quantize(self.quant_conv(self.encoder(pixels)))  # (B, D, h, w)
         return self.decoder(self.post_quant_conv(zq)), losses  # (B, 3, H, W)

@@ -68,13 +68,15 @@ def test_no_logit_before_t_moves_when_id_t_changes(seed, T, data, attention):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 6), min_size=1, max_size=6))
-def test_any_chunking_through_the_cache_equals_the_full_forward(seed, cuts):
+@given(seed=st.integers(0, 10**6), cuts=st.lists(st.integers(1, 6), min_size=1, max_size=6),
+       attention=st.sampled_from(["eager", "sdpa"]))
+def test_any_chunking_through_the_cache_equals_the_full_forward(seed, cuts, attention):
+    MODEL.set_attention(attention)
     ids = text_ids(2, sum(cuts), seed)
     cache = KVCache(MODEL.config, 2, sum(cuts))
     with torch.no_grad():
         chunks = [MODEL(part, past_key_values=cache).logits for part in ids.split(cuts, dim=1)]
-        close(torch.cat(chunks, 1), MODEL(ids).logits)
+        close(torch.cat(chunks, 1), MODEL.set_attention("sdpa")(ids).logits)
     assert cache.length == sum(cuts)
 
 
@@ -145,8 +147,9 @@ def test_eager_attention_equals_sdpa(seed, past, T, pad, heads):
 
 
 def test_a_mask_of_the_wrong_width_and_a_full_cache_are_refused():
-    with pytest.raises(ValueError, match="attention_mask has 3 columns"):
-        MODEL(text_ids(1, 5), attention_mask=torch.tensor([[0, 1, 1]]))
+    for mask in ([[0, 1, 1]], [[1, 1, 1]]):
+        with pytest.raises(ValueError, match="attention_mask has 3 columns"):
+            MODEL(text_ids(1, 5), attention_mask=torch.tensor(mask))
     with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
         MODEL(text_ids(1, 5), past_key_values=KVCache(MODEL.config, 1, 4))
 
@@ -291,6 +294,8 @@ def test_training_reaches_every_parameter():
 @pytest.mark.parametrize("arguments, message", [
     (dict(), "exactly one"),
     (dict(input_ids=torch.ones(1, 2).long(), inputs_embeds=torch.ones(1, 2, 64)), "exactly one"),
+    (dict(input_ids=torch.ones(1, 2).long(), labels=torch.ones(1, 2).long(), logits_to_keep=1),
+     "logits_to_keep"),
     (dict(inputs_embeds=torch.ones(1, 2, 64), pixel_values=torch.ones(1, 3, 32, 32)), "input_ids"),
 ])
 def test_inputs_that_do_not_fit_together_are_refused(arguments, message):
@@ -326,9 +331,12 @@ def test_the_released_layout_has_548_tensors():
 def test_both_generations_of_config_are_read():
     old = ChameleonConfig.from_dict(dict(
         rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0}, torch_dtype="bfloat16"))
-    new = ChameleonConfig.from_dict(dict(dtype="bfloat16", image_token_id=8711, rope_parameters=dict(
-        rope_type="linear", rope_theta=5e5, factor=2.0)))
+    new = ChameleonConfig.from_dict(dict(
+        dtype="bfloat16", image_token_id=8711,
+        rope_parameters=dict(rope_type="linear", rope_theta=5e5, factor=2.0)))
     assert old == new and (old.rope_type, old.rope_factor, old.rope_theta) == ("linear", 2.0, 5e5)
+    short = dict(rope_parameters=dict(type="linear", rope_theta=5e5, factor=2.0))
+    assert ChameleonConfig.from_dict(short) == old
     plain = ChameleonConfig.from_dict(dict(rope_parameters=dict(rope_type="default")))
     assert plain == ChameleonConfig()
 
@@ -350,6 +358,7 @@ def test_absent_values_mean_what_the_documentation_says():
     (dict(rope_theta=-1.0), "rope_theta"),
     (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope_scaling"),
     (dict(rope_scaling={"type": "linear"}), "rope_scaling"),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}, num_attention_heads=32), "head_dim"),
     (dict(vocabulary_map={"<image>": 160}), "vocabulary_map"),
     (dict(num_hidden_layers="3"), "num_hidden_layers"),
     (dict(vq_config=dict(base_channels=33)), "base_channels"),
@@ -365,3 +374,10 @@ def test_a_config_without_vocabulary_map_builds_and_reads_no_pictures():
         model(text_ids(1, 3))
     with pytest.raises(ValueError, match="vocabulary_map"):
         model.get_image_tokens(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_vocabulary_without_placeholder_says_so():
+    names = {name: id for name, id in scrambled_vocabulary().items() if name != "<image>"}
+    model = small_model(vocabulary_map=names)
+    with pytest.raises(ValueError, match="no <image>"):
+        model(text_ids(1, 3), pixel_values=torch.zeros(1, 3, 32, 32))

@@ -84,6 +84,24 @@ def test_bfloat16_leaves_the_vqvae_in_float32(folder):
     assert load(folder / "again").dtype == torch.bfloat16
 
 
+def test_an_earlier_save_never_shines_through(tmp_path):
+    for shard in (200_000, 5 * 10**9, 200_000):
+        model = small_model()
+        with torch.no_grad():
+            model.lm_head.weight.normal_()
+        model.save_pretrained(tmp_path, max_shard_bytes=shard)
+        assert torch.equal(load(tmp_path).lm_head.weight, model.lm_head.weight)
+        one = (tmp_path / "model.safetensors").exists()
+        assert one != (tmp_path / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("dtype, expected", [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
+def test_a_dtype_may_be_a_word(folder, dtype, expected):
+    assert load(folder, dtype=dtype).dtype == expected
+    with pytest.raises(ValueError, match="no dtype of torch"):
+        load(folder, dtype="linear")
+
+
 def break_index(folder):
     model = load(folder)
     (folder / "model.safetensors").unlink()

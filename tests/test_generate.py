@@ -159,7 +159,7 @@ BAD = {
     "top-p 0": (("--prompt", "a", "--top-p", "0"), "top_p must be"),
     "negative top-k": (("--prompt", "a", "--top-k", "-2"), "top_k must be"),
     "no new tokens": (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens must be"),
-    "unknown device": (("--prompt", "a", "--device", "quantum"), "the device quantum cannot be used"),
+    "unknown device": (("--prompt", "a", "--device", "quantum"), "the device quantum cannot be"),
     "text to a picture file": (("--prompt", "a", "--out", "a.png"), "--mode image"),
     "not a picture's ending": (("--prompt", "a", "--mode", "image", "--out", "a.doc"), ".png"),
     "no folder for it": (("--prompt", "a", "--mode", "image", "--out", "no/a.png"), "does not"),

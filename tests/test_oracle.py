@@ -12,6 +12,7 @@ from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabu
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
+
 def pair(vq: dict | None = None, rope: dict | None = None, **changes):
     """The same weights in transformers' model and in ours, both fp32 and in eval mode."""
     values = SIZES | changes | {"vocabulary_map": scrambled_vocabulary()}

@@ -14,6 +14,7 @@ from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from sampling import (
     Grammar,
     check_room,
+    decode_pictures,
     draw,
     generate,
     guidance_streams,
@@ -23,6 +24,7 @@ from sampling import (
     picture_ids,
     stream,
 )
+from tokenizer import image_token_name
 
 
 def small_model(**changes) -> ChameleonForConditionalGeneration:
@@ -305,10 +307,12 @@ def reference_guidance(model, row: list[int], text: float, image: float) -> torc
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), text=st.sampled_from([0.0, 1.0, 3.0]),
        image=st.sampled_from([0.0, 1.0, 1.2]), shown=st.booleans(),
-       mode=st.sampled_from(["image", "interleaved"]))
+       mode=st.sampled_from(["image", "interleaved", "begun"]))
 def test_guidance_equals_three_separate_forward_passes(seed, text, image, shown, mode):
     model = with_any_logits(seed, 0.3, 12.0)
     prompt = [0, 80] + ([BEGIN, *sorted(CODES)[:SMALL_S], END, 81] if shown else [])
+    if mode == "begun":  # the prompt itself ends inside a picture
+        prompt, mode = prompt + [BEGIN, sorted(CODES)[0]], "interleaved"
     ids = generate(model, torch.tensor([prompt]), mode=mode, image_temperature=0.0,
                    guidance_text=text, guidance_image=image, eos_token_id=[],
                    max_new_tokens=20)[0].tolist()
@@ -367,6 +371,8 @@ PROMPT = torch.tensor([[0, 80]])
     (PROMPT, dict(top_k=-1), "top_k must be"),
     (PROMPT, dict(repetition_penalty=0.0), "repetition_penalty must be"),
     (PROMPT, dict(max_new_tokens=0), "max_new_tokens must be"),
+    (PROMPT, dict(temperature=None), "temperature is None"),
+    (PROMPT, dict(seed=[1, 2]), "2 seeds for 1 rows"),
     (torch.zeros(1, 0).long(), {}, "input_ids must be"),
     (torch.full((1, 300), 80), {}, "prompt has 300 tokens.*context holds 256"),
     (torch.tensor([[0] + [73] * S]), {}, "no pixel_values"),
@@ -377,6 +383,32 @@ def test_what_cannot_work_is_one_clear_line(ids, options, message):
         generate(MODEL, ids, **options)
 
 
+def test_what_cannot_work_is_said_before_the_first_id_is_asked_for():
+    with pytest.raises(ValueError, match="mode"):
+        stream(MODEL, PROMPT, mode="video")
+
+
+def test_sampling_in_training_leaves_the_model_in_training():
+    model = small_model(attention_dropout=0.5).train()
+    first = generate(model, PROMPT, max_new_tokens=5)
+    assert model.training and torch.equal(generate(model, PROMPT, max_new_tokens=5), first)
+
+
 def test_rope_scaling_lengthens_the_context():
     config = ChameleonConfig(**(SIZES | dict(rope_scaling={"type": "linear", "factor": 2.0})))
     assert check_room(config, 400) == 112
+
+
+@pytest.mark.slow
+def test_a_picture_of_the_real_size_is_drawn_by_an_untrained_model():
+    """1024 codes of 8192 and 512x512 pixels, behind a small decoder, with guidance."""
+    names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<eoss>": 8196, "<racm3:break>": 8197,
+             "<reserved08706>": 8198, "<image>": 8199}
+    names |= {image_token_name(code): code + 4 for code in range(8192)}
+    config = ChameleonConfig(**(SIZES | dict(
+        vocab_size=8300, vocabulary_map=names, max_position_embeddings=1100)))
+    model = ChameleonForConditionalGeneration(config).eval()
+    ids = generate(model, torch.tensor([[0, 8250, 8198]]), mode="image", guidance_text=3.0)
+    assert ids.shape == (1, 3 + 1026) and ids[0, 3] == 8197 and ids[0, -1] == 8196
+    picture = decode_pictures(model, ids[:, 4:-1])[0]
+    assert picture.size == (512, 512)
