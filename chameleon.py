@@ -158,9 +158,9 @@ class ChameleonConfig:
 
     @classmethod
     def tiny(cls, **changes) -> "ChameleonConfig":
-        """The checkpoint in tiny/: 64x64 pictures of 64 codes, a world of coloured shapes."""
+        """The checkpoint in tiny/: 48x48 pictures of 36 codes, a world of coloured shapes."""
         vq = ChameleonVQVAEConfig(
-            embed_dim=32, num_embeddings=512, latent_channels=64, resolution=64,
+            embed_dim=32, num_embeddings=512, latent_channels=64, resolution=48, attn_type="none",
             base_channels=64, channel_multiplier=(1, 1, 1, 1), num_res_blocks=1,
         )
         sizes = dict(

@@ -391,8 +391,8 @@ def stream(
     grammar = Grammar(model, mode)
     steps = steps_to_make(model, input_ids.shape[1], mode, max_new_tokens)
     seeds = [seed + b for b in range(len(input_ids))] if isinstance(seed, int) else seed
-    if len(seeds) != len(input_ids):
-        raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} rows: give one for each")
+    if len(seeds) != len(input_ids) or not all(abs(s) < 2**63 for s in seeds):
+        raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} rows: give one below 2^63 each")
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
     text["temperature"] = temperature if do_sample else 0.0
     guidance = (guidance_text, guidance_image)
