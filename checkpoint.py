@@ -195,7 +195,7 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """A reader sees the old file or the whole new one, never half of it."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it too
     write(part)
     os.replace(part, path)
 

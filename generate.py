@@ -15,6 +15,7 @@ import base64
 import colorsys
 import html
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from chameleon import ChameleonForConditionalGeneration
-from checkpoint import pick_device, read_config, write_atomically
+from checkpoint import load_checkpoint, pick_device, read_config, write_atomically
+from convert import load_processor
+from parallel import check_ranks, join, ranks, shard
 from sampling import MODES, check_options, check_room, generate, pieces, stream
 from tokenizer import ChameleonImageProcessor, ChameleonProcessor, Tokenizer, load_image
 
@@ -44,9 +47,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser("generate.py", description="Text and pictures in, text and pictures out.")
+    parser = OneLineParser("generate.py", description="Text and pictures, in and out.")
     add = parser.add_argument
     add("--model", type=Path, default=TINY, help="folder with the weights (default: tiny/)")
+    add("--vqgan", type=Path, metavar="FILE",
+        help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
     add("--prompt", action="append", default=[], metavar="TEXT",
         help="<image> marks a picture's place; repeat the option for a batch")
     add("--image", action="append", default=[], metavar="FILE",
@@ -70,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
+    add("--quantize", choices=["int8", "int4"], help="weights in 8 or 4 bits")
     add("--attention", default="sdpa", choices=["eager", "sdpa"])
     return parser.parse_args(arguments)
 
@@ -113,10 +119,23 @@ def check_output(options: argparse.Namespace) -> None:
 
 def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
     device, dtype = pick_device(options.device), options.dtype
+    if ranks() > 1:  # started by torchrun
+        device = join(device)
+        check_ranks(read_config(options.model), ranks())
+        if options.quantize:
+            raise ValueError("--quantize is for one device: start without torchrun")
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, dtype)
-    model = ChameleonForConditionalGeneration.from_pretrained(options.model, dtype, device)
+    where = "cpu" if ranks() > 1 else device  # as mapped files, of which each takes its part
+    model = load_checkpoint(
+        ChameleonForConditionalGeneration, options.model, dtype, where, options.vqgan)
+    if ranks() > 1:
+        shard(model, device)
+    if options.quantize:
+        from quantize import quantize_model
+
+        quantize_model(model, options.quantize)
     return model.set_attention(options.attention)
 
 
@@ -126,7 +145,7 @@ def answer(options: argparse.Namespace) -> None:
     check_options(options.max_new_tokens, **sampling)
     check_output(options)
     config = read_config(options.model)
-    processor = ChameleonProcessor.from_pretrained(options.model)
+    processor = load_processor(options.model)
     images = [load_image(path) for path in options.image]
     if options.reconstruct:
         return reconstruct(options, processor, images)
@@ -320,7 +339,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         answer(options)
-    except ValueError as e:
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that exit stays quiet
+        return 0
+    except (ValueError, OSError) as e:
         print(f"generate.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ gives what it would give alone, as long as the longest prompt leaves it the same
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -332,7 +333,10 @@ class Picker:
         self.repetition_penalty, self.generators = repetition_penalty, generators
         self.text, self.image = text, image
         if grammar.mode != "text":
-            self.code_rows = model.lm_head.weight[model.model.code_to_id]  # (K, D)
+            head, ids = model.lm_head, model.model.code_to_id
+            # (..., D) -> (..., K); a quantized head has weights of its own kind
+            self.code_head = head.rows(ids) if hasattr(head, "rows") else partial(
+                F.linear, weight=head.weight[ids])
 
     def __call__(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int) -> Tensor:
         """hidden (G * B, D), ids so far (B, T), `codes_so_far` (B,) -> next ids (B,)"""
@@ -347,7 +351,7 @@ class Picker:
             logits = logits.masked_fill(~allowed, float("-inf"))
             chosen[text] = choose(logits, self.generators_of(text), **self.text)
         if inside.any():  # no other logit matters, so K rows of the head, not V
-            logits = guide(F.linear(hidden[:, inside], self.code_rows), *self.guidance)  # (rows, K)
+            logits = guide(self.code_head(hidden[:, inside]), *self.guidance)  # (rows, K)
             codes = choose(logits.float(), self.generators_of(inside), **self.image)  # (rows,)
             chosen[inside] = self.model.model.code_to_id[codes]
         return chosen

@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,6 +49,14 @@ def test_completion_leaves_the_end_of_turn_out(run):
     both = [run("--prompt", "abc", "--max-new-tokens", "8", *extra)[1]
             for extra in ([], ["--completion"])]
     assert both[0] != both[1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_weights_answer_and_draw(run, tmp_path, kind):
+    code, out, _ = run("--prompt", "abc", "--quantize", kind, "--max-new-tokens", "4")
+    assert code == 0 and len(out) > 1
+    code, _, _ = run("--prompt", "Draw", "--quantize", kind, "--mode", "image", "--out", "q.png")
+    assert code == 0 and Image.open(tmp_path / "q.png").size == (16, 16)
 
 
 def test_a_picture_is_written_where_one_says(run, tmp_path):
@@ -181,6 +191,23 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tm
     arguments, message = BAD[name]
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_a_disk_that_cannot_be_written_is_one_line(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_picture", full)
+    code, out, err = run("--prompt", "a", "--mode", "image")
+    assert code == 2 and out == "" and "No space left" in err and err.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error(untrained_folder):
+    command = [sys.executable, module.__file__, "--model", str(untrained_folder), "--device",
+               "cpu", "--prompt", "a", "--max-new-tokens", "60", "--temperature", "9"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
 
 
 @pytest.mark.parametrize("file, message", [

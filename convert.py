@@ -1,0 +1,477 @@
+"""Meta's release and Anole's forks, read under Hugging Face's names; and the command that converts.
+
+    python convert.py SRC DST                      any layout below -> a Hugging Face folder
+    python convert.py SRC DST --vqgan vqgan.ckpt   with the VQ-VAE of this file, decoder included
+
+SRC is known by what it holds:
+    config.json, *.safetensors                 Hugging Face: facebook/chameleon-7b
+    the same, q_norm.weight of one dimension   written by Anole's fork of transformers
+    consolidated*.pth, params.json             one model of Meta's release
+    models/7b or models/30b, tokenizer/        the release's root; GAIR/Anole-7b-v0.1 is laid out so
+
+Meta's name in each of the P shards, how they are joined, Hugging Face's name (D, H, G, K, F, V are
+those of chameleon.py; layers.N. and model.layers.N. left out):
+
+    tok_embeddings      (V, D/P)     columns        embed_tokens
+    attention.wq, wk    (H K/P, D)   rows, halves   self_attn.q_proj, k_proj
+    attention.wv        (G K/P, D)   rows           self_attn.v_proj
+    attention.wo        (D, H K/P)   columns        self_attn.o_proj
+    attention.q_normalization (K,)   every head     self_attn.q_norm (H, K); k_norm (G, K)
+    feed_forward.w1, w3 (F/P, D)     rows           mlp.gate_proj, up_proj
+    feed_forward.w2     (D, F/P)     columns        mlp.down_proj
+    attention_norm, ffn_norm, norm   mean           input_layernorm, post_attention_layernorm, norm
+    output              (V/P, D)     rows           lm_head
+
+Halves: Meta rotates neighbours (x_2i, x_2i+1), Hugging Face and chameleon.py (x_i, x_i+K/2).
+Putting the even rows of each head before the odd ones turns one into the other. The vectors of
+QK-norm, which act on those rows, move with them; q and k move alike, so no score changes.
+
+Nothing is read before it is needed: pickles are memory-mapped and hold tensors only
+(weights_only), so memory never has more than the one file that is being written.
+"""
+
+import argparse
+import json
+import pickle
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from checkpoint import DECODER_PREFIX, Stored, open_model, open_safetensors, write_checkpoint
+from image_processor import read_json, write_json
+from tokenizer import (
+    BEGIN_IMAGE,
+    END_IMAGE,
+    END_OF_TURN,
+    IMAGE_PLACEHOLDERS,
+    ChameleonImageProcessor,
+    ChameleonProcessor,
+    load_tokenizer,
+)
+from vqvae import ChameleonVQVAEConfig
+
+VQ_PREFIX = "model.vqmodel."
+CODEBOOK = VQ_PREFIX + "quantize.embedding.weight"
+VQ_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+TOKENIZER_AND_PROCESSOR = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "preprocessor_config.json", "processor_config.json",
+    "generation_config.json", "chat_template.json", "chat_template.jinja",
+)
+
+
+# ---------------------------------------------------------------------------------------------
+# How P shards of a tensor become one. Given meta tensors, these tell shapes and cost nothing.
+
+
+def rows(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)  # (P * rows, columns)
+
+
+def columns(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (rows, P * columns)
+
+
+def mean(parts: list[Tensor]) -> Tensor:
+    """Every shard keeps a copy of a whole norm.
+
+    DIFFERS: where training let the copies drift apart, Meta's code uses each in its own shard;
+    one model has room for one, and takes the mean, as transformers' converter does.
+    """
+    # float64 holds such sums exactly, so that the mean of equal numbers is that number.
+    return torch.stack(parts).double().mean(dim=0).to(parts[0].dtype)  # (D,)
+
+
+def halves(parts: list[Tensor], head_dim: int) -> Tensor:
+    """Rows of each head from pairs (0 1)(2 3).. to halves 0 2 .. 1 3 ..   -> (H K, D)"""
+    joined = rows(parts)  # (H K, D)
+    paired = joined.unflatten(0, (-1, head_dim // 2, 2))  # (H, K/2, 2, D)
+    return paired.transpose(1, 2).reshape(joined.shape)  # (H K, D)
+
+
+def every_head(parts: list[Tensor], heads: int) -> Tensor:
+    """P vectors (K,), pairs -> (heads, K), halves: the heads of a shard share its vector."""
+    vectors = torch.stack(parts)  # (P, K)
+    vectors = vectors.unflatten(1, (-1, 2)).mT.flatten(1)  # (P, 2, K/2) -> (P, K)
+    return vectors.repeat_interleave(heads // len(parts), dim=0)  # (heads, K)
+
+
+def name_table(c: ChameleonConfig) -> dict[str, tuple[str, Callable]]:
+    """{Hugging Face's name: (Meta's name, how its shards are joined)} of the decoder."""
+    turn = partial(halves, head_dim=c.head_dim)
+    q_heads = partial(every_head, heads=c.num_attention_heads)
+    k_heads = partial(every_head, heads=c.num_key_value_heads)
+    layer = {
+        "self_attn.q_proj.weight": ("attention.wq.weight", turn),
+        "self_attn.k_proj.weight": ("attention.wk.weight", turn),
+        "self_attn.v_proj.weight": ("attention.wv.weight", rows),
+        "self_attn.o_proj.weight": ("attention.wo.weight", columns),
+        "self_attn.q_norm.weight": ("attention.q_normalization.weight", q_heads),
+        "self_attn.q_norm.bias": ("attention.q_normalization.bias", q_heads),
+        "self_attn.k_norm.weight": ("attention.k_normalization.weight", k_heads),
+        "self_attn.k_norm.bias": ("attention.k_normalization.bias", k_heads),
+        "mlp.gate_proj.weight": ("feed_forward.w1.weight", rows),
+        "mlp.up_proj.weight": ("feed_forward.w3.weight", rows),
+        "mlp.down_proj.weight": ("feed_forward.w2.weight", columns),
+        "input_layernorm.weight": ("attention_norm.weight", mean),
+        "post_attention_layernorm.weight": ("ffn_norm.weight", mean),
+    }
+    table = {"model.embed_tokens.weight": ("tok_embeddings.weight", columns)}
+    for n in range(c.num_hidden_layers):
+        for ours, (metas, join) in layer.items():
+            table[f"model.layers.{n}.{ours}"] = (f"layers.{n}.{metas}", join)
+    table["model.norm.weight"] = ("norm.weight", mean)
+    table["lm_head.weight"] = ("output.weight", rows)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------
+# Meta's release
+
+
+def find_release(folder: Path) -> Path | None:
+    """The folder with consolidated*.pth: `folder` itself, or the only one in its models/.
+
+    None if `folder` is not of Meta's layout; ValueError if it holds more than one model.
+    """
+    def is_model(path: Path) -> bool:
+        return (path / "params.json").is_file() or any(path.glob("consolidated*.pth"))
+
+    if is_model(folder):
+        return folder
+    if (folder / "config.json").is_file():
+        return None
+    found = sorted(path for path in folder.glob("models/*") if is_model(path))
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {len(found)} models: name one of them, "
+                         f"{' or '.join(map(str, found))}")
+    return found[0] if found else None
+
+
+def tokenizer_folder(release: Path) -> Path:
+    """Where text_tokenizer.json and vqgan.ckpt are: beside models/ in the release."""
+    places = [folder / "tokenizer" for folder in (release, *release.absolute().parents[:2])]
+    for place in places:
+        if (place / "text_tokenizer.json").is_file():
+            return place
+    raise ValueError(f"{release} has no tokenizer: put Meta's tokenizer/ (text_tokenizer.json, "
+                     f"vqgan.ckpt, vqgan.yaml) at {places[-1]}")
+
+
+def read_params(release: Path) -> dict:
+    """params.json, its "model" part on top, consolidate_params.json (after merging) above both."""
+    if not (release / "params.json").is_file():
+        raise ValueError(f"{release} lacks params.json: download it again")
+    params = {}
+    for name in ("params.json", "consolidate_params.json"):
+        if (release / name).is_file():
+            values = read_json(release / name)
+            model = values.get("model")
+            params |= values | (model if isinstance(model, dict) else {})
+    missing = [name for name in ("dim", "n_layers", "n_heads", "swin_norm") if name not in params]
+    if missing:
+        raise ValueError(f"{release / 'params.json'} lacks {', '.join(missing)}")
+    if not params.get("qk_normalization", True):
+        raise ValueError(f"{release / 'params.json'}: qk_normalization is off: Chameleon has it on")
+    return params
+
+
+def load_pickle(path: Path) -> dict[str, Tensor]:
+    """A .pth or .ckpt -> {name: tensor, memory-mapped}. ValueError if it is broken or more.
+
+    A pickle is a program. weights_only runs the part of it that builds tensors and nothing else.
+    """
+    try:
+        with open(path, "rb") as file:
+            starts_as_zip = file.read(2) == b"PK"  # before torch 1.6: no zip, and no mmap
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=starts_as_zip)
+    except FileNotFoundError:
+        raise ValueError(f"no file {path}") from None
+    except (RuntimeError, OSError, EOFError, KeyError, AttributeError, TypeError, ValueError,
+            pickle.UnpicklingError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is truncated, or holds more than tensors: "
+                         "download it again") from None
+    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+        data = data["state_dict"]
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no tensors by name: it is no checkpoint")
+    return {name: tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
+
+
+def load_shards(release: Path, params: dict) -> list[dict[str, Tensor]]:
+    """All P consolidated*.pth in order; ValueError names those that are not there."""
+    found = sorted(path.name for path in release.glob("consolidated*.pth"))
+    P = params.get("model_parallel_size") or len(found) or 1
+    if not isinstance(P, int) or P < 1:
+        raise ValueError(f"{release}: model_parallel_size {P!r} of the params is no number")
+    wanted = [f"consolidated.{n:02}.pth" for n in range(P)]
+    if P == 1 and found != wanted:
+        wanted = ["consolidated.pth"]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(f"{release} lacks {', '.join(missing)}: download it again")
+    if len(found) > P:
+        raise ValueError(f"{release} has {len(found)} shards, but its params say "
+                         f"model_parallel_size {P}: {', '.join(found)}")
+    return [load_pickle(release / name) for name in wanted]
+
+
+def release_config(release: Path, params: dict, shards: list[dict], vq: dict) -> ChameleonConfig:
+    """Sizes from params.json; what it leaves to be computed (F, V) from the tensors' shapes."""
+    names = dict(load_tokenizer(tokenizer_folder(release)).vocab)
+    if IMAGE_PLACEHOLDERS[1] in names:  # Meta's reserved name for what transformers names <image>
+        names[IMAGE_PLACEHOLDERS[0]] = names.pop(IMAGE_PLACEHOLDERS[1])
+    try:
+        V = shards[0]["tok_embeddings.weight"].shape[0]
+        F = shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards)
+    except KeyError as e:
+        raise ValueError(f"{release}: the first shard has no tensor {e}") from None
+    if params.get("vocab_size", -1) not in (-1, V):
+        raise ValueError(f"{release}: params.json says vocab_size {params['vocab_size']}, "
+                         f"but tok_embeddings has {V} rows")
+    try:
+        c = ChameleonConfig(
+            vocab_size=V, hidden_size=params["dim"], intermediate_size=F,
+            num_hidden_layers=params["n_layers"], num_attention_heads=params["n_heads"],
+            num_key_value_heads=params.get("n_kv_heads"), rms_norm_eps=params.get("norm_eps", 1e-5),
+            rope_theta=params.get("rope_theta", 10000.0), swin_norm=bool(params["swin_norm"]),
+            model_parallel_size=len(shards), vq_config=vq_config(release, vq),
+            vocabulary_map=names, bos_token_id=names.get("<s>"), pad_token_id=names.get("<pad>"),
+            eos_token_id=names.get("</s>"),
+        )
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{release / 'params.json'} cannot be used: {e}") from None
+    if c.num_key_value_heads % len(shards):
+        raise ValueError(f"{release}: {len(shards)} shards cannot share {c.num_key_value_heads} "
+                         "key/value heads (n_kv_heads): params.json is another model's")
+    return c
+
+
+def vq_config(release: Path, state: dict[str, Tensor]) -> ChameleonVQVAEConfig:
+    """The sizes of a VQGAN as its tensors tell them; only `resolution` needs vqgan.yaml."""
+    file = tokenizer_folder(release) / "vqgan.yaml"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    written = re.search(r"^\s*resolution:\s*(\d+)", text, re.MULTILINE)
+    resolution = int(written[1]) if written else ChameleonVQVAEConfig.resolution
+    shapes = {name.removeprefix(VQ_PREFIX): tensor.shape for name, tensor in state.items()}
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+
+    try:
+        base, in_channels = shapes["encoder.conv_in.weight"][:2]
+        levels = range(count(r"encoder\.down\.(\d+)\."))
+        K, D = shapes["quantize.embedding.weight"]
+        latent = shapes["post_quant_conv.weight"][0]
+        widths = [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in levels]
+        return ChameleonVQVAEConfig(
+            embed_dim=D, num_embeddings=K, latent_channels=latent, resolution=resolution,
+            double_latent=shapes["encoder.conv_out.weight"][0] == 2 * latent,
+            in_channels=in_channels, base_channels=base,
+            channel_multiplier=[width // base for width in widths],
+            num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+            attn_resolutions=[resolution // 2**level for level in levels
+                              if f"encoder.down.{level}.attn.0.q.weight" in shapes] or None,
+            attn_type="vanilla" if "encoder.mid.attn_1.q.weight" in shapes else "none",
+        )
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"the VQ-VAE of {file.parent} cannot be used: {e}") from None
+
+
+def open_release(release: Path) -> tuple[ChameleonConfig, dict[str, Stored]]:
+    """Meta's files -> config, and {Hugging Face's name: tensor that is joined when read}."""
+    vq = open_vqgan(tokenizer_folder(release) / "vqgan.ckpt")
+    params = read_params(release)
+    shards = load_shards(release, params)
+    config = release_config(release, params, shards, vq)
+    table = name_table(config)
+    unknown = set().union(*shards) - {metas for metas, _ in table.values()} - {"rope.freqs"}
+    if unknown:
+        raise ValueError(f"{release}: params.json knows nothing of {len(unknown)} tensors, such as "
+                         f"{min(unknown)}: they do not belong together")
+    tensors = {}
+    for ours, (metas, join) in table.items():
+        if any(metas not in shard for shard in shards):
+            raise ValueError(f"{release}: a shard has no tensor {metas}: params.json says there is")
+        parts = [shard[metas] for shard in shards]
+        try:
+            shape = join([torch.empty_like(part, device="meta") for part in parts]).shape
+        except (RuntimeError, IndexError):
+            sizes = ", ".join(str(list(part.shape)) for part in parts)
+            raise ValueError(f"{release}: {metas} of {sizes} does not fit params.json") from None
+        tensors[ours] = Stored(tuple(shape), parts[0].dtype, partial(join, parts))
+    return config, tensors | vq
+
+
+# ---------------------------------------------------------------------------------------------
+# The VQ-VAE of another file, and Anole's fork
+
+
+def open_vqgan(path: Path) -> dict[str, Stored]:
+    """vqgan.ckpt, or safetensors that hold a VQ-VAE -> its tensors; others (loss.*) left out."""
+    if path.suffix == ".safetensors":
+        found = open_safetensors(path, "cpu")
+    else:
+        found = {name: Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
+                 for name, tensor in load_pickle(path).items()}
+    found = {name.removeprefix(VQ_PREFIX): tensor for name, tensor in found.items()}
+    tensors = {VQ_PREFIX + n: t for n, t in found.items() if n.startswith(VQ_PARTS)}
+    if not tensors:
+        raise ValueError(f"{path} holds no VQ-VAE: give Meta's tokenizer/vqgan.ckpt")
+    return tensors
+
+
+def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
+    """A model's tensors with those of a VQ-VAE instead of, or beside, its own.
+
+    All are taken, not only the decoder's: Hugging Face's files round the encoder to bf16, which
+    gives 1.6 % of the codes of a picture another number. ValueError if the codebooks disagree by
+    more than that rounding: the ids would stand for other pictures.
+    """
+    new = open_vqgan(path)
+    if not any(name.startswith(DECODER_PREFIX) for name in new):
+        raise ValueError(f"{path} has no VQ-VAE decoder: give Meta's tokenizer/vqgan.ckpt")
+    if CODEBOOK in new and CODEBOOK in tensors:
+        a, b = tensors[CODEBOOK].read().float().cpu(), new[CODEBOOK].read().float().cpu()  # (K, D)
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
+            raise ValueError(f"{path} is the VQ-VAE of another model: its codebook is not this one")
+    return tensors | new
+
+
+def pairs_to_halves(c: ChameleonConfig, tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """Anole's fork of transformers keeps Meta's order of rows under Hugging Face's names.
+
+    The certain sign is its QK-norm: one vector (K,) for all heads, where transformers has (H, K).
+    DIFFERS: a file with (H, K) is taken to be in transformers' order, as nothing could tell.
+    """
+    if tensors.get("model.layers.0.self_attn.q_norm.weight", ((),))[0] != (c.head_dim,):
+        return tensors
+    tensors = dict(tensors)
+    for name, (_, join) in name_table(c).items():
+        stored = tensors.get(name)
+        if stored and isinstance(join, partial):  # `halves` and `every_head`
+            try:
+                shape = tuple(join([torch.empty(stored.shape, device="meta")]).shape)
+            except (RuntimeError, IndexError):
+                continue  # misshapen: said with all the others, by check_tensors
+            read = lambda stored=stored, join=join: join([stored.read()])  # noqa: E731
+            tensors[name] = Stored(shape, stored.dtype, read)
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def load_processor(folder: Path) -> ChameleonProcessor:
+    """As ChameleonProcessor.from_pretrained, of Meta's release too, which has no file for it."""
+    release = find_release(folder)
+    if release is None:
+        return ChameleonProcessor.from_pretrained(folder)
+    place = tokenizer_folder(release)
+    vq = vq_config(release, open_vqgan(place / "vqgan.ckpt"))
+    pictures = ChameleonImageProcessor(size=vq.resolution, crop_size=vq.resolution)
+    return ChameleonProcessor(pictures, load_tokenizer(place), vq.codes_per_image)
+
+
+def write_processor(release: Path, folder: Path) -> None:
+    """Tokenizer and processor of Meta's release, so that transformers' AutoProcessor reads them."""
+    processor = load_processor(release)
+    processor.save_pretrained(folder)
+    data, (ours, metas) = read_json(folder / "tokenizer.json"), IMAGE_PLACEHOLDERS
+    vocab = data["model"]["vocab"]
+    data["model"]["vocab"] = {ours if name == metas else name: vocab[name] for name in vocab}
+    for token in data.get("added_tokens") or []:
+        token["content"] = ours if token["content"] == metas else token["content"]
+    # Meta's code puts <s> in front by itself; a tokenizer of transformers is told to by its file.
+    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    data["post_processor"] = {
+        "type": "TemplateProcessing", "single": begin,
+        "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [vocab["<s>"]], "tokens": ["<s>"]}},
+    }
+    text = json.dumps(data, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        # Named, since some versions of transformers take Llama's by default and lose all spaces.
+        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "ChameleonProcessor",
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "sep_token": END_OF_TURN, "image_token": ours, "boi_token": BEGIN_IMAGE,
+        "eoi_token": END_IMAGE, "padding_side": "left", "clean_up_tokenization_spaces": False,
+    })
+
+
+def convert(source: Path, target: Path, vqgan: Path | None = None,
+            max_shard_bytes: int = 5 * 10**9) -> None:
+    """Writes the folder `target`, whole or not at all. ValueError says what stands in the way."""
+    part = target.with_name(target.name + ".part")
+    if target.exists():
+        raise ValueError(f"{target} exists already: name a folder that does not")
+    if part.exists():
+        raise ValueError(f"{part} is what an interrupted conversion left: remove it first")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"the folder {target.absolute().parent} does not exist: make it first")
+    model, tensors = open_model(ChameleonForConditionalGeneration, source, "cpu", vqgan)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    free = shutil.disk_usage(target.absolute().parent).free
+    if total > free:
+        raise ValueError(f"{target} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} left")
+    part.mkdir()
+    try:
+        write_checkpoint(part, model.config, tensors, max_shard_bytes, progress="converting")
+        release = find_release(source)
+        if release:
+            write_processor(release, part)
+        else:
+            for name in TOKENIZER_AND_PROCESSOR:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, part / name)
+        part.rename(target)
+    except BaseException:  # Ctrl-C and a full disk too: what is half is removed
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def byte_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMG".index(match[2] or " "))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit code: 0, 2 for input that cannot work, 130 when interrupted."""
+    from safetensors import SafetensorError
+
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's."
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
+    parser.add_argument("--vqgan", type=Path, metavar="FILE",
+                        help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
+    parser.add_argument("--shard-size", type=byte_size, default="5GB", metavar="SIZE",
+                        help="largest file, and so the memory that is needed (default: 5GB)")
+    options = parser.parse_args(arguments)
+    try:
+        convert(options.source, options.target, options.vqgan, options.shard_size)
+        print(f"{options.target}: written", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as e:
+        print(f"convert.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Weights in 8 or 4 bits, by swapping nn.Linear from outside: the model knows nothing of it.
+
+    nn.Linear                     quantize_model(model, "int8")      Int8Linear
+    weight (O, I) bf16            ----------------------------->     weight (O, I) int8
+                                                                     scale  (O,)   fp32
+
+O, I: outputs and inputs of a layer; g: inputs in a group.
+
+Why: writing one token at batch 1 reads every weight once and does two operations with it, so a
+step takes (bytes of the weights) / (bandwidth of the memory). Half the bytes, half the time. The
+weights only have to be SMALL in memory; the arithmetic can stay in floating point.
+
+Why 8 bits are exact enough: a row of 4096 weights is about normally distributed, its largest value
+at 3.5 to 4 standard deviations. With 127 steps up to there, one step is s = 4 sigma / 127, and
+rounding to the nearest adds an error of s / sqrt(12) = 0.009 sigma: about 1 % of the weight,
+independent from weight to weight, so the output of the layer is off by about 1 %, too. Rounding to
+bf16 is off by 0.2 % already. One scale for each output row, since rows differ in size; it
+multiplies the finished sum, so it costs nothing:
+
+    y_o = sum_i w_oi x_i  ~  s_o * (sum_i q_oi x_i),     q = round(w / s),  s_o = max |w_o| / 127
+
+With 4 bits there are 15 steps, and one scale for each GROUP of weights in a row:
+
+    y_o = sum_g s_og * (sum_{i in g} q_oi x_i)
+
+Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE (its codes change).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUPS = (128, 64, 32)  # inputs that share a 4-bit scale: the largest that divides the width
+FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
+
+
+class Int8Linear(nn.Module):
+    """y = scale * (x W^T) + b.   x (..., I) -> (..., O)"""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8))
+        self.register_buffer("scale", torch.ones(outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        """A linear layer's weight (O, I) -> the tensors of its int8 twin."""
+        weight = weight.float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (O,)
+        return {"weight": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
+
+    def unpacked(self) -> Tensor:
+        """The weight (O, I) that these numbers stand for, fp32."""
+        return self.weight.float() * self.scale[:, None]
+
+    def rows(self, index: Tensor) -> "Int8Linear":
+        """A layer with only these outputs."""
+        part = Int8Linear(self.weight.shape[1], len(index), self.bias is not None)
+        part.weight, part.scale = self.weight[index], self.scale[index]
+        part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
+        return part
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() <= FEW_ROWS * x.shape[-1]
+        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            flat = x.reshape(-1, x.shape[-1])  # (rows, I)
+            y = torch._weight_int8pack_mm(flat, self.weight, self.scale.bfloat16())  # (rows, O)
+            y = y.unflatten(0, x.shape[:-1])  # (..., O)
+        else:
+            # The scale stays fp32. (A bf16 one makes torch.compile pick a slow kernel on CUDA.)
+            y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)  # (..., O)
+        return y if self.bias is None else y + self.bias
+
+
+class Int4Linear(nn.Module):
+    """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.group = group_size(inputs)
+        self.register_buffer("weight", torch.zeros(outputs, inputs // 2, dtype=torch.uint8))
+        shape = outputs, inputs // self.group
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.bfloat16))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.kernel = None  # the weight in the order of the device's kernel, made when first used
+
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        """A linear layer's weight (O, I) -> the tensors of its 4-bit twin."""
+        groups = weight.float().unflatten(1, (-1, group_size(weight.shape[1])))  # (O, I/g, g)
+        # From -8 to 7: the value of the largest magnitude lands on -8, whatever its sign is.
+        extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (O, I/g, 1)
+        scale = (extreme / -8).bfloat16()  # stored so, hence also rounded with it so
+        scale = torch.where(scale == 0, 1.0, scale)
+        q = (groups / scale.float()).round().clamp(-8, 7) + 8  # 0 .. 15
+        q = q.flatten(1).to(torch.uint8)  # (O, I)
+        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale[..., 0].bfloat16()}
+
+    def nibbles(self) -> Tensor:
+        """-> 0 .. 15, (O, I) int32"""
+        return torch.stack((self.weight // 16, self.weight % 16), dim=-1).flatten(1).int()
+
+    def unpacked(self) -> Tensor:
+        """The weight (O, I) that these numbers stand for, fp32."""
+        groups = (self.nibbles() - 8).float().unflatten(1, (-1, self.group))  # (O, I/g, g)
+        return (groups * self.scale.float()[..., None]).flatten(1)  # (O, I)
+
+    def rows(self, index: Tensor) -> "Int4Linear":
+        """A layer with only these outputs."""
+        part = Int4Linear(self.weight.shape[1] * 2, len(index), self.bias is not None)
+        part.weight, part.scale = self.weight[index], self.scale[index]
+        part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
+        return part
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (rows, I)
+        if x.device.type == "cpu" and len(self.weight) % 16 == 0:  # what the kernel can do
+            y = self.cpu_product(flat)
+        else:
+            y = F.linear(flat, self.unpacked().to(x.dtype))
+        y = y.unflatten(0, x.shape[:-1])  # (..., O)
+        return y if self.bias is None else y + self.bias
+
+    def cpu_product(self, x: Tensor) -> Tensor:
+        """x (rows, I) -> (rows, O) by PyTorch's 4-bit kernel."""
+        if self.kernel is None or self.kernel[1].dtype != x.dtype:
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.nibbles(), 1)
+            scale = self.scale.T.to(x.dtype)  # (I/g, O)
+            self.kernel = packed, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.kernel[0], self.group,
+                                                          self.kernel[1])
+
+
+KINDS = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def group_size(inputs: int) -> int:
+    """ValueError if no group size divides the width."""
+    for size in GROUPS:
+        if inputs % size == 0:
+            return size
+    raise ValueError(f"4-bit weights need widths that are multiples of {GROUPS[-1]}, not {inputs}")
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that are quantized: all of the decoder and its head, nothing of the VQ-VAE."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "vqmodel" not in name}
+
+
+def quantize_model(model: nn.Module, kind: str) -> nn.Module:
+    """Replaces the linear layers, one after the other, in place; returns the model.
+
+    ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
+    layers = linear_layers(model)
+    if kind == "int4":
+        for layer in layers.values():
+            group_size(layer.in_features)
+    for name, layer in layers.items():
+        has_bias = layer.bias is not None
+        with torch.device("meta"):
+            twin = KINDS[kind](layer.in_features, layer.out_features, has_bias)
+        if layer.weight.is_meta:  # shapes only: checkpoint.py fills them in
+            model.set_submodule(name, twin)
+            continue
+        for tensor_name, tensor in KINDS[kind].pack(layer.weight.detach()).items():
+            setattr(twin, tensor_name, tensor)
+        twin.bias = layer.bias
+        model.set_submodule(name, twin)
+    return model

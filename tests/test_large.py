@@ -1,0 +1,181 @@
+"""Checkpoints as large as the released ones: memory is that of one copy, and of one file.
+
+The small size runs always, so that the code stays alive. The true one is
+    pytest -m slow -s tests/test_large.py            needs 45 GB of disk and 20 GB of memory
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small import SIZES, VQ, scrambled_vocabulary
+from synthetic import write_synthetic_tokenizer
+
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from checkpoint import Stored, WithoutInit, open_model, write_checkpoint
+from convert import name_table
+from tokenizer import image_token_name, load_tokenizer
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+RELEASED = pytest.param("7b", marks=pytest.mark.slow)
+
+STEP = """
+import sys, time, json, torch
+from chameleon import ChameleonForConditionalGeneration, KVCache
+begin = time.perf_counter()
+model = ChameleonForConditionalGeneration.from_pretrained(sys.argv[1])
+if sys.argv[2] == "int8":
+    from quantize import quantize_model
+    quantize_model(model, "int8")
+loaded = time.perf_counter()
+cache = KVCache(model.config, 1, 64, model.dtype)
+seconds = []
+for ids in ([[0] * 16], [[3]], [[3]]):  # a prompt, a first token from disk, and one from memory
+    start = time.perf_counter()
+    with torch.inference_mode():
+        logits = model(torch.tensor(ids), past_key_values=cache, logits_to_keep=1).logits
+    seconds.append(round(time.perf_counter() - start, 3))
+assert logits[..., 100:].isfinite().all()
+report = dict(load=round(loaded - begin, 2), steps=seconds)
+"""
+CONVERT = """
+import sys, time, json
+from pathlib import Path
+from convert import convert
+begin = time.perf_counter()
+convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
+report = dict(seconds=round(time.perf_counter() - begin, 1))
+"""
+WATCH = """
+import threading
+def memory(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[name].split()[0]) * 1024
+own = [0]
+def watch():
+    while not done.wait(0.02):
+        own.append(memory("RssAnon"))
+done = threading.Event()
+threading.Thread(target=watch, daemon=True).start()
+"""
+REPORT = """
+done.set()
+print(json.dumps(report | dict(own=max(own), mapped=memory("RssFile"), peak=memory("VmHWM"))))
+"""
+
+
+def measure(script: str, *arguments) -> dict:
+    """Runs it in a process of its own -> its report, with its memory in bytes.
+
+    own: the most that it held itself (RssAnon). peak: with the pages of mapped files (VmHWM), which
+    the kernel takes back when it needs them; mapped: those at the end.
+    """
+    command = [sys.executable, "-c", WATCH + script + REPORT, *map(str, arguments)]
+    root = Path(__file__).resolve().parent.parent
+    run = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def config_of(size: str) -> ChameleonConfig:
+    if size == "small":
+        return ChameleonConfig(**SIZES, vq_config=VQ, vocabulary_map=scrambled_vocabulary())
+    names = {image_token_name(code): 4 + code for code in range(8192)}
+    names |= {"<s>": 0, "<pad>": 1, "</s>": 2, "<racm3:break>": 8197, "<eoss>": 8196}
+    return ChameleonConfig.chameleon_7b(vocabulary_map=names | {"<image>": 8711})
+
+
+def random_tensors(config: ChameleonConfig) -> dict[str, Stored]:
+    """Tensors of a model that are made when they are read: none exists before."""
+    with torch.device("meta"), WithoutInit():
+        model = ChameleonForConditionalGeneration(config)
+
+    def make(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=dtype)
+        # One random block, repeated: random numbers for 7B would take longer than all the rest.
+        block = torch.randn(2**20) * shape[-1] ** -0.5
+        return block.to(dtype).repeat(math.ceil(shape.numel() / 2**20))[: shape.numel()].view(shape)
+
+    tensors = {}
+    for name, p in model.named_parameters():
+        dtype = torch.float32 if "vqmodel" in name else torch.bfloat16
+        read = lambda shape=p.shape, dtype=dtype: make(shape, dtype)  # noqa: E731
+        tensors[name] = Stored(tuple(p.shape), dtype, read)
+    return tensors
+
+
+def room(folder: Path, needed: int) -> None:
+    if shutil.disk_usage(folder).free < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of disk")
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("size", ["small", RELEASED])
+def test_a_checkpoint_is_loaded_and_stepped_in_the_memory_of_one_copy(tmp_path, size, weights):
+    config = config_of(size)
+    tensors = random_tensors(config)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    room(tmp_path, total)
+    try:
+        begin = time.perf_counter()
+        write_checkpoint(tmp_path / "hf", config, tensors, max_shard_bytes=5 * 10**9)
+        written = time.perf_counter() - begin
+        report = measure(STEP, tmp_path / "hf", weights)
+    finally:
+        shutil.rmtree(tmp_path / "hf", ignore_errors=True)
+    print(f"\n{size}: {total / 1e9:.2f} GB written in {written:.1f} s, {weights}: {report}")
+    own = 10**9  # bf16 stays in the mapped file
+    if weights == "int8":  # half of it, and what rounding the largest matrix takes in fp32
+        own += total // 2 + 4 * 4 * config.vocab_size * config.hidden_size
+    assert report["own"] < own and report["peak"] < total + own
+
+
+def write_release(root: Path, config: ChameleonConfig, hf: Path) -> None:
+    """The tensors of a Hugging Face folder as Meta's, memory-mapped all the way. The rows of q and
+    k stay in Hugging Face's order: here only sizes count.
+    """
+    _, tensors = open_model(ChameleonForConditionalGeneration, hf, "cpu")
+    (root / "models" / "7b").mkdir(parents=True)
+    state = {}
+    for ours, (metas, _) in name_table(config).items():
+        tensor = tensors[ours].read()
+        state[metas] = tensor[0].clone() if "q_norm" in ours or "k_norm" in ours else tensor
+    torch.save(state, root / "models" / "7b" / "consolidated.pth")
+    params = dict(dim=config.hidden_size, n_layers=config.num_hidden_layers, swin_norm=False,
+                  n_heads=config.num_attention_heads, model_parallel_size=1)
+    (root / "models" / "7b" / "params.json").write_text(json.dumps(params))
+    vq = {n.removeprefix("model.vqmodel."): t.read() for n, t in tensors.items() if "vqmodel" in n}
+    torch.save({"state_dict": vq}, root / "tokenizer" / "vqgan.ckpt")
+    yaml = f"resolution: {config.vq_config.resolution}\n"
+    (root / "tokenizer" / "vqgan.yaml").write_text(yaml)
+
+
+@pytest.mark.parametrize("size", ["small", RELEASED])
+def test_a_release_is_converted_in_the_memory_of_one_file(tmp_path, size):
+    config, root = config_of(size), tmp_path / "release"
+    codes = config.vq_config.num_embeddings
+    write_synthetic_tokenizer(root / "tokenizer", codes, num_merges=20, meta=True)
+    config.vocab_size = max(config.vocab_size, load_tokenizer(root).vocab_size)
+    tensors = random_tensors(config)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    room(tmp_path, 3 * total)
+    shard = 2 * 10**9
+    try:
+        write_checkpoint(tmp_path / "hf", config, tensors, max_shard_bytes=shard)
+        write_release(root, config, tmp_path / "hf")
+        shutil.rmtree(tmp_path / "hf")
+        report = measure(CONVERT, root, tmp_path / "again", shard)
+        files = [path.stat().st_size for path in (tmp_path / "again").glob("*.safetensors")]
+    finally:
+        for name in ("hf", "release", "again"):
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+    print(f"\n{size}: {total / 1e9:.2f} GB converted: {report}")
+    assert sum(files) >= total and max(files) < shard + 10**6
+    assert report["own"] < shard + 10**9

@@ -1,0 +1,95 @@
+"""Tensor parallelism: two processes on the CPU (gloo) write what one writes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small import SIZES, VQ
+
+from chameleon import ChameleonConfig
+from parallel import check_ranks, ranks
+
+TESTS = Path(__file__).resolve().parent
+
+# Each of the two processes runs this; only the first one's stdout is left.
+BOTH = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch
+import generate, parallel
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabulary
+
+torch.set_num_threads(1)
+device = parallel.join(torch.device("cpu"))
+sizes = SIZES | dict(vq_config=VQ, vocabulary_map=scrambled_vocabulary())
+for name, changes in dict(mha={{}}, gqa=dict(num_key_value_heads=2, swin_norm=True)).items():
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**sizes | changes)).eval()
+    randomize(model)
+    inputs = batch_with_pictures()
+    def look(model):
+        with torch.inference_mode():
+            logits = model(**inputs, mask_image_logits=False).logits
+        logits = logits[inputs["attention_mask"].bool()]
+        return logits, [generate.generate(model, **inputs, mode=mode, max_new_tokens=24, **sampling)
+                        for mode in ("text", "interleaved")
+                        for sampling in (dict(do_sample=False), dict(do_sample=True, seed=1))]
+    bytes_of = lambda model: sum(
+        getattr(p, "_local_tensor", p).untyped_storage().nbytes()
+        for n, p in model.named_parameters() if "vqmodel" not in n)
+    (alone, ids), whole = look(model), bytes_of(model)
+    parallel.shard(model, device)
+    (both, again), part = look(model), bytes_of(model)
+    print(name, "error", float((alone - both).abs().max()), "part", part / whole,
+          "ids", all(torch.equal(a, b) for a, b in zip(ids, again)))
+    # What another rank computes must be the same to the bit, or the processes part ways.
+    everyone = [torch.empty_like(both) for _ in range(2)]
+    torch.distributed.all_gather(everyone, both)
+    print(name, "same", torch.equal(*everyone))
+options = ["--model", {model!r}, "--device", "cpu", "--prompt", "Draw"]
+print("text", generate.main([*options, "--max-new-tokens", "8"]))
+print("picture", generate.main([*options, "--mode", "image", "--out", {picture!r}]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
+    import generate
+
+    options = ["--model", str(untrained_folder), "--device", "cpu", "--prompt", "Draw"]
+    generate.main([*options, "--mode", "image", "--out", str(tmp_path / "one.png")])
+    script = BOTH.format(root=str(TESTS.parent), tests=str(TESTS), model=str(untrained_folder),
+                         picture=str(tmp_path / "two.png"))
+    (tmp_path / "both.py").write_text(script)
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(tmp_path / "both.py")],
+        capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    for name in ("mha", "gqa"):
+        found = re.search(rf"{name} error (\S+) part (\S+) ids (\S+)", run.stdout)
+        error, part, ids = found.groups()
+        assert float(error) < 1e-4 and ids == "True" and 0.5 <= float(part) < 0.52
+        assert f"{name} same True" in lines
+    assert "text 0" in lines and "picture 0" in lines
+    assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("changes, N, message", [
+    (dict(num_key_value_heads=2), 4, "4 processes cannot share 2 key/value heads"),
+    (dict(num_key_value_heads=1), 2, "2 processes cannot share 1 key/value heads"),
+    ({}, 3, "3 processes cannot share 4 key/value heads"),
+    (dict(intermediate_size=97), 2, "2 processes cannot share 97 units of feed-forward"),
+])
+def test_a_number_of_processes_that_does_not_divide_is_one_clear_line(changes, N, message):
+    with pytest.raises(ValueError, match=message):
+        check_ranks(ChameleonConfig(**SIZES | changes, vq_config=VQ), N)
+
+
+def test_one_process_is_not_parallel(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert ranks() == 1
