@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUPS = (128, 64, 32)  # inputs that share a 4-bit scale: the largest that divides the width
+ROWS_AT_ONCE = 1024  # of a weight, while it is quantized
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
 
 
@@ -165,11 +166,10 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
         has_bias = layer.bias is not None
         with torch.device("meta"):
             twin = KINDS[kind](layer.in_features, layer.out_features, has_bias)
-        if layer.weight.is_meta:  # shapes only: checkpoint.py fills them in
-            model.set_submodule(name, twin)
-            continue
-        for tensor_name, tensor in KINDS[kind].pack(layer.weight.detach()).items():
-            setattr(twin, tensor_name, tensor)
+        # A few rows at a time: the fp32 numbers on the way are four times the weight's bytes.
+        blocks = [KINDS[kind].pack(rows) for rows in layer.weight.detach().split(ROWS_AT_ONCE)]
+        for tensor_name in blocks[0]:
+            setattr(twin, tensor_name, torch.cat([block[tensor_name] for block in blocks]))
         twin.bias = layer.bias
         model.set_submodule(name, twin)
     return model
