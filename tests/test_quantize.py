@@ -33,7 +33,7 @@ def test_no_weight_moves_farther_than_half_a_step(kind, groups, outputs, seed):
         assert (error <= weight.abs().amax(1, keepdim=True) / 127 / 2 * 1.001).all()
     else:  # one step, since a value may lie opposite the largest, where 7 is the end
         step = twin.scale.float().abs().repeat_interleave(twin.group, dim=1)
-        assert (error <= step * 1.01).all()
+        assert (error <= step * 1.02).all()  # the scale itself is rounded to bf16
         assert (error <= step * 0.51).float().mean() > 0.9
 
 
