@@ -266,8 +266,10 @@ def test_rows_in_text_and_rows_in_pictures_share_a_batch(seed, scales, lengths, 
     model = with_any_logits(seed, 0.3, 8.0)
     g = torch.Generator().manual_seed(seed)
     rows = [[0] + torch.randint(74, V, (n,), generator=g).tolist() for n in lengths]
-    options = dict(mode="interleaved", max_new_tokens=18, do_sample=sample, temperature=1.5,
-                   image_temperature=float(sample), guidance_text=scales[0], guidance_image=scales[1], eos_token_id=[80, 90, 100])
+    options = dict(
+        mode="interleaved", max_new_tokens=18, do_sample=sample, temperature=1.5,
+        image_temperature=float(sample), guidance_text=scales[0], guidance_image=scales[1],
+        eos_token_id=[80, 90, 100])
     batch = generate(model, **left_padded(rows), seed=seed, **options)
     for b, row in enumerate(rows):
         single = generate(model, torch.tensor([row]), seed=seed + b, **options)[0, len(row) :]

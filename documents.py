@@ -1,0 +1,427 @@
+"""From scenes to training rows: documents in the model's own format, packed side by side.
+
+    Corpus --draws--> Document --Rows packs--> ids, position, weight (B, T) and mask (B, T, T)
+
+    document of many questions about one picture, drawn as a tree:
+
+        <s> <racm3:break> S codes <eoss> -+- question <reserved08706> answer </s>     branch 1
+        branch 0, the shared beginning    +- question <reserved08706> answer </s>     branch 2
+                                          +- ...
+
+Letters: B rows, T tokens of a row, S codes of a picture. `weight` is that of a token's loss.
+
+A picture costs S + 2 tokens, a question about twelve, so one picture serves many questions. But in
+plain sequence a later answer could be read off an earlier one; so branches do not see each
+other, and positions of each go on right behind the shared beginning, as they will in a prompt.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import world
+from chameleon import ChameleonForConditionalGeneration
+from tokenizer import ChameleonProcessor, Tokenizer, load_image
+from vqvae import ChameleonVQVAE
+from world import Scene
+
+IMAGE_WEIGHT = 0.2  # of a picture's token in the loss, relative to a text token's; the paper: 1
+EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance
+
+
+@dataclass
+class Document:
+    """One sequence, or several that share a beginning. All lists have one entry per token."""
+
+    ids: list[int] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)  # of the loss of predicting THIS token
+    branch: list[int] = field(default_factory=list)  # 0: the shared beginning, seen by all
+    position: list[int] = field(default_factory=list)
+
+    def add(self, ids: list[int], weight: float | list[float], branch: int = 0) -> None:
+        """Continues a branch; its first token is placed right behind the shared beginning."""
+        if branch and branch not in self.branch[-1:]:
+            start = self.branch.count(0)
+        else:
+            start = self.position[-1] + 1 if self.ids else 0
+        self.ids += ids
+        self.weight += weight if isinstance(weight, list) else [weight] * len(ids)
+        self.branch += [branch] * len(ids)
+        self.position += range(start, start + len(ids))
+
+
+class Writer:
+    """Turns text and scenes into ids, in exactly the format of ChameleonProcessor.
+
+        <s> text <racm3:break> S codes <eoss> text <reserved08706> answer </s>
+    """
+
+    def __init__(self, tokenizer: Tokenizer, codes: dict) -> None:
+        self.tokenizer, self.codes = tokenizer, codes
+        v = self.vocabulary = tokenizer.vocabulary
+        self.code_to_id = v.code_to_id.numpy()
+        self.bos, self.eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+        self.turn = [v.end_of_turn_id]
+        self.begin, self.end = [v.begin_image_id], [v.end_image_id]
+
+    def write(self, document: Document, parts: Sequence, text: float, image: float) -> None:
+        """Appends text (str) and pictures (Scene), with the weight of their tokens."""
+        for part in parts:
+            if isinstance(part, str):
+                document.add(self.tokenizer.encode(part), text)
+            else:
+                ids = self.code_to_id[self.codes[part]].tolist()
+                # The model decides where a picture begins; its end is not its choice.
+                weight = [text] + [image] * len(ids) + [image and text]
+                document.add(self.begin + ids + self.end, weight)
+
+    def chat(self, prompt: Sequence, answer: Sequence) -> Document:
+        """One prompt, one answer; loss on the answer and the final </s>."""
+        document = Document()
+        document.add(self.bos, 0.0)
+        self.write(document, prompt, 0.0, 0.0)
+        document.add(self.turn, 0.0)
+        self.write(document, answer, 1.0, IMAGE_WEIGHT)
+        document.add(self.eos, 1.0)
+        return document
+
+    def completion(self, *parts: str | Scene) -> Document:
+        """Plain text and pictures, no turns; loss on every token."""
+        document = Document()
+        document.add(self.bos, 0.0)
+        self.write(document, parts, 1.0, IMAGE_WEIGHT)
+        document.add(self.eos, 1.0)
+        return document
+
+    def branches(
+        self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int
+    ) -> Document:
+        """Picture(s) first, then turns that do not see each other, as many as fit into `room`.
+
+        turns: (question, answer) for chat; an empty question makes the answer a plain statement.
+        """
+        document = Document()
+        document.add(self.bos, 0.0)
+        self.write(document, shared, image, image)
+        for branch, (question, answer) in enumerate(turns, start=1):
+            question = self.tokenizer.encode(question) + self.turn if question else []
+            answer = self.tokenizer.encode(answer) + self.eos
+            if len(document.ids) + len(question) + len(answer) > room:
+                break
+            document.add(question, 0.0, branch)
+            document.add(answer, 1.0, branch)
+        return document
+
+
+# What a user may leave between a picture and the words beside it.
+GAPS = ("",) * 6 + (" ", " ", "\n")
+# How often each question is asked in sft: what is learned last is asked most.
+ASKED = {
+    "caption": 0.7, "existence": 2.5, "relation": 2.5, "shape": 2.5, "colour": 3.0,
+    "size": 1.5, "place": 1.5, "count": 1.5, "background": 0.3,
+}  # fmt: skip
+
+
+class Corpus:
+    """Draws documents about a fixed set of pictures, whose codes are computed once."""
+
+    row_tokens = 224  # the paper: 4096; the longest document here has about 130
+
+    def __init__(self, writer: Writer, pictures: "Pictures", rng: np.random.Generator) -> None:
+        self.writer, self.pictures, self.rng = writer, pictures, rng
+        names = list(ASKED)
+        weights = np.array([ASKED[name] for name in names])
+        self.questions, self.asked = names, weights / weights.sum()
+
+    def chance(self, p: float) -> bool:
+        return bool(self.rng.random() < p)
+
+    def one_of(self, options):
+        return world.pick(self.rng, options)
+
+    def scene(self) -> Scene:
+        return self.one_of(self.pictures.singles)
+
+    def busy_scene(self) -> Scene:
+        """Mostly two or three things: with one, a question is answered without being read."""
+        scene = self.scene()
+        while len(scene.things) == 1 and self.chance(0.8):
+            scene = self.scene()
+        return scene
+
+    def question(self, scene: Scene) -> tuple[str, str]:
+        while True:
+            name = self.questions[self.rng.choice(len(self.questions), p=self.asked)]
+            turn = world.QUESTIONS[name](self.rng, scene)
+            if turn:
+                return world.vary(self.rng, turn[0]), turn[1]
+
+    def place_pictures(self, question: str, scenes: tuple) -> tuple:
+        """Question and pictures in either order: most people put the pictures last."""
+        gap = self.one_of(GAPS)
+        if self.chance(0.75):
+            return (question + gap, *scenes)
+        return (*scenes, gap + question)
+
+    # --- pretraining: statements, no turns
+
+    def statements(self, scene: Scene, n: int) -> list[str]:
+        caption = world.caption(scene)
+        return [caption] + [world.state(self.rng, scene) for _ in range(n - 1)]
+
+    def pretrain(self, room: int) -> Document:
+        rng, writer, kind = self.rng, self.writer, self.rng.random()
+        scene = self.scene()
+        if kind < 0.40:  # picture first: many statements, each read off the picture alone
+            turns = [("", text) for text in self.statements(scene, 12)]
+            return writer.branches((scene,), turns, IMAGE_WEIGHT, room)
+        if kind < 0.50:  # picture, then its caption and one more statement
+            return writer.completion(scene, " ".join(self.statements(scene, 2)))
+        if kind < 0.80:  # caption first
+            words = world.caption(scene) if self.chance(0.5) else None
+            words = words or world.sentence(world.ask_drawing(rng, scene).text)
+            prompt = () if self.chance(EMPTY_PROMPT) else (world.vary(rng, words),)
+            return writer.completion(*prompt, scene)
+        if kind < 0.90:  # interleaved
+            other = self.scene()
+            return writer.completion(
+                world.caption(scene), scene, world.caption(other), other
+            )
+        return writer.completion(" ".join(self.statements(scene, 4)))  # text alone
+
+    # --- sft: prompt and answer
+
+    def sft(self, room: int) -> Document:
+        kind = self.rng.random()
+        if kind < 0.27:
+            scene = self.busy_scene()
+            turns = [self.question(scene) for _ in range(12)]
+            turns[0] = (world.vary(self.rng, self.one_of(world.CAPTION_PROMPTS)),
+                        world.caption(scene))  # fmt: skip
+            gap = self.one_of(GAPS)
+            turns = [(gap + question, answer) for question, answer in turns]
+            return self.writer.branches((scene,), turns, 0.0, room)
+        if kind < 0.68:
+            scene = self.busy_scene()
+            question, answer = self.question(scene)
+            return self.writer.chat(self.place_pictures(question, (scene,)), (answer,))
+        if kind < 0.84:
+            return self.drawing()
+        if kind < 0.94:
+            return self.two_pictures(room)
+        if kind < 0.98:
+            before, after, change = self.one_of(self.pictures.edits)
+            request = world.vary(self.rng, world.ask_edit(self.rng, after, change))
+            return self.writer.chat(self.place_pictures(request, (before,)), (after,))
+        question = self.one_of(world.SMALL_TALK)
+        answer = world.SMALL_TALK[question]
+        return self.writer.chat((world.vary(self.rng, question),), (answer,))
+
+    def drawing(self) -> Document:
+        scene = self.scene()
+        if self.chance(EMPTY_PROMPT):  # what guidance compares with: <s> <racm3:break> codes
+            return self.writer.completion(scene)
+        request = self.one_of(world.DRAW_PROMPTS).format(world.ask_drawing(self.rng, scene).text)
+        answer = (scene,)
+        if self.chance(0.1):
+            request = request.rstrip(".?") + self.one_of(world.THEN_SAY)
+            answer = (scene, world.caption(scene))
+        return self.writer.chat((world.vary(self.rng, request),), answer)
+
+    def two_pictures(self, room: int) -> Document:
+        rng = self.rng
+        if self.chance(0.35):
+            first, second, change = self.one_of(self.pictures.edits)
+            turns = [world.ask_difference(rng, change)]
+        else:
+            first, second, _ = self.one_of(self.pictures.pairs)
+            turns = [world.ask_common(rng, first, second)]
+        turns += [world.ask_which(rng, first, second) for _ in range(4)]
+        turns = [(world.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
+        if self.chance(0.5):
+            return self.writer.branches((first, second), turns, 0.0, room)
+        question, answer = turns[0] if self.chance(0.6) else turns[-1]
+        return self.writer.chat(self.place_pictures(question, (first, second)), (answer,))
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows: documents packed side by side, with positions and a mask that keep them apart
+
+
+class Rows:
+    """Draws batches of B rows of T tokens."""
+
+    def __init__(self, corpus: Corpus, pad: int) -> None:
+        self.corpus, self.pad, self.waiting = corpus, pad, None
+
+    def row(self, draw: Callable[[int], Document], T: int) -> list[Document]:
+        """Documents until T tokens are full; what does not fit any more opens the next row."""
+        documents, room = [], T
+        while room >= T // 4:
+            document = self.waiting or draw(room)
+            self.waiting = None
+            if len(document.ids) > room:
+                self.waiting = document
+                break
+            documents.append(document)
+            room -= len(document.ids)
+        return documents
+
+    def batch(self, draw: Callable[[int], Document], B: int, T: int) -> dict[str, Tensor]:
+        """-> ids, position, weight (B, T) and mask (B, T, T): who may see whom, causality aside"""
+        arrays = {
+            "ids": np.full((B, T), self.pad), "position": np.zeros((B, T), np.int64),
+            "weight": np.zeros((B, T), np.float32), "branch": np.zeros((B, T), np.int64),
+            "document": np.full((B, T), -1),
+        }  # fmt: skip
+        for b in range(B):
+            start = 0
+            for n, document in enumerate(self.row(draw, T)):
+                place = b, slice(start, start + len(document.ids))
+                for name in ("ids", "position", "weight", "branch"):
+                    arrays[name][place] = getattr(document, name)
+                arrays["document"][place] = n
+                start += len(document.ids)
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch["mask"] = visible(batch.pop("document"), batch.pop("branch"))  # (B, T, T)
+        return batch
+
+
+def visible(document: Tensor, branch: Tensor) -> Tensor:
+    """document, branch (B, T) -> bool (B, T, T): token t may look at token j.
+
+    Only inside one document, and there at the shared beginning (branch 0) or the own branch.
+    """
+    same = document[:, :, None] == document[:, None]  # (B, T, T)
+    return same & ((branch[:, None] == 0) | (branch[:, :, None] == branch[:, None]))
+
+
+@dataclass
+class Pictures:
+    """The scenes of the training set and the codes of their pictures."""
+
+    singles: list[Scene]
+    pairs: list[tuple[Scene, Scene, str]]  # and what they share
+    edits: list[tuple[Scene, Scene, str]]  # before, after, and what changed
+    codes: dict[Scene, np.ndarray]
+
+    @classmethod
+    def sample(cls, seed: int, count: int) -> "Pictures":
+        """`count` pictures: 60 % alone, 20 % in pairs, 20 % in edits."""
+        rng = np.random.default_rng(seed)
+        return cls(
+            [world.sample_scene(rng) for _ in range(count * 6 // 10)],
+            [world.sample_pair(rng) for _ in range(count // 10)],
+            [world.sample_edit(rng) for _ in range(count // 10)],
+            {},
+        )
+
+    def scenes(self) -> list[Scene]:
+        return self.singles + [s for a, b, _ in self.pairs + self.edits for s in (a, b)]
+
+    def encode(self, vq: ChameleonVQVAE, device: torch.device, cache: Path) -> "Pictures":
+        """Fills `codes`, once for all: the VQ-VAE does not change any more. `cache` keeps them."""
+        scenes, codes = self.scenes(), []
+        if cache.is_file():
+            codes = list(np.load(cache))  # N times (S,)
+        # A cache of other pictures or of another VQ-VAE would teach the decoder nonsense.
+        first = encode_scenes(vq, scenes[:20], device)  # (20, S)
+        if len(codes) != len(scenes) or not np.array_equal(codes[:20], first):
+            starts = range(0, len(scenes), 50)
+            codes = [c for n in starts for c in encode_scenes(vq, scenes[n : n + 50], device)]
+            np.save(cache, np.stack(codes))
+        self.codes = dict(zip(scenes, codes))
+        return self
+
+
+def encode_scenes(vq: ChameleonVQVAE, scenes: list[Scene], device: torch.device) -> np.ndarray:
+    """B scenes -> codes (B, S)"""
+    pixels = torch.from_numpy(world.render_pixels(scenes)).to(device)  # (B, 3, H, W)
+    return vq.to(device).encode(pixels).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------
+# Your own data: a folder with a .jsonl file, one {"prompt", "images", "answer"} a line
+
+
+def read_examples(folder: Path) -> list[tuple[str, list, list]]:
+    """-> for each line (where it stands, prompt parts, answer parts); pictures are their Paths.
+
+    Prompt and answer are text; each `<image>` in them stands for the next file of "images", a
+    path relative to the folder. ValueError names the file, the line and what is wrong with it.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
+    examples = []
+    for file in files:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                where = f"{file} line {number}"
+                try:
+                    examples.append((where, *read_example(json.loads(line), folder)))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: not JSON ({error})") from None
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+    if not examples:
+        raise ValueError(f"{folder}: its .jsonl files are empty")
+    return examples
+
+
+def read_example(line: object, folder: Path) -> tuple[list, list]:
+    """One line -> prompt parts, answer parts; ValueError says what is wrong with it."""
+    if not isinstance(line, dict):
+        raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
+    unknown = sorted(set(line) - {"prompt", "images", "answer"})
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}: the keys are prompt, images, answer")
+    for key in ("prompt", "answer"):
+        if not isinstance(line.get(key), str) or not line[key]:
+            raise ValueError(f"{key!r} must be a text that is not empty")
+    images = line.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise ValueError("'images' must be a list of file names")
+    places = (line["prompt"] + line["answer"]).count("<image>")
+    if places != len(images):
+        raise ValueError(f"{places} <image> but {len(images)} file(s) in 'images'")
+    paths = iter([folder / name for name in images])
+    parts = []
+    for key in ("prompt", "answer"):
+        pieces = line[key].split("<image>")
+        parts.append([pieces[0]])
+        for piece in pieces[1:]:
+            parts[-1] += [next(paths), piece]
+    for path in (part for some in parts for part in some if isinstance(part, Path)):
+        load_image(path)  # a ValueError now is better than one after an hour
+    return parts[0], parts[1]
+
+
+class OwnData:
+    """Draws the user's documents, each as often as any other."""
+
+    def __init__(
+        self, examples: list[tuple[str, list, list]], model: ChameleonForConditionalGeneration,
+        processor: ChameleonProcessor, rng: np.random.Generator,
+    ) -> None:  # fmt: skip
+        paths = {part for _, *both in examples for parts in both for part in parts}
+        codes = {}
+        for path in sorted(part for part in paths if isinstance(part, Path)):
+            image = processor.image_processor(load_image(path), return_tensors="pt")
+            pixels = image["pixel_values"].to(model.device)  # (1, 3, H, W)
+            codes[path] = model.model.vqmodel.encode(pixels)[0].cpu().numpy()  # (S,)
+        writer, self.rng = Writer(processor.tokenizer, codes), rng
+        self.documents = [writer.chat(prompt, answer) for _, prompt, answer in examples]
+        self.row_tokens = max(len(document.ids) for document in self.documents)
+        limit = model.config.max_position_embeddings
+        for (where, *_), document in zip(examples, self.documents):
+            if len(document.ids) > limit:
+                raise ValueError(f"{where}: {len(document.ids)} tokens, the model holds {limit}")
+
+    def sft(self, room: int) -> Document:
+        return self.documents[int(self.rng.integers(len(self.documents)))]

@@ -1,0 +1,426 @@
+"""Training: documents, packing, losses, the codebook, resuming - and the checkpoint it made."""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import SIZES, V, randomize, scrambled_vocabulary
+from small import VQ as SMALL_VQ
+
+import documents
+import evaluate
+import train
+import train_vqvae
+import world
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from documents import Corpus, Document, Pictures, Rows, Writer, visible
+from tokenizer import ChameleonProcessor, load_tokenizer
+from vqvae import ChameleonVQVAE
+
+ROOT = Path(train.__file__).parent
+TINY = ROOT / "tiny"
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def corpus(tokenizer):
+    """The real corpus over pictures whose codes are random: fast, and the text is the same."""
+    pictures, generator = Pictures.sample(0, 200), rng()
+    S, K = train_vqvae.VQ.codes_per_image, train_vqvae.VQ.num_embeddings
+    pictures.codes = {scene: generator.integers(0, K, S) for scene in pictures.scenes()}
+    return Corpus(Writer(tokenizer, pictures.codes), pictures, generator)
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    config = ChameleonConfig(**SIZES, vq_config=SMALL_VQ, vocabulary_map=scrambled_vocabulary())
+    model = ChameleonForConditionalGeneration(config)
+    randomize(model)
+    return model.eval()
+
+
+# --- documents
+
+
+def test_a_chat_document_is_what_the_processor_makes_plus_the_answer(corpus, tokenizer):
+    scene = corpus.pictures.singles[0]
+    document = corpus.writer.chat(("What is this? ", scene), ("A star.",))
+    prompt = ChameleonProcessor.from_pretrained(TINY)(
+        text="What is this? <image>", images=Image.fromarray(world.render(scene))
+    )["input_ids"][0]
+    codes = tokenizer.vocabulary.ids_from_codes(torch.tensor(corpus.writer.codes[scene]))
+    prompt[prompt == tokenizer.image_token_id] = codes
+    answer = [*tokenizer.encode("A star."), tokenizer.eos_token_id]
+    assert document.ids == prompt.tolist() + answer
+    assert document.weight == [0.0] * len(prompt) + [1.0] * len(answer)
+    assert document.position == list(range(len(document.ids)))
+
+
+def test_a_drawing_is_in_the_loss_and_a_given_picture_is_not(corpus, tokenizer):
+    v = tokenizer.vocabulary
+    scene, other = corpus.pictures.singles[:2]
+    document = corpus.writer.chat(("Make it red.", scene), (other,))
+    places = [n for n, token in enumerate(document.ids) if token == v.begin_image_id]
+    S = len(corpus.writer.codes[scene])
+    weights = [document.weight[p : p + S + 2] for p in places]
+    assert set(weights[0]) == {0.0}
+    assert weights[1][0] == 1.0 and set(weights[1][1 : S + 1]) == {documents.IMAGE_WEIGHT}
+
+
+def test_branches_share_the_picture_and_restart_their_positions(corpus):
+    scene = corpus.pictures.singles[0]
+    turns = [("What is this?", "A star."), ("How many?", "One."), ("", "There is one shape.")]
+    document = corpus.writer.branches((scene,), turns, 0.0, room=1000)
+    shared = document.branch.count(0)
+    assert shared == len(corpus.writer.codes[scene]) + 3  # <s>, begin image, end image
+    for branch in (1, 2, 3):
+        here = [p for p, b in zip(document.position, document.branch) if b == branch]
+        assert here == list(range(shared, shared + len(here)))
+
+
+def test_branches_stop_before_the_room_is_full(corpus):
+    scene = corpus.pictures.singles[0]
+    document = corpus.writer.branches((scene,), [("Why?", "So.")] * 99, 0.0, room=100)
+    assert 90 < len(document.ids) <= 100
+
+
+@pytest.mark.parametrize("draw", ["pretrain", "sft"])
+def test_rows_are_full_and_hold_only_what_was_drawn(corpus, tokenizer, draw):
+    rows = Rows(corpus, tokenizer.pad_token_id)
+    filled = 0
+    for _ in range(10):
+        batch = rows.batch(getattr(corpus, draw), 4, 224)
+        padding = batch["ids"] == tokenizer.pad_token_id
+        assert (batch["weight"][padding] == 0).all()
+        assert batch["position"].max() < 224
+        filled += (~padding).float().mean().item() / 10
+    assert filled > 0.8
+
+
+def test_visible_by_hand():
+    document = torch.tensor([[0, 0, 0, 0, 1]])
+    branch = torch.tensor([[0, 1, 1, 2, 0]])
+    wanted = torch.tensor([
+        [1, 0, 0, 0, 0],  # the shared beginning sees itself
+        [1, 1, 1, 0, 0],  # branch 1 sees it and itself (the model adds causality)
+        [1, 1, 1, 0, 0],
+        [1, 0, 0, 1, 0],  # branch 2 does not see branch 1
+        [0, 0, 0, 0, 1],  # another document sees only itself
+    ]).bool()  # fmt: skip
+    assert torch.equal(visible(document, branch)[0], wanted)
+
+
+def test_packed_branches_get_the_logits_they_would_get_alone(small_model):
+    """The mask and the positions together: packing changes nothing but the speed."""
+    g = torch.Generator().manual_seed(0)
+    shared, one, two = (torch.randint(74, V, (n,), generator=g).tolist() for n in (6, 4, 5))
+    packed = Document()
+    packed.add(shared, 0.0)
+    packed.add(one, 1.0, 1)
+    packed.add(two, 1.0, 2)
+
+    class Once:
+        def __init__(self):
+            self.left = [packed, packed]
+
+        def draw(self, room):
+            return self.left.pop() if self.left else Document(ids=[0] * 10**6)
+
+    batch = Rows(None, 1).batch(Once().draw, 1, 40)  # the same document twice in a row
+    with torch.no_grad():
+        both = small_model(
+            batch["ids"], attention_mask=batch["mask"], position_ids=batch["position"]
+        ).logits[0]
+        alone = [small_model(torch.tensor([shared + branch])).logits[0] for branch in (one, two)]
+    for start in (0, 15):
+        torch.testing.assert_close(both[start + 6 : start + 10], alone[0][6:])
+        torch.testing.assert_close(both[start + 10 : start + 15], alone[1][6:])
+
+
+def test_cached_codes_are_used_only_if_they_are_those_of_this_vqvae(tmp_path):
+    torch.manual_seed(0)
+    one, other = (ChameleonVQVAE(train_vqvae.VQ) for _ in range(2))
+    for vq in (one, other):
+        torch.nn.init.normal_(vq.quantize.embedding.weight)
+    cache, cpu = tmp_path / "codes.npy", torch.device("cpu")
+    first = Pictures.sample(0, 30).encode(one, cpu, cache).codes
+    again = Pictures.sample(0, 30).encode(one, cpu, cache).codes
+    changed = Pictures.sample(0, 30).encode(other, cpu, cache).codes
+    scene = next(iter(first))
+    assert np.array_equal(first[scene], again[scene])
+    fresh = documents.encode_scenes(other, [scene], cpu)[0]
+    assert np.array_equal(changed[scene], fresh) and not np.array_equal(first[scene], fresh)
+
+
+# --- loss, optimizer, schedule
+
+
+def test_the_loss_is_weighted_cross_entropy_plus_z_loss(small_model):
+    ids = torch.randint(74, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    weight = torch.tensor([[0.0] * 4 + [1.0] * 5, [0.0] * 3 + [0.5] * 6])
+    mask = torch.ones(2, 9, 9, dtype=torch.bool)
+    batch = dict(ids=ids, weight=weight, mask=mask, position=torch.arange(9).expand(2, 9))
+    with torch.no_grad():
+        loss, _ = train.decoder_loss(small_model, batch, z_weight=0.3)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = small_model(ids, mask_image_logits=False).logits[:, :-1].float()
+    log_z = logits.logsumexp(-1)
+    nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    w = weight[:, 1:]
+    wanted = (w * (nll + 0.3 * log_z**2)).sum() / w.sum()
+    torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=0)
+
+
+def test_weight_decay_is_on_matrices_only(small_model):
+    matrices, others = train.make_optimizer(small_model, 1e-3).param_groups
+    assert matrices["weight_decay"] == train.WEIGHT_DECAY and others["weight_decay"] == 0.0
+    assert all(p.ndim >= 2 for p in matrices["params"])
+    assert sum(p.ndim < 2 for p in small_model.parameters()) == len(others["params"])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_the_learning_rate_warms_up_and_never_grows_again(stage):
+    rates = [train.rate(stage, step, 1000) for step in range(1000)]
+    top = rates.index(max(rates))
+    assert rates[0] < max(rates) / 50
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_dropout_from_outside_works_in_training_only(small_model):
+    import copy
+
+    model = copy.deepcopy(small_model)
+    train.add_switches(model, argparse.Namespace(no_qk_norm=False, dropout=0.5))
+    ids = torch.randint(74, V, (1, 12))
+    with torch.no_grad():
+        plain = small_model(ids).logits
+        assert torch.equal(model.eval()(ids).logits, plain)
+        assert not torch.allclose(model.train()(ids).logits, plain)
+
+
+# --- the VQ-VAE stage
+
+
+def small_codebook() -> tuple[ChameleonVQVAE, train_vqvae.Codebook]:
+    torch.manual_seed(0)
+    vq = ChameleonVQVAE(train_vqvae.VQ)
+    return vq, train_vqvae.Codebook(vq)
+
+
+def test_the_foreground_is_the_things():
+    scene = world.sample_scene(rng(1), 1)
+    thing = train_vqvae.foreground(torch.from_numpy(world.render_pixels([scene])))[0, 0]
+    y, x = world.thing_centre(scene.things[0], 48, 48)
+    assert thing[int(y), int(x)] == 1 and 20 < thing.sum() < 250
+    assert thing[0, 0] == 0
+
+
+def test_moving_averages_move_codes_to_the_vectors_that_chose_them():
+    vq, codebook = small_codebook()
+    with torch.no_grad():
+        codebook.e.copy_(torch.randn(codebook.e.shape))
+        codebook.sum.copy_(codebook.e)
+    target, before = torch.full((8, 32), 3.0), codebook.e.clone()
+    codes, level = torch.full((8,), 7), torch.zeros(8, dtype=torch.long)
+    for _ in range(2000):
+        codebook.update(target, codes, torch.ones(8, dtype=torch.bool), level)
+    torch.testing.assert_close(codebook.e[7], target[0], rtol=1e-2, atol=1e-2)
+    assert torch.allclose(codebook.e[8], before[8], atol=1e-4)
+
+
+def test_duplicates_of_a_background_are_given_to_things():
+    vq, codebook = small_codebook()
+    K = codebook.K
+    z = torch.randn(K, 32)
+    with torch.no_grad():
+        codebook.e.copy_(z)
+        codebook.sum.copy_(z)
+    codes = torch.cat([torch.arange(K), torch.tensor([0, 0, 1])])  # 0 and 1: plain background
+    thing = torch.cat([torch.arange(K) > 1, torch.zeros(3, dtype=torch.bool)])
+    codebook.update(z[codes], codes, thing, torch.full((K + 3,), 255))
+    assert codebook.revive(retire=False) == 1  # code 1; code 0 is used more often and stays
+    assert torch.allclose(codebook.e[0], z[0], atol=1e-5)
+    assert (codebook.e[1] - z[thing[:K]]).abs().sum(1).min() < 1e-5
+
+
+# --- the run
+
+
+def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
+    sizes = dict(train.SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                 num_attention_heads=2)  # fmt: skip
+    monkeypatch.setattr(train, "SIZES", sizes)
+    monkeypatch.setattr(train, "ROWS", 2)
+    monkeypatch.setattr(train, "PICTURES", 20)
+    monkeypatch.setattr(train.Run, "EVERY", 1)
+    out = tmp_path / "tiny"
+    threads = torch.get_num_threads()
+    train.main(["all", "--out", str(out), "--steps", "3", "--questions", "2"])
+    assert "caption of one thing" in capsys.readouterr().out
+    names = {file.name for file in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.model", "preprocessor_config.json",
+            "processor_config.json"} == names  # fmt: skip
+    rows = (tmp_path / "tiny.train" / "curves.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["vqvae"] * 3 + ["pretrain"] * 3 + ["sft"] * 3
+    train.main(["sft", "--out", str(out), "--steps", "4"])
+    assert "goes on at step 3" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "tiny.train" / "sft.pt")
+    rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
+    assert rates == {train.LEARNING_RATE["sft"] * train.rate("sft", 3, 4)}
+    assert torch.get_num_threads() == threads
+
+
+RANK = """
+import sys
+import torch
+import train
+torch.set_num_threads(1)
+train.SIZES |= dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+train.SIZES["num_attention_heads"], train.ROWS, train.PICTURES = 2, 2, 20
+sys.exit(train.main(["pretrain", "--steps", "2", "--out", sys.argv[1]]))
+"""
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """FSDP2 over gloo: the same gradients, the same weights after two steps."""
+    def start(out: Path, **env: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", RANK, str(out)], cwd=ROOT, env=os.environ | env, text=True,
+            stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    vq = ChameleonVQVAE(train_vqvae.VQ).state_dict()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    running = []
+    for name, envs in (("one", [{}]), ("two", [ranks | {"RANK": r} for r in "01"])):
+        (tmp_path / f"{name}.train").mkdir()
+        (tmp_path / name).mkdir()
+        torch.save({"model": vq}, tmp_path / f"{name}.train" / "vqvae.pt")
+        shutil.copy(TINY / "tokenizer.model", tmp_path / name)
+        running += [start(tmp_path / name, **env) for env in envs]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    one, two = (torch.load(tmp_path / f"{n}.train" / "pretrain.pt") for n in ("one", "two"))
+    assert one["model"].keys() == two["model"].keys()
+    for name, weight in one["model"].items():
+        # Adam divides by the gradient's own size, so equal steps need gradients equal in sign
+        # and proportion; a wrong share of the loss would differ by the whole step, 1e-3.
+        far = (weight - two["model"][name]).abs() > 2e-4
+        assert far.float().mean() < 0.02, name
+
+
+# --- one's own data
+
+
+def own_folder(tmp_path: Path, *lines: object) -> Path:
+    Image.fromarray(world.render(world.sample_scene(rng()), 100)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (tmp_path / "data.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_examples_are_read_in_order(tmp_path):
+    line = {"prompt": "Is <image> like <image>?", "images": ["a.png", "a.png"], "answer": "Yes."}
+    folder = own_folder(tmp_path, line, "", {"prompt": "Hi", "answer": "Hello"})
+    first, second = documents.read_examples(folder)
+    a = folder / "a.png"
+    assert first == (f"{folder / 'data.jsonl'} line 1", ["Is ", a, " like ", a, "?"], ["Yes."])
+    assert second[0].endswith("line 3") and second[1:] == (["Hi"], ["Hello"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "not JSON"),
+        ([1], "must be an object"),
+        ({"prompt": "Hi"}, "'answer' must be a text"),
+        ({"prompt": "", "answer": "x"}, "'prompt' must be a text"),
+        ({"prompt": "Hi", "answer": "x", "image": "a.png"}, "unknown key 'image'"),
+        ({"prompt": "Hi", "answer": "x", "images": "a.png"}, "'images' must be a list"),
+        ({"prompt": "Hi", "answer": "x", "images": ["a.png"]}, "0 <image> but 1 file"),
+        ({"prompt": "<image>", "answer": "x"}, "1 <image> but 0 file"),
+        ({"prompt": "<image>", "answer": "x", "images": ["b.png"]}, "b.png"),
+        ({"prompt": "<image>", "answer": "x", "images": ["broken.png"]}, "broken.png"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, capsys, line, words):
+    folder = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}, line)
+    out = tmp_path / "out"
+    assert train.main(["sft", "--data", str(folder), "--out", str(out), "--steps", "1"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "data.jsonl line 2: " in error and words in error
+
+
+def test_own_data_is_learned_from_the_shipped_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "ROWS", 2)
+    lines = [
+        {"prompt": "What is it?<image>", "images": ["a.png"], "answer": "A zebra."},
+        {"prompt": "Draw a zebra.", "images": ["a.png"], "answer": "<image>"},
+    ]
+    folder, out = own_folder(tmp_path, *lines), tmp_path / "out"
+    arguments = ["sft", "--data", str(folder), "--model", str(TINY), "--out", str(out)]
+    assert train.main([*arguments, "--steps", "20"]) == 0
+    model, processor = evaluate.load(out)
+    picture = Image.open(folder / "a.png")
+    assert evaluate.answer(model, processor, ["What is it?<image>"], [picture]) == ["A zebra."]
+
+
+def test_the_smoke_runs_weights_depend_on_the_seed_alone(corpus):
+    """The same seed draws the same documents; another seed draws others."""
+    def first(seed):
+        twin = Corpus(corpus.writer, corpus.pictures, rng(seed))
+        return [twin.sft(200).ids for _ in range(5)]
+
+    assert first(1) == first(1) != first(2)
+
+
+# --- the shipped checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return evaluate.load(TINY)
+
+
+# What each row of the table must reach on 100 questions, about ten points under what it measured.
+FLOORS = {
+    "caption of one thing": 0.97, "caption of two": 0.86, "caption of three": 0.77, "colour": 0.72,
+    "shape": 0.71, "count": 0.68, "background": 0.97, "size": 0.72,
+    "two pictures: in common": 0.66,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", FLOORS)
+def test_the_shipped_checkpoint_still_answers(tiny, row):
+    assert evaluate.accuracy(*tiny, row, 100) >= FLOORS[row]
+
+
+def test_the_shipped_codes_keep_colour_and_shape(tiny):
+    assert evaluate.survival(tiny[0].model.vqmodel, 100)[0] >= 0.97
+
+
+def test_the_shipped_checkpoint_is_small():
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12e6

@@ -1,0 +1,383 @@
+"""Trains the checkpoint in tiny/ from nothing but a seed: the paper's recipe at a small size.
+
+    world.py --pictures--> vqvae ------> codes for every picture ---+
+             --sentences-> tokenizer --> ids for every sentence ----+--> documents, packed in rows
+                                                                              |
+                     tiny/ <-- sft <-- pretrain (all tokens, then better data) <
+                              (questions, drawing; answers only)
+
+    python train.py all --out tiny          the four stages one after the other, then the table
+    python train.py sft --out tiny          one stage; all of them resume where they stopped
+
+Letters: B rows, T tokens of a row, V vocabulary, S codes of a picture, K codes, D their width.
+
+What is in the loss: in `pretrain` every token, text and picture; in `sft` the answers only, which
+may be text or a drawing. A picture given in a prompt is never in the sft loss.
+What is masked: several questions about one picture share its tokens and do not see each other
+(`Document.branch`), so an answer is read off the picture and not off an earlier answer.
+
+Paper: arXiv 2405.09818, sections 2.2 (stability), 2.3 and table 1 (optimization), 3 (alignment).
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import world
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from documents import Corpus, OwnData, Pictures, Rows, Writer, read_examples
+from generate import OneLineParser
+from tokenizer import (
+    BEGIN_IMAGE,
+    END_IMAGE,
+    END_OF_TURN,
+    ChameleonImageProcessor,
+    ChameleonProcessor,
+    SentencePieceTokenizer,
+    image_token_name,
+)
+from train_vqvae import VQ, train_vqvae
+from training_run import Run, shard, whole
+from vqvae import ChameleonVQVAE
+
+# ---------------------------------------------------------------------------------------------
+# The numbers. Ours, then the paper's 7B.
+
+SIZES = dict(
+    hidden_size=192,  # 4096
+    intermediate_size=512,  # 11008
+    num_hidden_layers=6,  # 32
+    num_attention_heads=6,  # 32
+    max_position_embeddings=1024,  # 4096
+)
+MERGES = 256  # 48896 pieces beyond the 256 bytes
+BETAS, EPS = (0.9, 0.95), 1e-5  # the same
+WEIGHT_DECAY = 0.1  # 0.1, here on matrices only
+CLIP = 1.0  # 1.0
+Z_LOSS = 1e-5  # 1e-5
+DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
+LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3}  # 1e-4, 1e-5
+WARM_UP = {"pretrain": 150, "sft": 100}  # 4000, not given
+STEPS = {"pretrain": 1100, "sft": 6400}  # 2^23 tokens a step, 4.4e12 in all
+ROWS = 8  # 2048, of 4096 tokens
+PICTURES = 16_000  # 1.4 billion
+
+
+# ---------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def sentences(rng: np.random.Generator, n: int) -> list[str]:
+    """Sentences of the world in the shares in which the model will meet them."""
+    lines = [line for pair in world.SMALL_TALK.items() for line in pair] * 20
+    while len(lines) < n:
+        scene = world.sample_scene(rng)
+        turns = [ask(rng, scene) for ask in world.QUESTIONS.values()]
+        first, second, _ = world.sample_pair(rng)
+        before, after, change = world.sample_edit(rng)
+        turns += [world.ask_common(rng, first, second), world.ask_which(rng, first, second)]
+        turns += [world.ask_difference(rng, change), (world.ask_edit(rng, after, change), "")]
+        request = world.pick(rng, world.DRAW_PROMPTS).format(world.ask_drawing(rng, scene).text)
+        turns += [(request, world.state(rng, scene)), (world.pick(rng, world.THEN_SAY), "")]
+        for question, answer in filter(None, turns):
+            lines += [world.vary(rng, question), answer]
+    return [line for line in lines if line]
+
+
+def train_tokenizer(run: Run) -> None:
+    """sentencepiece, laid out like the real vocabulary: specials, codes, marks, bytes, merges."""
+    import sentencepiece
+
+    marks = [END_IMAGE, BEGIN_IMAGE, END_OF_TURN, "<image>"]
+    codes = [image_token_name(code) for code in range(VQ.num_embeddings)]
+    run.out.mkdir(parents=True, exist_ok=True)
+    lines = sentences(np.random.default_rng(run.options.seed), 40_000)
+    with open(run.out / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, model_type="bpe",
+            vocab_size=4 + len(codes) + len(marks) + 256 + MERGES, control_symbols=codes + marks,
+            bos_id=0, pad_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
+            # Any text comes back as it was: nothing normalized, nothing added, nothing dropped.
+            normalization_rule_name="identity", remove_extra_whitespaces=False,
+            add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
+            minloglevel=2,
+        )  # fmt: skip
+    run.say(f"tokenizer: {trained_tokenizer(run).vocab_size} ids")
+
+
+# ---------------------------------------------------------------------------------------------
+# The decoder: one loop for pretrain and sft
+
+
+def build_model(
+    tokenizer: SentencePieceTokenizer, vq: ChameleonVQVAE, options: argparse.Namespace
+) -> ChameleonForConditionalGeneration:
+    """A fresh decoder around a trained VQ-VAE."""
+    config = ChameleonConfig(
+        **SIZES, vocab_size=tokenizer.vocab_size, vocabulary_map=tokenizer.vocab, vq_config=VQ,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, swin_norm=options.norm_order == "swin",
+    )  # fmt: skip
+    model = ChameleonForConditionalGeneration(config)
+    model.model.vqmodel = vq.requires_grad_(False)
+    for layer in model.model.layers:
+        # Each layer adds two terms to the stream; smaller ones keep its variance at the start.
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
+    return model
+
+
+def add_switches(model: ChameleonForConditionalGeneration, options: argparse.Namespace) -> None:
+    """--no-qk-norm and dropout, from outside: the model has neither as a flag."""
+    for layer in model.model.layers:
+        if options.no_qk_norm:
+            layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+        if options.dropout:
+            layer.self_attn.register_forward_hook(dropout_hook(options.dropout))
+            layer.mlp.register_forward_hook(dropout_hook(options.dropout))
+
+
+def dropout_hook(p: float):
+    """Dropout on what attention or feed-forward adds to the stream (section 2.2)."""
+
+    def hook(module: nn.Module, inputs, output):
+        if isinstance(output, tuple):
+            return F.dropout(output[0], p, module.training), *output[1:]
+        return F.dropout(output, p, module.training)
+
+    return hook
+
+
+def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
+    """Weight decay on matrices only: norms' gains would be pulled to 0, not to 1."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True)
+
+
+def rate(stage: str, step: int, steps: int) -> float:
+    """Learning rate relative to its peak: linear warm-up, then down to 0.3 or to 0.02."""
+    done = step / max(1, steps)
+    if stage == "pretrain":
+        shape = 0.3**done  # the paper decays to 0; sft goes on from here
+    else:
+        shape = 0.5 + 0.5 * math.cos(math.pi * max(0.0, 2 * done - 1))  # flat for half, then down
+    warm_up = min(WARM_UP[stage], max(1, steps // 10))
+    return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
+
+
+def decoder_loss(
+    model: ChameleonForConditionalGeneration, batch: dict[str, Tensor], z_weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Weighted cross entropy plus z-loss -> scalar, and the curves.
+
+        loss = sum_t w_t (-log p(x_t | x_<t) + z_weight log^2 Z_t) / sum_t w_t
+
+    Z_t is the softmax's denominator: cross entropy does not see it, so it drifts until bf16
+    cannot hold the logits; the z-loss keeps log Z near 0. Both on the same positions, in fp32.
+    """
+    ids, weight = batch["ids"], batch["weight"][:, 1:]  # targets: shifted by one
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        hidden = model.model(
+            ids, attention_mask=batch["mask"], position_ids=batch["position"]
+        ).last_hidden_state  # (B, T, D)
+        counted = weight > 0
+        logits = model.lm_head(hidden[:, :-1][counted]).float()  # (N, V), what counts only
+    target, w = ids[:, 1:][counted], weight[counted]  # (N,)
+    log_z = logits.logsumexp(-1)  # (N,)
+    nll = log_z - logits.gather(-1, target[:, None])[:, 0]  # (N,)
+    loss = (w * (nll + z_weight * log_z.square())).sum() / batch.get("total", w.sum())
+    with torch.no_grad():
+        picture = torch.isin(target, model.model.code_to_id)
+        curves = {"log_z": log_z.mean().item(), "z_loss": Z_LOSS * log_z.square().mean().item()}
+        for name, kind in (("text_loss", ~picture), ("image_loss", picture)):
+            if kind.any():
+                curves[name] = nll[kind].mean().item()
+    return loss, curves
+
+
+def q_norms(model: ChameleonForConditionalGeneration) -> dict:
+    """Measures |q| before QK-norm in the last layer: what grows when training turns unstable."""
+    seen = {}
+
+    def hook(module: nn.Module, inputs, output: Tensor) -> None:
+        heads = output.unflatten(-1, (model.config.num_attention_heads, -1))  # (B, T, H, K)
+        seen["q_norm"] = heads.detach().float().norm(dim=-1).mean().item()
+
+    model.model.layers[-1].self_attn.q_proj.register_forward_hook(hook)
+    return seen
+
+
+def train_decoder(stage: str, run: Run) -> None:
+    """pretrain or sft: from the last saved step to the last step, then the checkpoint."""
+    options, steps = run.options, stage_steps(stage, run)
+    rng = np.random.default_rng((options.seed, len(stage)))
+    if options.data:
+        model, processor, corpus = own_data(run, rng)
+    else:
+        model, processor, corpus = toy_world(stage, run, rng)
+    add_switches(model, options)
+    if run.world_size > 1:
+        shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
+    peak = options.learning_rate or LEARNING_RATE[stage]
+    optimizer = make_optimizer(model, peak)
+    start = run.resume(stage, model, optimizer, rng)
+    rows, norms = Rows(corpus, processor.tokenizer.pad_token_id), q_norms(model)
+    z_weight = 0.0 if options.no_z_loss else Z_LOSS
+    model.train()
+    for step in run.progress(range(start, steps), stage):
+        # The last fifth of pretraining is its second stage: half of it better data (2.3).
+        late = stage == "sft" or (step >= 0.8 * steps and step % 2)
+        batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
+        loss, curves = decoder_loss(model, run.share(batch), z_weight)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * rate(stage, step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        run.log(stage, step, curves | norms | {"grad_norm": float(whole(grad_norm))})
+        if run.due(step, steps):
+            run.save(stage, step + 1, model, optimizer, rng)
+            export(model, processor, run)
+
+
+def trained_vqvae(run: Run) -> ChameleonVQVAE:
+    """The first stage's VQ-VAE, rounded to bf16 as it will be shipped: its codes stay the same."""
+    vq = ChameleonVQVAE(VQ)
+    vq.load_state_dict(run.load("vqvae")["model"])
+    for weight in vq.parameters():
+        weight.data = weight.data.bfloat16().float()
+    return vq.eval()
+
+
+def trained_tokenizer(run: Run) -> SentencePieceTokenizer:
+    if not (run.out / "tokenizer.model").is_file():
+        raise ValueError(f"{run.out}/tokenizer.model is missing: run `train.py tokenizer` first")
+    return SentencePieceTokenizer(run.out / "tokenizer.model")
+
+
+def stage_steps(stage: str, run: Run) -> int:
+    return run.options.steps or STEPS[stage]
+
+
+def toy_world(stage: str, run: Run, rng: np.random.Generator):
+    """-> model, processor and corpus of the toy world."""
+    tokenizer, vq = trained_tokenizer(run), trained_vqvae(run)
+    model = build_model(tokenizer, vq, run.options).to(run.device)
+    if stage == "sft":
+        model.load_state_dict(run.load("pretrain")["model"])
+    count = min(PICTURES, 100 * stage_steps(stage, run))
+    pictures = Pictures.sample(run.options.seed, count)
+    pictures.encode(vq, run.device, run.state / f"codes-{run.rank}.npy")
+    corpus = Corpus(Writer(tokenizer, pictures.codes), pictures, rng)
+    images = ChameleonImageProcessor(size=VQ.resolution, crop_size=VQ.resolution)
+    return model, ChameleonProcessor(images, tokenizer, VQ.codes_per_image), corpus
+
+
+def own_data(run: Run, rng: np.random.Generator):
+    """-> model and processor of the checkpoint in --model, and the user's documents."""
+    examples = read_examples(run.options.data)  # before any weight is read
+    model = ChameleonForConditionalGeneration.from_pretrained(
+        run.options.model, torch.float32, run.device
+    )
+    model.model.vqmodel.requires_grad_(False)
+    processor = ChameleonProcessor.from_pretrained(run.options.model)
+    return model, processor, OwnData(examples, model, processor, rng)
+
+
+def export(model: nn.Module, processor: ChameleonProcessor, run: Run) -> None:
+    """The shipped folder: bf16 weights, config, tokenizer and processor, in the HF layout."""
+    weights = run.whole_state(model)  # all ranks take part
+    if run.rank:
+        return
+    twin = ChameleonForConditionalGeneration(model.config)
+    if run.options.no_qk_norm:
+        add_switches(twin, run.options)
+    twin.load_state_dict(weights)
+    twin.to(torch.bfloat16).save_pretrained(run.out)
+    processor.save_pretrained(run.out)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def evaluate(run: Run) -> None:
+    """Prints how often the checkpoint in `out` answers and draws right."""
+    from evaluate import table
+
+    table(run.out, run.options.questions, run.options.device)
+
+
+STAGES = {
+    "vqvae": train_vqvae, "tokenizer": train_tokenizer,
+    "pretrain": lambda run: train_decoder("pretrain", run),
+    "sft": lambda run: train_decoder("sft", run), "evaluate": evaluate,
+}  # fmt: skip
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(prog="train.py", description="Train the tiny Chameleon's toy world.")
+    add = parser.add_argument
+    add("stage", choices=[*STAGES, "all"])
+    add("--out", type=Path, default=Path("tiny"), help="checkpoint folder (default: tiny)")
+    add("--state", type=Path, help="what to resume from, and curves.csv (default: OUT.train)")
+    add("--steps", type=int, help="of each stage; a small number makes a smoke run")
+    add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
+    add("--model", type=Path, default=Path("tiny"), help="--data: checkpoint to start from")
+    add("--learning-rate", type=float, help="peak (default: the stage's)")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--norm-order", choices=("pre", "swin"), default="pre", help="swin: norms as in the 34B")
+    add("--no-qk-norm", action="store_true", help="see what QK-norm is good for")
+    add("--no-z-loss", action="store_true", help="see what the z-loss is good for")
+    add("--dropout", type=float, default=DROPOUT, help="after attention and feed-forward")
+    add("--questions", type=int, default=1000, help="of each kind in evaluate")
+    options = parser.parse_args(arguments)
+    if options.data and options.stage != "sft":
+        parser.error("--data belongs to the stage sft")
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    options.state = options.state or options.out.with_name(options.out.name + ".train")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)  # numbers near 1e-40 are 100 times slower on a CPU
+    try:
+        run = Run(options)
+        if run.world_size > 1:
+            torch.distributed.init_process_group()
+        for stage in STAGES if options.stage == "all" else [options.stage]:
+            torch.manual_seed(options.seed)
+            # Everything but the decoder is small: one rank does it, the others wait for the files.
+            if run.rank == 0 or stage in ("pretrain", "sft"):
+                STAGES[stage](run)
+            if run.world_size > 1:
+                torch.distributed.barrier()
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

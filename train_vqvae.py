@@ -1,0 +1,234 @@
+"""The first stage of training: the VQ-VAE, on pictures alone.
+
+    pixels --encoder--> z --nearest code--> zq --decoder--> reconstruction
+                        |                                        |
+                        +-- commitment loss     weighted L1 + L2 + against the pixels
+                        +-- moving averages -> code vectors
+
+Letters: B pictures, S = h * w patches of a picture, K codes, D their width, N patches of a batch.
+
+Three things are not in the VQ-VAE paper (arXiv 1711.00937) and make small models work: a start that
+tames GroupNorm (`initialize`), a plain auto-encoder before the codebook exists, and a codebook
+that spends its codes on things instead of background (`Codebook`).
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import world
+from training_run import Run
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
+
+# Ours, then the released model's.
+VQ = ChameleonVQVAEConfig(
+    resolution=world.SIDE,  # 512: here 6 x 6 = 36 codes instead of 1024
+    num_embeddings=512,  # 8192
+    embed_dim=32,  # 256
+    latent_channels=64,  # 256
+    base_channels=64,  # 128; 32 would make GroupNorm's 32 groups an instance norm: wrong colours
+    channel_multiplier=(1, 1, 1, 1),  # (1, 1, 2, 2, 4)
+    num_res_blocks=1,  # 2
+    attn_type="none",  # "vanilla": without attention a code depends on what is near it only
+)
+BATCH = 4  # pictures a step
+STEPS = 8000
+LEARNING_RATE, WARM_UP, BETAS, CLIP = 1e-3, 100, (0.9, 0.99), 1.0
+AUTO_ENCODER = 0.08  # share of the steps before the codebook is there
+FROZEN = 0.9  # share of the steps after which the codebook stands still
+
+
+def initialize(vq: ChameleonVQVAE) -> None:
+    """Starts the network as a nearly linear one.
+
+    With 2 channels a group, GroupNorm divides by the contrast of the picture at hand, and hues
+    are lost. A constant in every second channel makes its statistics nearly the same for all
+    pictures, so the norm starts as a plain affine map; residual branches start at zero.
+    """
+    for name, module in vq.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            nn.init.zeros_(module.bias)
+            if name.endswith("conv2"):
+                nn.init.zeros_(module.weight)
+            if name.endswith(("sample.conv", "conv_in", "conv1")):
+                nn.init.ones_(module.bias.data[1::2])
+
+
+def foreground(pixels: Tensor) -> Tensor:
+    """pixels (B, 3, H, W) -> (B, 1, H, W), 1 where a thing is; the corner is always background."""
+    difference = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True)  # (B, 1, H, W)
+    return (difference > 0.05).float()
+
+
+def flatten_patches(z: Tensor) -> Tensor:
+    return z.permute(0, 2, 3, 1).flatten(0, 2)  # (B, D, h, w) -> (B*S, D)
+
+
+class Codebook(nn.Module):
+    """Keeps the code vectors: k-means++ start, moving averages, dead and duplicate codes.
+
+    Plain background fills most patches. Left alone it would take a code vector for every shade of
+    rounding, and the decoder would have to guess which of them comes next; so it counts little
+    in the averages, and only one code for each background may stay.
+    """
+
+    DECAY = 0.996  # of the moving averages
+    PLAIN = 0.05  # weight of a background patch, relative to one that shows a thing
+    EVERY = 250  # steps between two looks at dead codes
+
+    def __init__(self, vq: ChameleonVQVAE) -> None:
+        super().__init__()
+        self.e = vq.quantize.embedding.weight.requires_grad_(False)  # (K, D)
+        self.quantizer, self.K = vq.quantize, len(self.e)
+        self.register_buffer("count", torch.ones(self.K))  # moving average of weighted uses
+        self.register_buffer("sum", self.e.clone())  # ... of the vectors that used each code
+        self.register_buffer("uses", torch.zeros(self.K))  # since the last look
+        self.register_buffer("plain", torch.zeros(256, self.K))  # uses by the background's level
+        self.pool = self.e[:0]  # recent vectors of things, from which dead codes are revived
+
+    @torch.no_grad()
+    def start(self, z: Tensor, weight: Tensor) -> None:
+        """k-means++ on encoder outputs z (N, D), drawn with `weight` (N,), then ten rounds."""
+        z = z[torch.multinomial(weight, min(len(z), 12_000))]  # (n, D)
+        distance = torch.full((len(z),), torch.inf, device=z.device)
+        for k in range(self.K):  # each next centre far from the ones so far
+            p = torch.ones_like(distance) if k == 0 else distance.clamp(min=1e-12)
+            self.e[k] = z[torch.multinomial(p, 1)[0]]
+            distance = torch.minimum(distance, (z - self.e[k]).square().sum(1))
+        for _ in range(10):
+            codes = self.quantizer.nearest(z)  # (n,)
+            uses = torch.bincount(codes, minlength=self.K)[:, None]  # (K, 1)
+            means = torch.zeros_like(self.e).index_add_(0, codes, z) / uses.clamp(min=1)
+            self.e.copy_(torch.where(uses > 0, means, self.e))
+        self.count.fill_(1.0)
+        self.sum.copy_(self.e)
+
+    @torch.no_grad()
+    def update(self, z: Tensor, codes: Tensor, thing: Tensor, level: Tensor) -> None:
+        """One step of the averages.
+
+            N_k <- d N_k + (1 - d) sum w_i        over the vectors i that chose code k
+            m_k <- d m_k + (1 - d) sum w_i z_i    e_k = m_k / N_k
+
+        z (N, D), codes (N,), thing (N,) bool, level (N,) the background's gray level.
+        """
+        w = torch.where(thing, 1.0, self.PLAIN) * (1 - self.DECAY)  # (N,)
+        self.count.mul_(self.DECAY).index_add_(0, codes, w)
+        self.sum.mul_(self.DECAY).index_add_(0, codes, z * w[:, None])
+        self.e.copy_(self.sum / self.count[:, None].clamp(min=1e-8))
+        self.uses += torch.bincount(codes, minlength=self.K)
+        one = torch.ones_like(w)
+        self.plain.index_put_((level[~thing], codes[~thing]), one[~thing], accumulate=True)
+        self.pool = torch.cat((self.pool, z[thing]))[-2000:]
+
+    @torch.no_grad()
+    def revive(self, retire: bool) -> int:
+        """Gives dead and duplicate codes to things; `retire` moves them out of reach instead."""
+        duplicate = self.plain.sum(0) > 0.9 * self.uses
+        duplicate[self.plain[self.plain.sum(1) > 0].argmax(1)] = False  # one for each background
+        dead = duplicate | (self.uses == 0)
+        n = int(dead.sum())
+        if retire:
+            self.e[duplicate] = self.sum[duplicate] = 100.0
+            self.count[duplicate] = 1.0
+        elif n and len(self.pool):
+            new = self.pool[torch.randint(len(self.pool), (n,), device=self.pool.device)]  # (n, D)
+            self.count[dead] = self.count[~dead].median()
+            self.e[dead], self.sum[dead] = new, new * self.count[dead, None]
+        self.uses.zero_()
+        self.plain.zero_()
+        return n
+
+
+def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Tensor, dict, tuple]:
+    """-> loss, curves, and (z, codes, thing, level) for Codebook.update
+
+        loss = mean of w (|x' - x| + (x' - x)^2) + beta |z - sg[e]|^2,    w = 6 on things, else 1
+    """
+    thing = foreground(pixels)  # (B, 1, H, W)
+    w = 1 + 5 * F.max_pool2d(thing, 5, stride=1, padding=2)  # with two pixels around the outline
+    w = w / w.mean()
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        z = vq.quant_conv(vq.encoder(pixels))  # (B, D, h, w)
+    z = z.float()
+    codes, loss, curves = None, 0.0, {}
+    if quantized:
+        # Without codebook loss: Codebook.update moves the code vectors.
+        z_e, (z, codes, losses) = z, vq.quantize(z)  # z now carries codes forward, z_e's gradient
+        loss = VQ.beta * losses.commitment
+        curves["code_perplexity"] = losses.perplexity.item()
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        reconstruction = vq.decoder(vq.post_quant_conv(z))  # (B, 3, H, W)
+    error = reconstruction.float() - pixels
+    loss = loss + (w * (error.abs() + error.square())).mean()
+    curves["image_loss"] = loss.item()
+    curves["psnr"] = 10 * math.log10(4 / error.detach().square().mean().item())  # pixels span 2
+    if not quantized:
+        return loss, curves, ()
+    things = F.max_pool2d(thing, VQ.downsampling).flatten() > 0  # (B*S,)
+    level = ((pixels[:, 0, 0, 0] + 1) / 0.0078).round().long()  # (B,) 0..255
+    level = level.repeat_interleave(codes.shape[1])  # (B*S,)
+    return loss, curves, (flatten_patches(z_e.detach()), codes.flatten(), things, level)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to a fiftieth."""
+    shape = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * (0.98 * shape + 0.02)
+
+
+def codebook_sample(
+    vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device, pictures: int
+) -> tuple[Tensor, Tensor]:
+    """Encoder outputs z (N, D) of fresh pictures, and weights (N,) that favour things."""
+    z, weight = [], []
+    with torch.no_grad():
+        for _ in range(0, pictures, 16):
+            scenes = [world.sample_scene(rng, 3) for _ in range(16)]
+            pixels = torch.from_numpy(world.render_pixels(scenes)).to(device)
+            z.append(flatten_patches(vq.quant_conv(vq.encoder(pixels))))
+            weight.append(F.max_pool2d(foreground(pixels), VQ.downsampling).flatten() + 0.02)
+    return torch.cat(z), torch.cat(weight)
+
+
+def train_vqvae(run: Run) -> None:
+    """A plain auto-encoder first, then with the codebook; duplicates retire near the end."""
+    steps, rng = run.options.steps or STEPS, np.random.default_rng(run.options.seed)
+    vq = ChameleonVQVAE(VQ)
+    initialize(vq)
+    vq.to(run.device)
+    codebook = Codebook(vq).to(run.device)
+    weights = [p for p in vq.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, betas=BETAS, weight_decay=0.0)
+    begin = math.ceil(AUTO_ENCODER * steps)  # the step at which the codebook starts
+    start = run.resume("vqvae", vq, optimizer, rng, codebook)
+    for step in run.progress(range(start, steps), "vqvae"):
+        if step == begin:
+            codebook.start(*codebook_sample(vq, rng, run.device, 16 * min(75, steps)))
+        # Crowded pictures are quick to learn from, sparse ones are what GroupNorm must get used to.
+        counts = rng.choice((1, 2, 3, 5, 8), BATCH, p=(0.15, 0.2, 0.25, 0.2, 0.2))
+        scenes = [world.sample_scene(rng, int(n)) for n in counts]
+        pixels = torch.from_numpy(world.render_pixels(scenes)).to(run.device)
+        loss, curves, patches = vqvae_loss(vq, pixels, quantized=step >= begin)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        curves["grad_norm"] = nn.utils.clip_grad_norm_(weights, CLIP).item()
+        optimizer.step()
+        if patches and step < FROZEN * steps:
+            codebook.update(*patches)
+            if (step + 1) % codebook.EVERY == 0:
+                codebook.revive(retire=step >= (FROZEN - 0.1) * steps)
+        run.log("vqvae", step, curves)
+        if run.due(step, steps):
+            run.save("vqvae", step + 1, vq, optimizer, rng, codebook)
+    from evaluate import survival
+
+    right, total = survival(vq.eval(), 400)
+    run.say(f"vqvae: {right:.1%} of {total} things keep colour and shape")

@@ -1,0 +1,140 @@
+"""Around the training loops: folders, saved states, curves, and several processes.
+
+    Run.save ----> STATE/<stage>.pt ----> Run.resume     model, optimizer, random numbers, step
+    Run.log -----> STATE/curves.csv                      one line every EVERY steps
+
+Several processes: `torchrun --nproc-per-node 2 train.py pretrain ...`. FSDP2 (arXiv 2304.11277)
+stores a slice of every matrix on each rank. All ranks draw the same batch and each keeps its own
+rows of it, so two processes compute what one would, each of them half.
+"""
+
+import argparse
+import csv
+import os
+import sys
+import time
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from checkpoint import write_atomically
+
+COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log_z", "q_norm",
+           "grad_norm", "code_perplexity", "psnr")  # fmt: skip
+
+
+class Run:
+    """One training run: its options, and what is kept in its two folders.
+
+    out: the checkpoint folder. state: everything needed to resume, and curves.csv.
+    Under torchrun there is one Run for each rank; only rank 0 writes.
+    """
+
+    EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out, self.state = options, options.out, options.state
+        self.device = torch.device(options.device)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    def progress(self, steps: range, name: str):
+        from tqdm import tqdm
+
+        return tqdm(steps, desc=name, disable=self.rank > 0 or None)  # None: only on a terminal
+
+    def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch -> this rank's rows on its device.
+
+        FSDP averages gradients over ranks, so each loss is divided by the MEAN weight of all ranks.
+        """
+        total = batch["weight"][:, 1:].sum() / self.world_size
+        rows = {name: t[self.rank :: self.world_size].to(self.device) for name, t in batch.items()}
+        return rows | {"total": total.to(self.device)}
+
+    def due(self, step: int, steps: int) -> bool:
+        return step + 1 == steps or (step + 1) % self.SAVE == 0
+
+    def whole_state(self, model: nn.Module, optimizer=None) -> dict:
+        """The unsharded state of a model (or of its optimizer), on the CPU."""
+        if self.world_size == 1:
+            return model.state_dict() if optimizer is None else optimizer.state_dict()
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        how = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        if optimizer is None:
+            return dcp.get_model_state_dict(model, options=how)
+        return dcp.get_optimizer_state_dict(model, optimizer, options=how)
+
+    def save(self, stage: str, step: int, model, optimizer, rng, codebook=None) -> None:
+        data = {
+            "step": step, "model": self.whole_state(model),
+            "optimizer": self.whole_state(model, optimizer),
+            "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
+            "codebook": codebook and codebook.state_dict(),
+        }  # fmt: skip
+        if self.rank == 0:
+            write_atomically(self.state / f"{stage}.pt", lambda part: torch.save(data, part))
+
+    def load(self, stage: str) -> dict:
+        path = self.state / f"{stage}.pt"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def resume(self, stage: str, model, optimizer, rng, codebook=None) -> int:
+        """Restores what `save` saved -> the step to go on with, 0 if there is nothing."""
+        if not (self.state / f"{stage}.pt").is_file():
+            return 0
+        data = self.load(stage)
+        if self.world_size == 1:
+            model.load_state_dict(data["model"])
+            optimizer.load_state_dict(data["optimizer"])
+        else:
+            from torch.distributed.checkpoint import state_dict as dcp
+
+            how = dcp.StateDictOptions(full_state_dict=True)
+            dcp.set_model_state_dict(model, data["model"], options=how)
+            dcp.set_optimizer_state_dict(model, optimizer, data["optimizer"], options=how)
+        rng.bit_generator.state = data["rng"]
+        torch.set_rng_state(data["torch_rng"])
+        if codebook is not None:
+            codebook.load_state_dict(data["codebook"])
+        self.say(f"{stage}: goes on at step {data['step']}")
+        return data["step"]
+
+    def log(self, stage: str, step: int, curves: dict[str, float]) -> None:
+        if step % self.EVERY or self.rank:
+            return
+        path = self.state / "curves.csv"
+        new = not path.is_file()
+        row = {"stage": stage, "step": step, "seconds": time.monotonic() - self.began} | curves
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def shard(layers: nn.ModuleList, head: nn.Module, rest: nn.Module, frozen: nn.Module) -> None:
+    """FSDP2: every rank stores its slice of each matrix; a layer is whole only while it runs.
+
+    `rest` is the module around the layers; parameters of `frozen` stay whole on every rank.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (*layers, head):
+        fully_shard(module)
+    fully_shard(rest, ignored_params=set(frozen.parameters()))
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor -> the whole one; any other unchanged."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
