@@ -374,6 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     finally:
+        torch.set_flush_denormal(False)  # it holds for the whole process, which may be a caller's
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
