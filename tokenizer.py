@@ -27,7 +27,7 @@ What differs from the tokenizer of a text-only Llama
       ChameleonProcessor, not the tokenizer, gives it its meaning.
     - A prompt ends with the end-of-turn id for a chat, and without it for completion.
 
-Sources: arXiv 2405.09818 sections 2.1 and 2.2; the documentation of transformers'
+Sources: arXiv 2405.09818 section 2.1; the documentation of transformers'
 ChameleonProcessor; the published names and split patterns of the release's tokenizer.
 """
 

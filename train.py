@@ -16,7 +16,7 @@ may be text or a drawing. A picture given in a prompt is never in the sft loss.
 What is masked: several questions about one picture share its tokens and do not see each other
 (`Document.branch`), so an answer is read off the picture and not off an earlier answer.
 
-Paper: arXiv 2405.09818, sections 2.2 (stability), 2.3 and table 1 (optimization), 3 (alignment).
+Paper: arXiv 2405.09818, sections 2.2 (data), 2.3 (stability, optimization), 3 (alignment).
 """
 
 import argparse
@@ -145,7 +145,7 @@ def add_switches(model: ChameleonForConditionalGeneration, options: argparse.Nam
 
 
 def dropout_hook(p: float):
-    """Dropout on what attention or feed-forward adds to the stream (section 2.2)."""
+    """Dropout on what attention or feed-forward adds to the stream (section 2.3)."""
 
     def hook(module: nn.Module, inputs, output):
         if isinstance(output, tuple):
@@ -236,7 +236,7 @@ def train_decoder(stage: str, run: Run) -> None:
     z_weight = 0.0 if options.no_z_loss else Z_LOSS
     model.train()
     for step in run.progress(range(start, steps), stage):
-        # The last fifth of pretraining is its second stage: half of it better data (2.3).
+        # The last fifth of pretraining is its second stage: half of it better data (2.2).
         late = stage == "sft" or (step >= 0.8 * steps and step % 2)
         batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
         loss, curves = decoder_loss(model, run.share(batch), z_weight)
