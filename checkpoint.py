@@ -19,6 +19,7 @@ folder from here: convert.py gives them these names.
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig
 
+OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 DECODER_PREFIX = "model.vqmodel.decoder."
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -248,6 +250,7 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     for file, document in documents.items():
         text = json.dumps(document, indent=2) + "\n"
         write_atomically(folder / file, partial(Path.write_text, data=text, encoding="utf-8"))
-    for old in (*folder.glob("model*.safetensors"), *folder.glob("model*.index.json")):
-        if old.name not in files and old.name not in documents:
+    for old in folder.iterdir():
+        stale = old.name not in files and old.name not in documents
+        if stale and OWN_FILES.fullmatch(old.name):
             old.unlink()  # an earlier save's, which a reader could take for this one's

@@ -95,6 +95,14 @@ def test_an_earlier_save_never_shines_through(tmp_path):
         assert one != (tmp_path / "model.safetensors.index.json").exists()
 
 
+def test_saving_deletes_nothing_of_the_users(tmp_path):
+    mine = [tmp_path / name for name in ("model_mine.safetensors", "model-ema.safetensors")]
+    for path in mine:
+        path.write_bytes(b"weights of a month")
+    small_model().save_pretrained(tmp_path)
+    assert all(path.read_bytes() == b"weights of a month" for path in mine)
+
+
 @pytest.mark.parametrize("dtype, expected", [("bfloat16", torch.bfloat16), ("auto", torch.float32)])
 def test_a_dtype_may_be_a_word(folder, dtype, expected):
     assert load(folder, dtype=dtype).dtype == expected
