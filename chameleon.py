@@ -654,7 +654,10 @@ class ChameleonForConditionalGeneration(nn.Module):
         holds; the VQ-VAE is fp32 in any case. `device_map` is transformers' word for `device`;
         both know "auto", the fastest there is. ValueError, in one line, says what is wrong.
         """
-        from checkpoint import load_checkpoint, pick_device  # here: checkpoint imports this file
+        from engine.checkpoint import (  # here: checkpoint imports this file
+            load_checkpoint,
+            pick_device,
+        )
 
         if isinstance(dtype, str):
             name, dtype = dtype, getattr(torch, dtype, None)
@@ -664,6 +667,6 @@ class ChameleonForConditionalGeneration(nn.Module):
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json and safetensors that transformers and `from_pretrained` read."""
-        from checkpoint import save_checkpoint
+        from engine.checkpoint import save_checkpoint
 
         save_checkpoint(self, Path(folder), max_shard_bytes)

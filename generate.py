@@ -24,9 +24,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from chameleon import ChameleonForConditionalGeneration
-from checkpoint import load_checkpoint, pick_device, read_config, write_atomically
-from convert import load_processor
-from parallel import check_ranks, join, ranks, shard
+from engine.checkpoint import load_checkpoint, pick_device, read_config, write_atomically
+from engine.convert import load_processor
+from engine.parallel import check_ranks, join, ranks, shard
 from sampling import MODES, check_options, check_room, generate, pieces, stream
 from tokenizer import ChameleonImageProcessor, ChameleonProcessor, Tokenizer, load_image
 
@@ -133,7 +133,7 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
     if ranks() > 1:
         shard(model, device)
     if options.quantize:
-        from quantize import quantize_model
+        from engine.quantize import quantize_model
 
         quantize_model(model, options.quantize)
     return model.set_attention(options.attention)

@@ -1,6 +1,6 @@
 """Trains the checkpoint in tiny/ from nothing but a seed: the paper's recipe at a small size.
 
-    world.py --pictures--> vqvae ------> codes for every picture ---+
+    world --pictures--> vqvae ---------> codes for every picture ---+
              --sentences-> tokenizer --> ids for every sentence ----+--> documents, packed in rows
                                                                               |
                      tiny/ <-- sft <-- pretrain (all tokens, then better data) <
@@ -30,9 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import world
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from documents import Corpus, OwnData, Pictures, Rows, Writer, read_examples
 from generate import OneLineParser
 from tokenizer import (
     BEGIN_IMAGE,
@@ -43,8 +41,10 @@ from tokenizer import (
     SentencePieceTokenizer,
     image_token_name,
 )
-from train_vqvae import VQ, train_vqvae
-from training_run import Run, shard, whole
+from training import world
+from training.documents import Corpus, OwnData, Pictures, Rows, Writer, read_examples
+from training.run import Run, shard, whole
+from training.vqvae_stage import VQ, train_vqvae
 from vqvae import ChameleonVQVAE
 
 # ---------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def export(model: nn.Module, processor: ChameleonProcessor, run: Run) -> None:
 
 def evaluate(run: Run) -> None:
     """Prints how often the checkpoint in `out` answers and draws right."""
-    from evaluate import table
+    from training.evaluate import table
 
     table(run.out, run.options.questions, run.options.device)
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from small import SIZES, VQ, batch_with_pictures, randomize, scrambled_vocabulary
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from checkpoint import read_config
+from engine.checkpoint import read_config
 
 load = ChameleonForConditionalGeneration.from_pretrained
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from small import SIZES, VQ, K, randomize, scrambled_vocabulary
 from synthetic import write_synthetic_tokenizer
 
-import convert as module
 import generate
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from checkpoint import Stored, load_checkpoint, write_checkpoint
+from engine import convert as module
+from engine.checkpoint import Stored, load_checkpoint, write_checkpoint
 from tokenizer import ChameleonProcessor, load_tokenizer
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 

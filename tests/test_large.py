@@ -18,8 +18,8 @@ from small import SIZES, VQ, scrambled_vocabulary
 from synthetic import write_synthetic_tokenizer
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from checkpoint import Stored, WithoutInit, open_model, write_checkpoint
-from convert import name_table
+from engine.checkpoint import Stored, WithoutInit, open_model, write_checkpoint
+from engine.convert import name_table
 from tokenizer import image_token_name, load_tokenizer
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -31,7 +31,7 @@ from chameleon import ChameleonForConditionalGeneration, KVCache
 begin = time.perf_counter()
 model = ChameleonForConditionalGeneration.from_pretrained(sys.argv[1])
 if sys.argv[2] == "int8":
-    from quantize import quantize_model
+    from engine.quantize import quantize_model
     quantize_model(model, "int8")
 loaded = time.perf_counter()
 cache = KVCache(model.config, 1, 64, model.dtype)
@@ -47,7 +47,7 @@ report = dict(load=round(loaded - begin, 2), steps=seconds)
 CONVERT = """
 import sys, time, json
 from pathlib import Path
-from convert import convert
+from engine.convert import convert
 begin = time.perf_counter()
 convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
 report = dict(seconds=round(time.perf_counter() - begin, 1))

@@ -9,7 +9,7 @@ import pytest
 from small import SIZES, VQ
 
 from chameleon import ChameleonConfig
-from parallel import check_ranks, ranks
+from engine.parallel import check_ranks, ranks
 
 TESTS = Path(__file__).resolve().parent
 
@@ -18,7 +18,8 @@ BOTH = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
-import generate, parallel
+import generate
+from engine import parallel
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabulary
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small import batch_with_pictures
 from test_checkpoint import small_model
 
-from quantize import KINDS, Int4Linear, Int8Linear, quantize_model
+from engine.quantize import KINDS, Int4Linear, Int8Linear, quantize_model
 
 kinds = st.sampled_from(list(KINDS))
 

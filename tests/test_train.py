@@ -16,14 +16,11 @@ from PIL import Image
 from small import SIZES, V, randomize, scrambled_vocabulary
 from small import VQ as SMALL_VQ
 
-import documents
-import evaluate
 import train
-import train_vqvae
-import world
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from documents import Corpus, Document, Pictures, Rows, Writer, visible
 from tokenizer import ChameleonProcessor, load_tokenizer
+from training import documents, evaluate, vqvae_stage, world
+from training.documents import Corpus, Document, Pictures, Rows, Writer, visible
 from vqvae import ChameleonVQVAE
 
 ROOT = Path(train.__file__).parent
@@ -43,7 +40,7 @@ def tokenizer():
 def corpus(tokenizer):
     """The real corpus over pictures whose codes are random: fast, and the text is the same."""
     pictures, generator = Pictures.sample(0, 200), rng()
-    S, K = train_vqvae.VQ.codes_per_image, train_vqvae.VQ.num_embeddings
+    S, K = vqvae_stage.VQ.codes_per_image, vqvae_stage.VQ.num_embeddings
     pictures.codes = {scene: generator.integers(0, K, S) for scene in pictures.scenes()}
     return Corpus(Writer(tokenizer, pictures.codes), pictures, generator)
 
@@ -156,7 +153,7 @@ def test_packed_branches_get_the_logits_they_would_get_alone(small_model):
 
 def test_cached_codes_are_used_only_if_they_are_those_of_this_vqvae(tmp_path):
     torch.manual_seed(0)
-    one, other = (ChameleonVQVAE(train_vqvae.VQ) for _ in range(2))
+    one, other = (ChameleonVQVAE(vqvae_stage.VQ) for _ in range(2))
     for vq in (one, other):
         torch.nn.init.normal_(vq.quantize.embedding.weight)
     cache, cpu = tmp_path / "codes.npy", torch.device("cpu")
@@ -218,15 +215,15 @@ def test_dropout_from_outside_works_in_training_only(small_model):
 # --- the VQ-VAE stage
 
 
-def small_codebook() -> tuple[ChameleonVQVAE, train_vqvae.Codebook]:
+def small_codebook() -> tuple[ChameleonVQVAE, vqvae_stage.Codebook]:
     torch.manual_seed(0)
-    vq = ChameleonVQVAE(train_vqvae.VQ)
-    return vq, train_vqvae.Codebook(vq)
+    vq = ChameleonVQVAE(vqvae_stage.VQ)
+    return vq, vqvae_stage.Codebook(vq)
 
 
 def test_the_foreground_is_the_things():
     scene = world.sample_scene(rng(1), 1)
-    thing = train_vqvae.foreground(torch.from_numpy(world.render_pixels([scene])))[0, 0]
+    thing = vqvae_stage.foreground(torch.from_numpy(world.render_pixels([scene])))[0, 0]
     y, x = world.thing_centre(scene.things[0], 48, 48)
     assert thing[int(y), int(x)] == 1 and 20 < thing.sum() < 250
     assert thing[0, 0] == 0
@@ -307,7 +304,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         )  # fmt: skip
 
     torch.manual_seed(0)
-    vq = ChameleonVQVAE(train_vqvae.VQ).state_dict()
+    vq = ChameleonVQVAE(vqvae_stage.VQ).state_dict()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

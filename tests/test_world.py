@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import world
-from world import COLOURS, HELD_OUT, QUESTIONS, Scene, Thing
+from training import world
+from training.world import COLOURS, HELD_OUT, QUESTIONS, Scene, Thing
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -187,7 +187,7 @@ def test_edits_change_one_thing():
 
 
 def test_the_committed_examples_are_what_the_world_renders(tmp_path):
-    committed = Path(world.__file__).parent / "examples"
+    committed = Path(world.__file__).parent.parent / "examples"
     world.write_examples(tmp_path)
     assert len(list(tmp_path.glob("*.png"))) >= 4
     for file in tmp_path.glob("*.png"):

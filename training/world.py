@@ -592,7 +592,7 @@ def read_place(difference: np.ndarray, place: tuple[int, int], background: float
 
 
 # ---------------------------------------------------------------------------------------------
-# python world.py FOLDER: the pictures in examples/
+# python -m training.world FOLDER: the pictures in examples/
 
 
 def write_examples(folder: Path) -> None:

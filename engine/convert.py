@@ -1,7 +1,7 @@
 """Meta's release and Anole's forks, read under Hugging Face's names; and the command that converts.
 
-    python convert.py SRC DST                      any layout below -> a Hugging Face folder
-    python convert.py SRC DST --vqgan vqgan.ckpt   with the VQ-VAE of this file, decoder included
+    python -m engine.convert SRC DST                 any layout below -> a Hugging Face folder
+    python -m engine.convert SRC DST --vqgan FILE    with the VQ-VAE of FILE, decoder included
 
 SRC is known by what it holds:
     config.json, *.safetensors                 Hugging Face: facebook/chameleon-7b
@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from checkpoint import DECODER_PREFIX, Stored, open_model, open_safetensors, write_checkpoint
+from engine.checkpoint import DECODER_PREFIX, Stored, open_model, open_safetensors, write_checkpoint
 from image_processor import read_json, write_json
 from tokenizer import (
     BEGIN_IMAGE,
@@ -452,7 +452,8 @@ def main(arguments: list[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     parser = argparse.ArgumentParser(
-        prog="convert.py", description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's."
+        prog="python -m engine.convert",
+        description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
@@ -465,7 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
         convert(options.source, options.target, options.vqgan, options.shard_size)
         print(f"{options.target}: written", file=sys.stderr)
     except (ValueError, OSError, SafetensorError) as e:
-        print(f"convert.py: {e}", file=sys.stderr)
+        print(f"convert: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

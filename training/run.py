@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from checkpoint import write_atomically
+from engine.checkpoint import write_atomically
 
 COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log_z", "q_norm",
            "grad_norm", "code_perplexity", "psnr")  # fmt: skip

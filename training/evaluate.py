@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import world
 from chameleon import ChameleonForConditionalGeneration
 from generate import generate
 from sampling import decode_pictures
 from tokenizer import ChameleonProcessor
-from world import Scene
+from training import world
+from training.world import Scene
 
 SEED = 10**9  # training draws its scenes from small seeds
 BATCH = 50

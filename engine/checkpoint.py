@@ -13,7 +13,7 @@ then BECOME the parameters (assign=True): memory never holds the checkpoint twic
 There is no table of names: parameters are called as in the files. `model.safetensors` of the 7B
 model has 548 tensors; those of the VQ-VAE's decoder (model.vqmodel.decoder.*) may be absent, as
 facebook/chameleon-7b was published without them. Meta's own files, and Anole's, look like such a
-folder from here: convert.py gives them these names.
+folder from here: engine/convert.py gives them these names.
 """
 
 import json
@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 
 def read_config(folder: Path) -> ChameleonConfig:
     """The config of a folder, Meta's or Hugging Face's; ValueError says what is wrong with it."""
-    from convert import find_release, open_release
+    from engine.convert import find_release, open_release
 
     release = find_release(folder)
     if release:
@@ -115,7 +115,7 @@ def open_checkpoint(
 
     `vqgan` is a file with a VQ-VAE to take instead of the folder's, see convert.py.
     """
-    from convert import find_release, open_release, pairs_to_halves, with_vqgan
+    from engine.convert import find_release, open_release, pairs_to_halves, with_vqgan
 
     release = find_release(folder)
     if release:

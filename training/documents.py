@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import world
 from chameleon import ChameleonForConditionalGeneration
 from tokenizer import ChameleonProcessor, Tokenizer, load_image
+from training import world
+from training.world import Scene
 from vqvae import ChameleonVQVAE
-from world import Scene
 
 IMAGE_WEIGHT = 0.2  # of a picture's token in the loss, relative to a text token's; the paper: 1
 EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance

@@ -20,7 +20,7 @@ The model knows nothing of this: torch's own tensor parallelism (DTensor) wraps 
 outside. Megatron-LM, https://arxiv.org/abs/1909.08053, section 3.
 
 A Hugging Face folder in the dtype one computes in is mapped, and the ranks share the pages; Meta's
-files would be joined by each rank for itself: convert.py first.
+files would be joined by each rank for itself: engine/convert.py first.
 """
 
 import dataclasses

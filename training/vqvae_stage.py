@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-import world
-from training_run import Run
+from training import world
+from training.run import Run
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 # Ours, then the released model's.
@@ -228,7 +228,7 @@ def train_vqvae(run: Run) -> None:
         run.log("vqvae", step, curves)
         if run.due(step, steps):
             run.save("vqvae", step + 1, vq, optimizer, rng, codebook)
-    from evaluate import survival
+    from training.evaluate import survival
 
     right, total = survival(vq.eval(), 400)
     run.say(f"vqvae: {right:.1%} of {total} things keep colour and shape")

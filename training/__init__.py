@@ -1,0 +1,1 @@
+"""What only training needs: the small world, its documents, the judge, saving and resuming."""
