@@ -27,8 +27,10 @@ from chameleon import ChameleonForConditionalGeneration
 from engine.checkpoint import load_checkpoint, pick_device, read_config, write_atomically
 from engine.convert import load_processor
 from engine.parallel import check_ranks, join, ranks, shard
+from image_processor import ChameleonImageProcessor, load_image
+from processor import ChameleonProcessor
 from sampling import MODES, check_options, check_room, generate, pieces, stream
-from tokenizer import ChameleonImageProcessor, ChameleonProcessor, Tokenizer, load_image
+from tokenizer import Tokenizer
 
 __all__ = ["generate", "stream"]
 

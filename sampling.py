@@ -31,7 +31,8 @@ from PIL import Image
 from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from tokenizer import ChameleonImageProcessor, Tokenizer, VocabularyMap
+from image_processor import ChameleonImageProcessor
+from tokenizer import Tokenizer, VocabularyMap
 
 MODES = ("text", "image", "interleaved")
 

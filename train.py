@@ -32,15 +32,9 @@ from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from generate import OneLineParser
-from tokenizer import (
-    BEGIN_IMAGE,
-    END_IMAGE,
-    END_OF_TURN,
-    ChameleonImageProcessor,
-    ChameleonProcessor,
-    SentencePieceTokenizer,
-    image_token_name,
-)
+from image_processor import ChameleonImageProcessor
+from processor import ChameleonProcessor
+from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
 from training import world
 from training.documents import Corpus, OwnData, Pictures, Rows, Writer, read_examples
 from training.run import Run, shard, whole

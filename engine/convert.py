@@ -46,16 +46,9 @@ from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from engine.checkpoint import DECODER_PREFIX, Stored, open_model, open_safetensors, write_checkpoint
-from image_processor import read_json, write_json
-from tokenizer import (
-    BEGIN_IMAGE,
-    END_IMAGE,
-    END_OF_TURN,
-    IMAGE_PLACEHOLDERS,
-    ChameleonImageProcessor,
-    ChameleonProcessor,
-    load_tokenizer,
-)
+from image_processor import ChameleonImageProcessor, read_json, write_json
+from processor import ChameleonProcessor
+from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, IMAGE_PLACEHOLDERS, load_tokenizer
 from vqvae import ChameleonVQVAEConfig
 
 VQ_PREFIX = "model.vqmodel."

@@ -6,7 +6,9 @@ from small import SIZES, VQ, randomize
 from synthetic import write_small_sentencepiece, write_synthetic_tokenizer
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from tokenizer import ChameleonImageProcessor, ChameleonProcessor, load_tokenizer
+from image_processor import ChameleonImageProcessor
+from processor import ChameleonProcessor
+from tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")

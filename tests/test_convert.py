@@ -24,7 +24,8 @@ import generate
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from engine import convert as module
 from engine.checkpoint import Stored, load_checkpoint, write_checkpoint
-from tokenizer import ChameleonProcessor, load_tokenizer
+from processor import ChameleonProcessor
+from tokenizer import load_tokenizer
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 LAYERS, D, F, EPS, THETA = 2, 64, 96, 1e-5, 10000.0

@@ -11,7 +11,7 @@ from PIL import Image
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 from generate import generate
-from tokenizer import ChameleonProcessor
+from processor import ChameleonProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"

@@ -24,10 +24,10 @@ from synthetic import (
 )
 
 import tokenizer as tokenizer_module
+from image_processor import ChameleonImageProcessor
+from processor import ChameleonProcessor
 from tokenizer import (
     ByteLevelBPE,
-    ChameleonImageProcessor,
-    ChameleonProcessor,
     SentencePieceTokenizer,
     VocabularyMap,
     load_tokenizer,

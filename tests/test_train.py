@@ -18,7 +18,8 @@ from small import VQ as SMALL_VQ
 
 import train
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from tokenizer import ChameleonProcessor, load_tokenizer
+from processor import ChameleonProcessor
+from tokenizer import load_tokenizer
 from training import documents, evaluate, vqvae_stage, world
 from training.documents import Corpus, Document, Pictures, Rows, Writer, visible
 from vqvae import ChameleonVQVAE

@@ -68,7 +68,7 @@ def test_a_wide_picture_shows_the_scene_in_its_centred_square():
 
 
 def test_pixels_are_those_of_the_image_processor():
-    from tokenizer import ChameleonImageProcessor
+    from image_processor import ChameleonImageProcessor
 
     some = scenes(3)
     pictures = [Image.fromarray(world.render(scene)) for scene in some]

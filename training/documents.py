@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from chameleon import ChameleonForConditionalGeneration
-from tokenizer import ChameleonProcessor, Tokenizer, load_image
+from image_processor import load_image
+from processor import ChameleonProcessor
+from tokenizer import Tokenizer
 from training import world
 from training.world import Scene
 from vqvae import ChameleonVQVAE

@@ -18,8 +18,8 @@ from PIL import Image
 
 from chameleon import ChameleonForConditionalGeneration
 from generate import generate
+from processor import ChameleonProcessor
 from sampling import decode_pictures
-from tokenizer import ChameleonProcessor
 from training import world
 from training.world import Scene
 
