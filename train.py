@@ -9,7 +9,8 @@
     python train.py all --out tiny          the four stages one after the other, then the table
     python train.py sft --out tiny          one stage; all of them resume where they stopped
 
-Letters: B rows, T tokens of a row, V vocabulary, S codes of a picture, K codes, D their width.
+Letters: B rows, T tokens of a row, V vocabulary, S codes of a picture, K codes of the codebook,
+D width of the decoder's residual stream, H heads of width Dh.
 
 What is in the loss: in `pretrain` every token, text and picture; in `sft` the answers only, which
 may be text or a drawing. A picture given in a prompt is never in the sft loss.
@@ -30,7 +31,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon import (
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    ChameleonSwinDecoderLayer,
+)
 from generate import OneLineParser
 from image_processor import ChameleonImageProcessor
 from processor import ChameleonProcessor
@@ -59,9 +64,9 @@ Z_LOSS = 1e-5  # 1e-5
 DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3}  # 1e-4, 1e-5
 WARM_UP = {"pretrain": 150, "sft": 100}  # 4000, not given
-STEPS = {"pretrain": 1100, "sft": 6400}  # 2^23 tokens a step, 4.4e12 in all
+STEPS = {"pretrain": 2500, "sft": 21_500}  # 2^23 tokens a step, 4.4e12 in all
 ROWS = 8  # 2048, of 4096 tokens
-PICTURES = 16_000  # 1.4 billion
+PICTURES = 80_000  # 1.4 billion
 
 
 # ---------------------------------------------------------------------------------------------
@@ -77,6 +82,7 @@ def sentences(rng: np.random.Generator, n: int) -> list[str]:
         first, second, _ = world.sample_pair(rng)
         before, after, change = world.sample_edit(rng)
         turns += [world.ask_common(rng, first, second), world.ask_which(rng, first, second)]
+        turns += [world.ask_both(rng, first, second)]
         turns += [world.ask_difference(rng, change), (world.ask_edit(rng, after, change), "")]
         request = world.pick(rng, world.DRAW_PROMPTS).format(world.ask_drawing(rng, scene).text)
         turns += [(request, world.state(rng, scene)), (world.pick(rng, world.THEN_SAY), "")]
@@ -200,16 +206,27 @@ def decoder_loss(
     return loss, curves
 
 
-def q_norms(model: ChameleonForConditionalGeneration) -> dict:
+class QueryNorm:
     """Measures |q| before QK-norm in the last layer: what grows when training turns unstable."""
-    seen = {}
 
-    def hook(module: nn.Module, inputs, output: Tensor) -> None:
-        heads = output.unflatten(-1, (model.config.num_attention_heads, -1))  # (B, T, H, K)
-        seen["q_norm"] = heads.detach().float().norm(dim=-1).mean().item()
+    def __init__(self, model: ChameleonForConditionalGeneration) -> None:
+        self.layer, self.heads = model.model.layers[-1], model.config.num_attention_heads
+        self.layer.register_forward_pre_hook(self.remember)
 
-    model.model.layers[-1].self_attn.q_proj.register_forward_hook(hook)
-    return seen
+    def remember(self, module: nn.Module, inputs: tuple) -> None:
+        self.x = inputs[0].detach()  # (B, T, D)
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        layer, x = self.layer, self.x
+        if hasattr(layer, "unshard"):  # FSDP: each rank holds a slice of the matrix
+            layer.unshard()
+        if not isinstance(layer, ChameleonSwinDecoderLayer):  # there the norm stands behind
+            x = layer.input_layernorm(x)  # (B, T, D)
+        q = layer.self_attn.q_proj(x).unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
+        if hasattr(layer, "reshard"):
+            layer.reshard()
+        return q.float().norm(dim=-1).mean().item()
 
 
 def train_decoder(stage: str, run: Run) -> None:
@@ -221,12 +238,17 @@ def train_decoder(stage: str, run: Run) -> None:
     else:
         model, processor, corpus = toy_world(stage, run, rng)
     add_switches(model, options)
+    if run.device.type == "cpu":  # its fused kernels make no use of the bf16 units
+        model.set_attention("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
     peak = options.learning_rate or LEARNING_RATE[stage]
     optimizer = make_optimizer(model, peak)
     start = run.resume(stage, model, optimizer, rng)
-    rows, norms = Rows(corpus, processor.tokenizer.pad_token_id), q_norms(model)
+    rows, query_norm = Rows(corpus, processor.tokenizer.pad_token_id), QueryNorm(model)
+    if options.compile:
+        for layer in model.model.layers:  # one compilation for all of them: they are alike
+            layer.forward = torch.compile(layer.forward, dynamic=False)
     z_weight = 0.0 if options.no_z_loss else Z_LOSS
     model.train()
     for step in run.progress(range(start, steps), stage):
@@ -240,7 +262,9 @@ def train_decoder(stage: str, run: Run) -> None:
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        run.log(stage, step, curves | norms | {"grad_norm": float(whole(grad_norm))})
+        if run.logs(step):
+            curves |= {"q_norm": query_norm(), "grad_norm": float(whole(grad_norm))}
+            run.log(stage, step, curves)
         if run.due(step, steps):
             run.save(stage, step + 1, model, optimizer, rng)
             export(model, processor, run)
@@ -334,6 +358,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--compile", action="store_true", help="a quarter faster; needs a C++ compiler")
     add("--norm-order", choices=("pre", "swin"), default="pre", help="swin: norms as in the 34B")
     add("--no-qk-norm", action="store_true", help="see what QK-norm is good for")
     add("--no-z-loss", action="store_true", help="see what the z-loss is good for")

@@ -1,6 +1,7 @@
 """Training: documents, packing, losses, the codebook, resuming - and the checkpoint it made."""
 
 import argparse
+import csv
 import json
 import os
 import shutil
@@ -201,6 +202,19 @@ def test_the_learning_rate_warms_up_and_never_grows_again(stage):
     assert rates[top:] == sorted(rates[top:], reverse=True)
 
 
+@pytest.mark.parametrize("swin_norm", [False, True])
+def test_the_query_norm_is_that_of_the_projection_in_the_forward_pass(swin_norm):
+    sizes = SIZES | dict(vq_config=SMALL_VQ, vocabulary_map=scrambled_vocabulary())
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**sizes, swin_norm=swin_norm)).eval()
+    randomize(model)
+    measure, seen = train.QueryNorm(model), []
+    last = model.model.layers[-1].self_attn.q_proj
+    last.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(torch.arange(12).view(2, 6))
+    heads = seen[0].unflatten(-1, (model.config.num_attention_heads, -1))  # (2, 6, H, D / H)
+    assert measure() == pytest.approx(heads.norm(dim=-1).mean().item(), rel=1e-6)
+
+
 def test_dropout_from_outside_works_in_training_only(small_model):
     import copy
 
@@ -225,8 +239,8 @@ def small_codebook() -> tuple[ChameleonVQVAE, vqvae_stage.Codebook]:
 def test_the_foreground_is_the_things():
     scene = world.sample_scene(rng(1), 1)
     thing = vqvae_stage.foreground(torch.from_numpy(world.render_pixels([scene])))[0, 0]
-    y, x = world.thing_centre(scene.things[0], 48, 48)
-    assert thing[int(y), int(x)] == 1 and 20 < thing.sum() < 250
+    y, x = world.thing_centre(scene.things[0], world.SIDE, world.SIDE)
+    assert thing[int(y), int(x)] == 1 and 0.01 < thing.mean() < 0.12
     assert thing[0, 0] == 0
 
 
@@ -327,6 +341,11 @@ def test_two_processes_learn_what_one_learns(tmp_path):
         # and proportion; a wrong share of the loss would differ by the whole step, 1e-3.
         far = (weight - two["model"][name]).abs() > 2e-4
         assert far.float().mean() < 0.02, name
+    texts = [(tmp_path / f"{n}.train" / "curves.csv").read_text() for n in ("one", "two")]
+    curves = [list(csv.DictReader(text.splitlines())) for text in texts]
+    for name in ("q_norm", "grad_norm"):
+        values = [float(rows[0][name]) for rows in curves]
+        assert values[0] == pytest.approx(values[1], rel=0.02), name
 
 
 # --- one's own data

@@ -30,15 +30,20 @@ BATCH = 50
 Item = tuple[str, tuple[Scene, ...], str]
 
 
+def place_pictures(rng: np.random.Generator, question: str, images: str) -> str:
+    """Before the question or behind it, each as often: people do both."""
+    return question + images if rng.random() < 0.5 else images + question
+
+
 def about_one(kind: str, count: int | None = None) -> Callable[..., Item]:
-    """Questions of one kind about one picture of `count` things; the picture comes last."""
+    """Questions of one kind about one picture of `count` things."""
 
     def sample(rng: np.random.Generator, held_out: bool) -> Item:
         while True:
             scene = world.sample_scene(rng, count, held_out)
             turn = world.QUESTIONS[kind](rng, scene)
             if turn:
-                return turn[0] + "<image>", (scene,), turn[1]
+                return place_pictures(rng, turn[0], "<image>"), (scene,), turn[1]
 
     return sample
 
@@ -56,7 +61,8 @@ def about_two(kind: str) -> Callable[..., Item]:
                 ask = {"common": world.ask_common, "which": world.ask_which}[kind]
                 turn = ask(rng, first, second)
             if turn:
-                return turn[0] + "<image><image>", (first, second), turn[1]
+                prompt = place_pictures(rng, turn[0], "<image><image>")
+                return prompt, (first, second), turn[1]
 
     return sample
 
@@ -134,7 +140,8 @@ def edit(rng: np.random.Generator, held_out: bool):
             for field in ("colour", "shape", "size", "place")
         )  # fmt: skip
 
-    return world.ask_edit(rng, after, change) + "<image>", (before,), right
+    prompt = place_pictures(rng, world.ask_edit(rng, after, change), "<image>")
+    return prompt, (before,), right
 
 
 DRAWINGS = {"drawing of one thing": drawing_of(1), "drawing of two": drawing_of(2), "edit": edit}

@@ -110,8 +110,11 @@ class Run:
         self.say(f"{stage}: goes on at step {data['step']}")
         return data["step"]
 
+    def logs(self, step: int) -> bool:
+        return step % self.EVERY == 0
+
     def log(self, stage: str, step: int, curves: dict[str, float]) -> None:
-        if step % self.EVERY or self.rank:
+        if self.rank or not self.logs(step):
             return
         path = self.state / "curves.csv"
         new = not path.is_file()

@@ -5,7 +5,7 @@
                         +-- commitment loss     weighted L1 + L2 + against the pixels
                         +-- moving averages -> code vectors
 
-Letters: B pictures, S = h * w patches of a picture, K codes, D their width, N patches of a batch.
+Letters: B pictures, S = h * w patches of a picture, K codes, E their width, N patches of a batch.
 
 Three things are not in the VQ-VAE paper (arXiv 1711.00937) and make small models work: a start that
 tames GroupNorm (`initialize`), a plain auto-encoder before the codebook exists, and a codebook
@@ -66,7 +66,7 @@ def foreground(pixels: Tensor) -> Tensor:
 
 
 def flatten_patches(z: Tensor) -> Tensor:
-    return z.permute(0, 2, 3, 1).flatten(0, 2)  # (B, D, h, w) -> (B*S, D)
+    return z.permute(0, 2, 3, 1).flatten(0, 2)  # (B, E, h, w) -> (B*S, E)
 
 
 class Codebook(nn.Module):
@@ -83,7 +83,7 @@ class Codebook(nn.Module):
 
     def __init__(self, vq: ChameleonVQVAE) -> None:
         super().__init__()
-        self.e = vq.quantize.embedding.weight.requires_grad_(False)  # (K, D)
+        self.e = vq.quantize.embedding.weight.requires_grad_(False)  # (K, E)
         self.quantizer, self.K = vq.quantize, len(self.e)
         self.register_buffer("count", torch.ones(self.K))  # moving average of weighted uses
         self.register_buffer("sum", self.e.clone())  # ... of the vectors that used each code
@@ -93,8 +93,8 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, z: Tensor, weight: Tensor) -> None:
-        """k-means++ on encoder outputs z (N, D), drawn with `weight` (N,), then ten rounds."""
-        z = z[torch.multinomial(weight, min(len(z), 12_000))]  # (n, D)
+        """k-means++ on encoder outputs z (N, E), drawn with `weight` (N,), then ten rounds."""
+        z = z[torch.multinomial(weight, min(len(z), 12_000))]  # (n, E)
         distance = torch.full((len(z),), torch.inf, device=z.device)
         for k in range(self.K):  # each next centre far from the ones so far
             p = torch.ones_like(distance) if k == 0 else distance.clamp(min=1e-12)
@@ -115,7 +115,7 @@ class Codebook(nn.Module):
             N_k <- d N_k + (1 - d) sum w_i        over the vectors i that chose code k
             m_k <- d m_k + (1 - d) sum w_i z_i    e_k = m_k / N_k
 
-        z (N, D), codes (N,), thing (N,) bool, level (N,) the background's gray level.
+        z (N, E), codes (N,), thing (N,) bool, level (N,) the background's gray level.
         """
         w = torch.where(thing, 1.0, self.PLAIN) * (1 - self.DECAY)  # (N,)
         self.count.mul_(self.DECAY).index_add_(0, codes, w)
@@ -137,7 +137,7 @@ class Codebook(nn.Module):
             self.e[duplicate] = self.sum[duplicate] = 100.0
             self.count[duplicate] = 1.0
         elif n and len(self.pool):
-            new = self.pool[torch.randint(len(self.pool), (n,), device=self.pool.device)]  # (n, D)
+            new = self.pool[torch.randint(len(self.pool), (n,), device=self.pool.device)]  # (n, E)
             self.count[dead] = self.count[~dead].median()
             self.e[dead], self.sum[dead] = new, new * self.count[dead, None]
         self.uses.zero_()
@@ -154,7 +154,7 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     w = 1 + 5 * F.max_pool2d(thing, 5, stride=1, padding=2)  # with two pixels around the outline
     w = w / w.mean()
     with torch.autocast(pixels.device.type, torch.bfloat16):
-        z = vq.quant_conv(vq.encoder(pixels))  # (B, D, h, w)
+        z = vq.quant_conv(vq.encoder(pixels))  # (B, E, h, w)
     z = z.float()
     codes, loss, curves = None, 0.0, {}
     if quantized:
@@ -185,7 +185,7 @@ def learning_rate(step: int, steps: int) -> float:
 def codebook_sample(
     vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device, pictures: int
 ) -> tuple[Tensor, Tensor]:
-    """Encoder outputs z (N, D) of fresh pictures, and weights (N,) that favour things."""
+    """Encoder outputs z (N, E) of fresh pictures, and weights (N,) that favour things."""
     z, weight = [], []
     with torch.no_grad():
         for _ in range(0, pictures, 16):
