@@ -10,6 +10,17 @@ The meta device gives tensors shapes but no storage, so building a 7B model cost
 whatever is wrong with the files is said before a single weight is read. Memory-mapped tensors
 then BECOME the parameters (assign=True): memory never holds the checkpoint twice.
 
+Quantized (`quantize="int8"`), each matrix is packed as soon as it is read, and its pages are given
+back: memory holds the quantized model and one matrix, never the whole of what lies on the disk.
+Such a folder can be saved, too. It is the same but for its linear layers, whose tensors are
+
+    NAME.weight  (O, I) int8              NAME.scale  (O,) fp32          "quantized_weights": "int8"
+    NAME.weight  (O, I/2) uint8, two in   NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
+                 a byte, the first high
+
+as engine/quantize.py explains them, and for that field in config.json. The files are then called
+model.int8.safetensors, since a reader who does not know them would take such weights for numbers.
+
 There is no table of names: parameters are called as in the files. `model.safetensors` of the 7B
 model has 548 tensors; those of the VQ-VAE's decoder (model.vqmodel.decoder.*) may be absent, as
 facebook/chameleon-7b was published without them. Meta's own files, and Anole's, look like such a
@@ -21,7 +32,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +42,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig
+from engine.quantize import KINDS, TORCHAO, check_kind, kind_of, pack, quantize_model, swap_layers
+from image_processor import read_json
 
-OWN_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+OWN_FILES = re.compile(
+    r"model(\.int[48])?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 DECODER_PREFIX = "model.vqmodel.decoder."
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED = "quantized_weights"  # in config.json: one of KINDS; absent where weights are plain
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I8": torch.int8, "U8": torch.uint8}
 
 
 class Stored(NamedTuple):
@@ -48,14 +64,25 @@ class Stored(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def copied(self) -> "Stored":
+        """The same, read into memory of its own. There it begins at a multiple of 64 bytes, as
+        kernels for packed weights need it, wherever it lies in its file.
+        """
+        return self._replace(read=lambda: self.read().clone())
+
 
 def read_config(folder: Path) -> ChameleonConfig:
     """The config of a folder, Meta's or Hugging Face's; ValueError says what is wrong with it."""
+    return open_config(folder)[0]
+
+
+def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
+    """-> config, and of which of KINDS the folder's weights are, None for plain ones."""
     from engine.convert import find_release, open_release
 
     release = find_release(folder)
     if release:
-        return open_release(release)[0]
+        return open_release(release)[0], None
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"no model folder {folder}: give a folder that holds config.json "
@@ -63,45 +90,61 @@ def read_config(folder: Path) -> ChameleonConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: it is neither a Hugging Face model folder "
                          "nor Meta's release (models/7b beside tokenizer/)")
+    values = read_json(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or values.get("model_type", "chameleon") != "chameleon":
+        if values.get("model_type", "chameleon") != "chameleon":
             raise ValueError("it does not describe a chameleon model")
-        return ChameleonConfig.from_dict(values)
-    except (TypeError, AttributeError, ValueError) as e:  # broken JSON and UTF-8 are ValueErrors
+        kind = values.get(QUANTIZED)
+        if kind not in (None, *KINDS):
+            raise ValueError(f"{QUANTIZED} {kind!r} is none of {', '.join(KINDS)}")
+        return ChameleonConfig.from_dict(values), kind
+    except (TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path} cannot be used: {e}") from None
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def file_stem(kind: str | None) -> str:
+    """How the files with the weights begin."""
+    return f"model.{kind}" if kind else "model"
+
+
+def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
+    index = folder / f"{file_stem(kind)}.safetensors.index.json"
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is broken: it has no readable weight_map") from None
     else:
-        names = ["model.safetensors"]
+        names = [f"{file_stem(kind)}.safetensors"]
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise ValueError(f"{folder} lacks {', '.join(absent)}: download the checkpoint again")
     return [folder / name for name in names]
 
 
-def open_safetensors(path: Path, device: str | torch.device) -> dict[str, Stored]:
-    """-> {name: tensor on disk}; reads the header only."""
+def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
+                     ) -> dict[str, Stored]:
+    """-> {name: tensor on disk}; reads the header only.
+
+    The file stays mapped as long as one of its tensors is used. `apart` maps it anew for each
+    tensor, so that memory gets the pages of one back before the next is read.
+    """
     from safetensors import SafetensorError, safe_open
+
+    def read_apart(name: str) -> Tensor:
+        with safe_open(path, framework="pt", device=str(device)) as again:
+            return again.get_tensor(name)
 
     try:
         file, tensors = safe_open(path, framework="pt", device=str(device)), {}
-        names = file.keys()
-        for name in names:
+        for name in file.keys():  # noqa: SIM118, it is no dict
             header = file.get_slice(name)
             if header.get_dtype() not in DTYPES:
                 raise ValueError(f"{path}: {name} is {header.get_dtype()}, which is none of "
-                                 f"{', '.join(DTYPES)}: quantized files are not read")
+                                 f"{', '.join(DTYPES)}: weights quantized elsewhere are not read")
             shape, dtype = tuple(header.get_shape()), DTYPES[header.get_dtype()]
-            tensors[name] = Stored(shape, dtype, partial(file.get_tensor, name))
+            read = partial(read_apart if apart else file.get_tensor, name)
+            tensors[name] = Stored(shape, dtype, read)
         return tensors
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is truncated or no safetensors file ({e}): "
@@ -109,9 +152,10 @@ def open_safetensors(path: Path, device: str | torch.device) -> dict[str, Stored
 
 
 def open_checkpoint(
-    folder: Path, device: str | torch.device, vqgan: Path | None = None
-) -> tuple[ChameleonConfig, dict[str, Stored]]:
-    """A folder of any layout -> config, tensors under Hugging Face's names and in its order.
+    folder: Path, device: str | torch.device, vqgan: Path | None = None, apart: bool = False
+) -> tuple[ChameleonConfig, str | None, dict[str, Stored]]:
+    """A folder of any layout -> config, how its weights are quantized, and the tensors under
+    Hugging Face's names and in its order.
 
     `vqgan` is a file with a VQ-VAE to take instead of the folder's, see convert.py.
     """
@@ -119,30 +163,45 @@ def open_checkpoint(
 
     release = find_release(folder)
     if release:
-        config, tensors = open_release(release)
+        (config, tensors), kind = open_release(release), None
     else:
-        config, tensors = read_config(folder), {}
-        for path in checkpoint_files(folder):
-            tensors |= open_safetensors(path, device)
+        (config, kind), tensors = open_config(folder), {}
+        for path in checkpoint_files(folder, kind):
+            tensors |= open_safetensors(path, device, apart or kind is not None)
         tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and not kind:
             tensors.pop("lm_head.weight", None)  # some writers store the tied matrix twice
         tensors = pairs_to_halves(config, tensors)
-    return config, with_vqgan(tensors, vqgan) if vqgan else tensors
+    return config, kind, with_vqgan(tensors, vqgan) if vqgan else tensors
 
 
-def check_tensors(folder: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """Both {name: shape}. ValueError lists what is missing, unknown or misshapen, first eight."""
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a file of this model holds. Tied matrices stand there once; a quantized head is one of
+    its own, whatever it was tied to.
+    """
+    state = model.state_dict()
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
+        del state["lm_head.weight"]
+    return state
+
+
+def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stored]) -> None:
+    """ValueError lists what is missing, unknown, misshapen or of a wrong kind, the first eight."""
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in wanted.items() if name in found and found[name] != shape
-    ]
+    for name, want in wanted.items():
+        if name not in found:
+            continue
+        shape, dtype, _ = found[name]
+        if shape != tuple(want.shape):
+            problems.append(f"{name} is {list(shape)} instead of {list(want.shape)}")
+        exact = not want.dtype.is_floating_point or name.endswith(".scale")  # of packed weights
+        if dtype != want.dtype if exact else not dtype.is_floating_point:
+            problems.append(f"{name} is {dtype} instead of {want.dtype if exact else 'floating'}")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{folder}: the weights do not fit the config: "
-                         f"{'; '.join(problems[:8])}{more}")
+                         f"{'; '.join(problems[:8])}{more}".replace("torch.", ""))
 
 
 def pick_device(name: str | torch.device) -> torch.device:
@@ -170,29 +229,73 @@ class WithoutInit(TorchFunctionMode):
 
 
 def open_model(
-    cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None
+    cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None,
+    quantize: str | None = None,
 ) -> tuple[nn.Module, dict[str, Stored]]:
-    """-> model on the "meta" device, and on disk exactly the tensors that it needs."""
-    config, tensors = open_checkpoint(folder, device, vqgan)
+    """-> model on the "meta" device, and on disk exactly the tensors that it needs.
+
+    With `quantize`, one of KINDS, its linear layers are quantized ones, whose tensors are packed
+    when they are read. ValueError if the folder's are quantized already, in another way.
+    """
+    config, kind, tensors = open_checkpoint(folder, device, vqgan, apart=quantize is not None)
+    if quantize and kind and quantize != kind:
+        raise ValueError(f"{folder} holds {kind} weights: leave --quantize {quantize} out, or give "
+                         "the folder they were made from")
     with torch.device("meta"), WithoutInit():
         has_decoder = any(name.startswith(DECODER_PREFIX) for name in tensors)
         model = cls(config, with_vq_decoder=has_decoder)
-    wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}  # tied matrices once
-    check_tensors(folder, wanted, {name: tensor.shape for name, tensor in tensors.items()})
+    if kind:
+        swap_layers(model, kind)
+        tensors = {name: tensor.copied() for name, tensor in tensors.items()}
+    check_tensors(folder, tensors_of(model), tensors)
+    if quantize and not kind:
+        tensors = packed_when_read(model, tensors, quantize, device)
     return model, tensors
 
 
+def packed_when_read(model: nn.Module, tensors: dict[str, Stored], kind: str,
+                     device: str | torch.device) -> dict[str, Stored]:
+    """Swaps the layers of a meta model -> `tensors` with those of the twins instead of theirs."""
+    layers, embedding = swap_layers(model, kind), "model.embed_tokens.weight"
+
+    @lru_cache(maxsize=1)  # weight and scale come from one reading, one right after the other
+    def packed(name: str) -> dict[str, Tensor]:
+        stored = tensors.get(name, tensors[embedding])  # a tied head has no file of its own
+        return pack(stored.read().to(device), kind)
+
+    found = {}
+    for name, want in tensors_of(model).items():
+        layer, _, part = name.rpartition(".")
+        if layer in layers and part in ("weight", "scale"):
+            read = lambda name=f"{layer}.weight", part=part: packed(name)[part]  # noqa: E731
+            found[name] = Stored(tuple(want.shape), want.dtype, read)
+        else:
+            found[name] = tensors[name].copied()
+    return found
+
+
 def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
-                    vqgan: Path | None = None) -> nn.Module:
-    model, tensors = open_model(cls, folder, device, vqgan)
+                    vqgan: Path | None = None, quantize: str | None = None) -> nn.Module:
+    """A folder of any layout -> model. `dtype` as in from_pretrained; quantized weights are made
+    from the file's own numbers, whatever it is. ValueError, in one line, says what is wrong.
+    """
+    if quantize:
+        check_kind(quantize)
+    late = quantize == TORCHAO  # its tensors need their layer around them
+    model, tensors = open_model(cls, folder, device, vqgan, None if late else quantize)
+    if late and kind_of(model):
+        raise ValueError(f"{folder} holds {kind_of(model)} weights: leave --quantize out")
     state = {}
-    for name, tensor in tensors.items():
+    for name, want in tensors_of(model).items():
         to = torch.float32 if name.startswith("model.vqmodel.") else dtype
-        state[name] = tensor.read().to(device=device, dtype=to)
+        if not want.dtype.is_floating_point or name.endswith(".scale"):
+            to = want.dtype
+        state[name] = tensors[name].read().to(device=device, dtype=to)
     model.load_state_dict(state, strict=False, assign=True)  # checked above, so strict in effect
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    return quantize_model(model, TORCHAO) if late else model
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -203,16 +306,22 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
-    tensors = {name: Stored(tuple(p.shape), p.dtype, p.detach)
-               for name, p in model.named_parameters()}
-    write_checkpoint(folder, model.config, tensors, max_shard_bytes)
+    tensors = {}
+    for name, tensor in tensors_of(model).items():
+        if type(tensor) is not Tensor:  # DTensor of parallel.py, torchao's
+            raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
+                             "file: save a whole model, quantized to int8 or int4 if need be")
+        tensors[name] = Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
+    write_checkpoint(folder, model.config, tensors, max_shard_bytes, kind_of(model))
 
 
 def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored],
-                     max_shard_bytes: int, progress: str | None = None) -> None:
+                     max_shard_bytes: int, kind: str | None = None, progress: str | None = None
+                     ) -> None:
     """Writes config.json, safetensors and, of several, their index; memory holds one file's.
 
-    `progress` is the name of a bar on stderr, if one is wanted.
+    `kind` says how the weights are quantized, if they are. `progress` is the name of a bar on
+    stderr, if one is wanted.
     """
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -225,9 +334,10 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
             room = max_shard_bytes
         shards[-1].append(name)
         room -= tensor.nbytes
-    files = ["model.safetensors"]
-    if len(shards) > 1:
-        files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    stem, n = file_stem(kind), len(shards)
+    files = [f"{stem}.safetensors"]
+    if n > 1:
+        files = [f"{stem}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     total = sum(tensor.nbytes for tensor in tensors.values())
     bar = tqdm(total=total, desc=progress, unit="B", unit_scale=True, leave=False,
                disable=None if progress else True)
@@ -242,9 +352,11 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     bar.close()
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     documents = {"config.json": config.to_dict() | {"torch_dtype": dtype}}
-    if len(shards) > 1:
+    if kind:
+        documents["config.json"][QUANTIZED] = kind
+    if n > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        documents["model.safetensors.index.json"] = {
+        documents[f"{stem}.safetensors.index.json"] = {
             "metadata": {"total_size": total}, "weight_map": weight_map,
         }
     for file, document in documents.items():

@@ -2,6 +2,7 @@
 
     python -m engine.convert SRC DST                 any layout below -> a Hugging Face folder
     python -m engine.convert SRC DST --vqgan FILE    with the VQ-VAE of FILE, decoder included
+    python -m engine.convert SRC DST --quantize int8 weights in 8 bits: half of the bytes
 
 SRC is known by what it holds:
     config.json, *.safetensors                 Hugging Face: facebook/chameleon-7b
@@ -9,20 +10,20 @@ SRC is known by what it holds:
     consolidated*.pth, params.json             one model of Meta's release
     models/7b or models/30b, tokenizer/        the release's root; GAIR/Anole-7b-v0.1 is laid out so
 
-Meta's name in each of the P shards, how they are joined, Hugging Face's name (D, H, G, K, F, V are
-those of chameleon.py; layers.N. and model.layers.N. left out):
+Meta's name in each of the P shards, how they are joined, Hugging Face's name (letters are those of
+chameleon.py; layers.N. and model.layers.N. left out):
 
-    tok_embeddings      (V, D/P)     columns        embed_tokens
-    attention.wq, wk    (H K/P, D)   rows, halves   self_attn.q_proj, k_proj
-    attention.wv        (G K/P, D)   rows           self_attn.v_proj
-    attention.wo        (D, H K/P)   columns        self_attn.o_proj
-    attention.q_normalization (K,)   every head     self_attn.q_norm (H, K); k_norm (G, K)
-    feed_forward.w1, w3 (F/P, D)     rows           mlp.gate_proj, up_proj
-    feed_forward.w2     (D, F/P)     columns        mlp.down_proj
-    attention_norm, ffn_norm, norm   mean           input_layernorm, post_attention_layernorm, norm
-    output              (V/P, D)     rows           lm_head
+    tok_embeddings      (V, D/P)      columns        embed_tokens
+    attention.wq, wk    (H Dh/P, D)   rows, halves   self_attn.q_proj, k_proj
+    attention.wv        (Hkv Dh/P, D) rows           self_attn.v_proj
+    attention.wo        (D, H Dh/P)   columns        self_attn.o_proj
+    attention.q_normalization (Dh,)   every head     self_attn.q_norm (H, Dh); k_norm (Hkv, Dh)
+    feed_forward.w1, w3 (F/P, D)      rows           mlp.gate_proj, up_proj
+    feed_forward.w2     (D, F/P)      columns        mlp.down_proj
+    attention_norm, ffn_norm, norm    mean           input_layernorm, post_attention_layernorm, norm
+    output              (V/P, D)      rows           lm_head
 
-Halves: Meta rotates neighbours (x_2i, x_2i+1), Hugging Face and chameleon.py (x_i, x_i+K/2).
+Halves: Meta rotates neighbours (x_2i, x_2i+1), Hugging Face and chameleon.py (x_i, x_i+Dh/2).
 Putting the even rows of each head before the odd ones turns one into the other. The vectors of
 QK-norm, which act on those rows, move with them; q and k move alike, so no score changes.
 
@@ -31,7 +32,6 @@ Nothing is read before it is needed: pickles are memory-mapped and hold tensors 
 """
 
 import argparse
-import json
 import pickle
 import re
 import shutil
@@ -46,9 +46,11 @@ from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from engine.checkpoint import DECODER_PREFIX, Stored, open_model, open_safetensors, write_checkpoint
-from image_processor import ChameleonImageProcessor, read_json, write_json
+from engine.processor_files import write_release_tokenizer, write_sentencepiece_tokenizer
+from engine.quantize import KINDS, kind_of
+from image_processor import ChameleonImageProcessor, read_json
 from processor import ChameleonProcessor
-from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, IMAGE_PLACEHOLDERS, load_tokenizer
+from tokenizer import IMAGE_PLACEHOLDERS, load_tokenizer
 from vqvae import ChameleonVQVAEConfig
 
 VQ_PREFIX = "model.vqmodel."
@@ -84,17 +86,17 @@ def mean(parts: list[Tensor]) -> Tensor:
 
 
 def halves(parts: list[Tensor], head_dim: int) -> Tensor:
-    """Rows of each head from pairs (0 1)(2 3).. to halves 0 2 .. 1 3 ..   -> (H K, D)"""
-    joined = rows(parts)  # (H K, D)
-    paired = joined.unflatten(0, (-1, head_dim // 2, 2))  # (H, K/2, 2, D)
-    return paired.transpose(1, 2).reshape(joined.shape)  # (H K, D)
+    """Rows of each head from pairs (0 1)(2 3).. to halves 0 2 .. 1 3 ..   -> (H Dh, D)"""
+    joined = rows(parts)  # (H Dh, D)
+    paired = joined.unflatten(0, (-1, head_dim // 2, 2))  # (H, Dh/2, 2, D)
+    return paired.transpose(1, 2).reshape(joined.shape)  # (H Dh, D)
 
 
 def every_head(parts: list[Tensor], heads: int) -> Tensor:
-    """P vectors (K,), pairs -> (heads, K), halves: the heads of a shard share its vector."""
-    vectors = torch.stack(parts)  # (P, K)
-    vectors = vectors.unflatten(1, (-1, 2)).mT.flatten(1)  # (P, 2, K/2) -> (P, K)
-    return vectors.repeat_interleave(heads // len(parts), dim=0)  # (heads, K)
+    """P vectors (Dh,), pairs -> (heads, Dh), halves: the heads of a shard share its vector."""
+    vectors = torch.stack(parts)  # (P, Dh)
+    vectors = vectors.unflatten(1, (-1, 2)).mT.flatten(1)  # (P, 2, Dh/2) -> (P, Dh)
+    return vectors.repeat_interleave(heads // len(parts), dim=0)  # (heads, Dh)
 
 
 def name_table(c: ChameleonConfig) -> dict[str, tuple[str, Callable]]:
@@ -262,11 +264,11 @@ def vq_config(release: Path, state: dict[str, Tensor]) -> ChameleonVQVAEConfig:
     try:
         base, in_channels = shapes["encoder.conv_in.weight"][:2]
         levels = range(count(r"encoder\.down\.(\d+)\."))
-        K, D = shapes["quantize.embedding.weight"]
+        K, E = shapes["quantize.embedding.weight"]
         latent = shapes["post_quant_conv.weight"][0]
         widths = [shapes[f"encoder.down.{level}.block.0.conv2.weight"][0] for level in levels]
         return ChameleonVQVAEConfig(
-            embed_dim=D, num_embeddings=K, latent_channels=latent, resolution=resolution,
+            embed_dim=E, num_embeddings=K, latent_channels=latent, resolution=resolution,
             double_latent=shapes["encoder.conv_out.weight"][0] == 2 * latent,
             in_channels=in_channels, base_channels=base,
             channel_multiplier=[width // base for width in widths],
@@ -333,7 +335,7 @@ def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
     if not any(name.startswith(DECODER_PREFIX) for name in new):
         raise ValueError(f"{path} has no VQ-VAE decoder: give Meta's tokenizer/vqgan.ckpt")
     if CODEBOOK in new and CODEBOOK in tensors:
-        a, b = tensors[CODEBOOK].read().float().cpu(), new[CODEBOOK].read().float().cpu()  # (K, D)
+        a, b = tensors[CODEBOOK].read().float().cpu(), new[CODEBOOK].read().float().cpu()  # (K, E)
         if a.shape != b.shape or not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
             raise ValueError(f"{path} is the VQ-VAE of another model: its codebook is not this one")
     return tensors | new
@@ -342,8 +344,8 @@ def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
 def pairs_to_halves(c: ChameleonConfig, tensors: dict[str, Stored]) -> dict[str, Stored]:
     """Anole's fork of transformers keeps Meta's order of rows under Hugging Face's names.
 
-    The certain sign is its QK-norm: one vector (K,) for all heads, where transformers has (H, K).
-    DIFFERS: a file with (H, K) is taken to be in transformers' order, as nothing could tell.
+    The certain sign is its QK-norm: one vector (Dh,) for all heads, where transformers has (H, Dh).
+    DIFFERS: a file with (H, Dh) is taken to be in transformers' order, as nothing could tell.
     """
     if tensors.get("model.layers.0.self_attn.q_norm.weight", ((),))[0] != (c.head_dim,):
         return tensors
@@ -375,35 +377,21 @@ def load_processor(folder: Path) -> ChameleonProcessor:
     return ChameleonProcessor(pictures, load_tokenizer(place), vq.codes_per_image)
 
 
-def write_processor(release: Path, folder: Path) -> None:
-    """Tokenizer and processor of Meta's release, so that transformers' AutoProcessor reads them."""
-    processor = load_processor(release)
-    processor.save_pretrained(folder)
-    data, (ours, metas) = read_json(folder / "tokenizer.json"), IMAGE_PLACEHOLDERS
-    vocab = data["model"]["vocab"]
-    data["model"]["vocab"] = {ours if name == metas else name: vocab[name] for name in vocab}
-    for token in data.get("added_tokens") or []:
-        token["content"] = ours if token["content"] == metas else token["content"]
-    # Meta's code puts <s> in front by itself; a tokenizer of transformers is told to by its file.
-    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    data["post_processor"] = {
-        "type": "TemplateProcessing", "single": begin,
-        "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [vocab["<s>"]], "tokens": ["<s>"]}},
-    }
-    text = json.dumps(data, ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", {
-        # Named, since some versions of transformers take Llama's by default and lose all spaces.
-        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "ChameleonProcessor",
-        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
-        "sep_token": END_OF_TURN, "image_token": ours, "boi_token": BEGIN_IMAGE,
-        "eoi_token": END_IMAGE, "padding_side": "left", "clean_up_tokenization_spaces": False,
-    })
+def write_processor(source: Path, folder: Path) -> None:
+    """Tokenizer and processor, so that transformers' AutoProcessor reads them, too."""
+    release = find_release(source)
+    if release:
+        load_processor(release).save_pretrained(folder)
+        return write_release_tokenizer(folder)
+    for name in TOKENIZER_AND_PROCESSOR:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        write_sentencepiece_tokenizer(folder)
 
 
 def convert(source: Path, target: Path, vqgan: Path | None = None,
-            max_shard_bytes: int = 5 * 10**9) -> None:
+            max_shard_bytes: int = 5 * 10**9, quantize: str | None = None) -> None:
     """Writes the folder `target`, whole or not at all. ValueError says what stands in the way."""
     part = target.with_name(target.name + ".part")
     if target.exists():
@@ -412,21 +400,15 @@ def convert(source: Path, target: Path, vqgan: Path | None = None,
         raise ValueError(f"{part} is what an interrupted conversion left: remove it first")
     if not target.absolute().parent.is_dir():
         raise ValueError(f"the folder {target.absolute().parent} does not exist: make it first")
-    model, tensors = open_model(ChameleonForConditionalGeneration, source, "cpu", vqgan)
+    model, tensors = open_model(ChameleonForConditionalGeneration, source, "cpu", vqgan, quantize)
     total = sum(tensor.nbytes for tensor in tensors.values())
     free = shutil.disk_usage(target.absolute().parent).free
     if total > free:
         raise ValueError(f"{target} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} left")
     part.mkdir()
     try:
-        write_checkpoint(part, model.config, tensors, max_shard_bytes, progress="converting")
-        release = find_release(source)
-        if release:
-            write_processor(release, part)
-        else:
-            for name in TOKENIZER_AND_PROCESSOR:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, part / name)
+        write_checkpoint(part, model.config, tensors, max_shard_bytes, kind_of(model), "converting")
+        write_processor(source, part)
         part.rename(target)
     except BaseException:  # Ctrl-C and a full disk too: what is half is removed
         shutil.rmtree(part, ignore_errors=True)
@@ -454,9 +436,11 @@ def main(arguments: list[str] | None = None) -> int:
                         help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
     parser.add_argument("--shard-size", type=byte_size, default="5GB", metavar="SIZE",
                         help="largest file, and so the memory that is needed (default: 5GB)")
+    parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
     options = parser.parse_args(arguments)
     try:
-        convert(options.source, options.target, options.vqgan, options.shard_size)
+        convert(options.source, options.target, options.vqgan, options.shard_size,
+                options.quantize)
         print(f"{options.target}: written", file=sys.stderr)
     except (ValueError, OSError, SafetensorError) as e:
         print(f"convert: {e}", file=sys.stderr)

@@ -24,7 +24,18 @@ With 4 bits there are 15 steps, and one scale for each GROUP of weights in a row
     y_o = sum_g s_og * (sum_{i in g} q_oi x_i)
 
 Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE (its codes change).
+
+Three ways to get there:
+    load_checkpoint(..., quantize="int8")       each matrix on its own as it comes from the disk, so
+                                                that memory never holds the whole model in bf16
+    python -m engine.convert SRC DST --quantize int8      once and for all: DST is half as large
+    quantize_model(model, "int8")               a model that is in memory already
+All give the same bits. "torchao-int8" puts the weights of the torchao package, which rounds by the
+same formula, into a model in memory; it is there to compare with.
 """
+
+import logging
+from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -32,8 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUPS = (128, 64, 32)  # inputs that share a 4-bit scale: the largest that divides the width
-ROWS_AT_ONCE = 1024  # of a weight, while it is quantized
+ROWS_AT_ONCE = 64  # of a weight, while it is packed: the way leads through wider numbers
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
+TORCHAO = "torchao-int8"
 
 
 class Int8Linear(nn.Module):
@@ -42,7 +54,10 @@ class Int8Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(outputs))
+        self.register_buffer("scale", torch.ones(outputs, dtype=torch.float32))
+        # The CPU kernel's own scale must be bf16. Ones leave the scaling to us, in fp32.
+        ones = torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
+        self.register_buffer("ones", ones, persistent=False)
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     @staticmethod
@@ -60,23 +75,33 @@ class Int8Linear(nn.Module):
         """A layer with only these outputs."""
         part = Int8Linear(self.weight.shape[1], len(index), self.bias is not None)
         part.weight, part.scale = self.weight[index], self.scale[index]
+        part.ones = self.ones[index]
         part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
         return part
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.numel() <= FEW_ROWS * x.shape[-1]
-        if few and x.device.type == "cpu" and x.dtype == torch.bfloat16:
-            flat = x.reshape(-1, x.shape[-1])  # (rows, I)
-            y = torch._weight_int8pack_mm(flat, self.weight, self.scale.bfloat16())  # (rows, O)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
+        # The kernel reads 16 numbers at once, and crashes where a row begins in between. (Offsets
+        # are nothing that a compiler traces; tensors that it makes begin where they should.)
+        begin = 0 if torch.compiler.is_compiling() else flat.storage_offset()
+        straight = flat.shape[1] % 16 == 0 and begin % 16 == 0
+        if few and straight and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            y = torch._weight_int8pack_mm(flat, self.weight, self.ones)  # (rows, O)
             y = y.unflatten(0, x.shape[:-1])  # (..., O)
         else:
-            # The scale stays fp32. (A bf16 one makes torch.compile pick a slow kernel on CUDA.)
-            y = (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)  # (..., O)
+            y = F.linear(x, self.weight.to(x.dtype))  # (..., O)
+        # In fp32: with a bf16 scale, torch.compile would pick a slow kernel on CUDA.
+        y = (y * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
 class Int4Linear(nn.Module):
-    """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs."""
+    """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs.
+
+    On a CPU the kernel wants them in an order of its own: a second copy, as large, in memory only.
+    Elsewhere they are unpacked in each call, which saves memory and no time.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -99,13 +124,15 @@ class Int4Linear(nn.Module):
         q = q.flatten(1).to(torch.uint8)  # (O, I)
         return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale[..., 0].bfloat16()}
 
-    def nibbles(self) -> Tensor:
-        """-> 0 .. 15, (O, I) int32"""
-        return torch.stack((self.weight // 16, self.weight % 16), dim=-1).flatten(1).int()
+    @staticmethod
+    def nibbles(weight: Tensor) -> Tensor:
+        """(O, I/2) uint8 -> 0 .. 15, (O, I) int32"""
+        return torch.stack((weight // 16, weight % 16), dim=-1).flatten(1).int()
 
     def unpacked(self) -> Tensor:
         """The weight (O, I) that these numbers stand for, fp32."""
-        groups = (self.nibbles() - 8).float().unflatten(1, (-1, self.group))  # (O, I/g, g)
+        numbers = (self.nibbles(self.weight) - 8).float()  # (O, I)
+        groups = numbers.unflatten(1, (-1, self.group))  # (O, I/g, g)
         return (groups * self.scale.float()[..., None]).flatten(1)  # (O, I)
 
     def rows(self, index: Tensor) -> "Int4Linear":
@@ -116,7 +143,7 @@ class Int4Linear(nn.Module):
         return part
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (rows, I)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
         if x.device.type == "cpu" and len(self.weight) % 16 == 0:  # what the kernel can do
             y = self.cpu_product(flat)
         else:
@@ -127,7 +154,9 @@ class Int4Linear(nn.Module):
     def cpu_product(self, x: Tensor) -> Tensor:
         """x (rows, I) -> (rows, O) by PyTorch's 4-bit kernel."""
         if self.kernel is None or self.kernel[1].dtype != x.dtype:
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.nibbles(), 1)
+            packed = torch.cat([  # row blocks of 64 and fewer: what the kernel orders on its own
+                torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.nibbles(rows), 1)
+                for rows in self.weight.split(ROWS_AT_ONCE)])  # (O, I/2)
             scale = self.scale.T.to(x.dtype)  # (I/g, O)
             self.kernel = packed, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.kernel[0], self.group,
@@ -135,6 +164,7 @@ class Int4Linear(nn.Module):
 
 
 KINDS = {"int8": Int8Linear, "int4": Int4Linear}
+CHOICES = (*KINDS, TORCHAO)
 
 
 def group_size(inputs: int) -> int:
@@ -151,25 +181,80 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
             if isinstance(module, nn.Linear) and "vqmodel" not in name}
 
 
-def quantize_model(model: nn.Module, kind: str) -> nn.Module:
-    """Replaces the linear layers, one after the other, in place; returns the model.
+def check_kind(kind: str) -> None:
+    """ValueError for a quantization that does not exist, or whose package is not installed."""
+    if kind not in CHOICES:
+        raise ValueError(f"quantization {kind!r} is none of {', '.join(CHOICES)}")
+    if kind == TORCHAO and find_spec("torchao") is None:
+        raise ValueError('torchao is not installed: pip install -e ".[torchao]", or take int8')
 
-    ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
+
+def kind_of(model: nn.Module) -> str | None:
+    """Which of KINDS the layers of a model are; None if they are not quantized."""
+    classes = {type(module): None for module in model.modules()}
+    return next((kind for kind, layer in KINDS.items() if layer in classes), None)
+
+
+def empty_twin(inputs: int, outputs: int, bias: bool, kind: str) -> nn.Module:
+    """A quantized layer with shapes and no contents."""
+    with torch.device("meta"):
+        return KINDS[kind](inputs, outputs, bias)
+
+
+def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
+    """A weight (O, I) -> the tensors of its twin; memory on the way is that of ROWS_AT_ONCE."""
+    shapes = empty_twin(weight.shape[1], len(weight), False, kind).state_dict()
+    # Before all that is thrown away again, so that the heap has no holes behind it.
+    packed = {name: torch.empty(t.shape, dtype=t.dtype, device=weight.device)
+              for name, t in shapes.items()}
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        few = slice(start, start + ROWS_AT_ONCE)
+        for name, tensor in KINDS[kind].pack(weight[few]).items():
+            packed[name][few] = tensor
+    return packed
+
+
+def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
+    """Puts twins, empty (on the meta device), in place -> {name: the layer that was there}.
+
+    ValueError for widths that 4-bit groups do not fit, before any change.
     """
-    if kind not in KINDS:
-        raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
     layers = linear_layers(model)
     if kind == "int4":
         for layer in layers.values():
             group_size(layer.in_features)
     for name, layer in layers.items():
-        has_bias = layer.bias is not None
-        with torch.device("meta"):
-            twin = KINDS[kind](layer.in_features, layer.out_features, has_bias)
-        # A few rows at a time: the fp32 numbers on the way are four times the weight's bytes.
-        blocks = [KINDS[kind].pack(rows) for rows in layer.weight.detach().split(ROWS_AT_ONCE)]
-        for tensor_name in blocks[0]:
-            setattr(twin, tensor_name, torch.cat([block[tensor_name] for block in blocks]))
+        twin = empty_twin(layer.in_features, layer.out_features, layer.bias is not None, kind)
         twin.bias = layer.bias
         model.set_submodule(name, twin)
+    return layers
+
+
+def quantize_model(model: nn.Module, kind: str) -> nn.Module:
+    """Replaces the linear layers of a model in memory, in place; returns the model.
+
+    ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
+    """
+    check_kind(kind)
+    if kind == TORCHAO:
+        return quantize_by_torchao(model)
+    layers = swap_layers(model, kind)
+    while layers:  # each bf16 weight is gone before the next one is packed
+        name, layer = layers.popitem()
+        for tensor_name, tensor in pack(layer.weight.detach(), kind).items():
+            setattr(model.get_submodule(name), tensor_name, tensor)
+        model.get_submodule(name).to(layer.weight.device)
+    return model
+
+
+def quantize_by_torchao(model: nn.Module) -> nn.Module:
+    """The same layers, still nn.Linear, with weights that are torchao's tensors; in place.
+
+    torchao's Int8WeightOnlyConfig: int8 weights, one scale for each row, as above.
+    """
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells which kernels it has not
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    chosen = set(linear_layers(model).values())
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in chosen)
     return model

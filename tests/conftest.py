@@ -37,6 +37,12 @@ def sentencepiece_tokenizer(sentencepiece_folder):
     return load_tokenizer(sentencepiece_folder)
 
 
+@pytest.fixture(params=["bpe", "sentencepiece_tokenizer"])
+def either(request):
+    """Both formats of tokenizer, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session")
 def untrained_folder(tmp_path_factory):
     """A whole checkpoint folder with random weights: 16x16 pictures of 16 codes, 64 codes."""

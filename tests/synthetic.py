@@ -4,6 +4,9 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+from hypothesis import strategies as st
+
 # A corpus of its own, so that merges across letters, digits, punctuation and spaces turn up.
 CORPUS = [
     "Chameleon is an early-fusion model: text and pictures are one sequence of tokens.",
@@ -14,7 +17,24 @@ CORPUS = [
     "e = mc² ½ Ⅷ ٣ 👩‍👩‍👧 🎨🖼️ ➜ ∑ ≤ ≥ ±",
     "don't <sentinel:12> the IMGIMGABZ or IMGIMGJZ </s><s> tokens <eoss> <racm3:break>",
 ]
+# What a text may hold that is hard to split, to spell or to keep apart from control tokens.
+NAMES = ["<s>", "</s>", "<pad>", "<unk>", "IMGIMGABZ", "IMGIMGJZ", "IMGIMGAAAAAZ", "<eoss>",
+         "<0x41>", "<racm3:break>", "<reserved08706>", "<image>", "<sentinel:3>", "<sentinel:007>"]
+SPACES = [" ", "  ", "   ", "    ", "     ", "\t", "\n", "\r", "\r\n", "\xa0", "\x1c", "\x85"]
+FRAGMENTS = NAMES + SPACES
+FRAGMENTS += ["\u2003", "'s", "'re", "12", "½", "€", "ſ", "e\u0301", "👩‍👩‍👧", "\u2581", "\0"]
+texts = st.lists(
+    st.one_of(st.text(max_size=8), st.sampled_from(FRAGMENTS), st.sampled_from(CORPUS)), max_size=6
+).map("".join)
 CONTROLS = ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+def one_line(call, *words) -> None:
+    """The call raises ValueError with one line that holds all the words."""
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
 
 
 def image_token_names(num_codes: int) -> list[str]:

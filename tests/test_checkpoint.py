@@ -1,6 +1,7 @@
 """Folders of weights: round trips, shards, exchange with transformers, and every broken folder."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from small import SIZES, VQ, batch_with_pictures, randomize, scrambled_vocabulary
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine.checkpoint import read_config
+from engine import convert
+from engine.checkpoint import load_checkpoint, read_config
+from engine.quantize import KINDS, kind_of, pack, quantize_model
 
 load = ChameleonForConditionalGeneration.from_pretrained
 
@@ -134,8 +137,8 @@ def truncate(folder):
 NORM = "model.norm.weight"
 BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "empty config": (lambda f: (f / "config.json").write_text(""), "config.json cannot be used"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json cannot be"),
+    "empty config": (lambda f: (f / "config.json").write_text(""), "config.json: broken JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "broken JSON: an obj"),
     "another model": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
                       "does not describe a chameleon model"),
     "impossible config": (lambda f: (f / "config.json").write_text('{"vocab_size": 0}'),
@@ -188,3 +191,184 @@ def test_old_files_with_stored_rotary_frequencies_load(folder):
     add = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     change_tensor(lambda t: t.update(add))(folder)
     load(folder)
+
+
+# --- weights in 8 and 4 bits
+
+
+def bits_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """{"bf16", "int8", "int4": folder}, the last two converted from the first; as they came."""
+    root = tmp_path_factory.mktemp("quantized")
+    small_model().bfloat16().save_pretrained(root / "bf16")
+    for kind in KINDS:
+        assert convert.main([str(root / "bf16"), str(root / kind), "--quantize", kind]) == 0
+    return {kind: root / kind for kind in ("bf16", *KINDS)}
+
+
+def load_as(folder, kind=None, dtype=None):
+    return load_checkpoint(ChameleonForConditionalGeneration, folder, dtype, "cpu", quantize=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True), dict(
+    num_key_value_heads=2, swin_norm=True, attention_bias=True, mlp_bias=True)])
+@pytest.mark.parametrize("shard", [5 * 10**9, 100_000])
+def test_all_ways_to_quantize_give_the_same_bits(tmp_path, kind, changes, shard):
+    """In memory, while loading, and from a folder that was saved or converted, in any sharding."""
+    small_model(**changes).bfloat16().save_pretrained(tmp_path / "a", max_shard_bytes=shard)
+    expected = quantize_model(load(tmp_path / "a"), kind)
+    assert kind_of(expected) == kind and expected.dtype == torch.bfloat16
+    assert bits_equal(load_as(tmp_path / "a", kind), expected)
+    convert.convert(tmp_path / "a", tmp_path / "b", None, shard, kind)
+    expected.save_pretrained(tmp_path / "c", max_shard_bytes=shard)
+    for folder in (tmp_path / "b", tmp_path / "c"):
+        assert len(list(folder.glob(f"model.{kind}*.safetensors"))) > (shard == 100_000)
+        again = load(folder)
+        assert bits_equal(again, expected) and again.config == expected.config
+        assert bits_equal(load_as(folder, kind), expected)  # asked for what it is
+        with torch.no_grad():
+            inputs = batch_with_pictures()
+            assert torch.equal(again(**inputs).logits, expected(**inputs).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_of_the_file_are_quantized_whatever_one_computes_in(quantized, kind):
+    a, b = (load_as(quantized["bf16"], kind, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert a.dtype == torch.float32 and b.dtype == torch.bfloat16
+    assert torch.equal(a.lm_head.weight, b.lm_head.weight)
+    assert a.lm_head.scale.dtype == b.lm_head.scale.dtype == pack(torch.ones(1, 32), kind
+                                                                  )["scale"].dtype
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["stored", "while loading"])
+def test_packed_weights_lie_where_kernels_can_read_them(quantized, tmp_path, kind, way):
+    """In a file they begin anywhere; PyTorch's int8 kernel ends the process then."""
+    folder = shutil.copytree(quantized[kind], tmp_path / "a")
+    path = folder / f"model.{kind}.safetensors"
+    save_file(load_file(path), path, metadata={"format": "pt", "some": "x" * 8})
+    model = load_as(folder) if way == "stored" else load_as(quantized["bf16"], kind)
+    assert all(t.data_ptr() % 64 == 0 for t in model.state_dict().values())
+    with torch.no_grad():
+        assert model(torch.tensor([[80]])).logits[..., 100:].isfinite().all()
+
+
+def linear_bytes(folder) -> int:
+    """Of all tensors but those that stay as they are."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        total += sum(t.nbytes for n, t in load_file(path).items()
+                     if "_proj." in n or n.startswith("lm_head."))
+    return total
+
+
+@pytest.mark.parametrize("kind, share", [("int8", 0.53), ("int4", 0.32)])
+def test_a_quantized_folder_is_as_small_as_promised(tmp_path, kind, share):
+    """Here the groups are of 32 and 64 inputs; at widths that 128 divides int4 needs 0.26."""
+    small_model(hidden_size=256, intermediate_size=512).bfloat16().save_pretrained(tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "b", quantize=kind)
+    assert 0.25 < linear_bytes(tmp_path / "b") / linear_bytes(tmp_path / "a") < share
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["quantized_weights"] == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_folder_is_converted_as_it_is(quantized, tmp_path, kind, capsys):
+    assert convert.main([str(quantized[kind]), str(tmp_path / "b"), "--shard-size", "50KB"]) == 0
+    assert bits_equal(load(tmp_path / "b"), load(quantized[kind]))
+    other = {"int8": "int4", "int4": "int8"}[kind]
+    assert convert.main([str(quantized[kind]), str(tmp_path / "c"), "--quantize", other]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"holds {kind} weights: leave --quantize {other} out" in error
+    with pytest.raises(ValueError, match=f"holds {kind} weights"):
+        load_as(quantized[kind], other)
+    with pytest.raises(ValueError, match=f"holds {kind} weights|torchao is not installed"):
+        load_as(quantized[kind], "torchao-int8")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_never_takes_packed_weights_for_numbers(quantized, kind):
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        transformers.ChameleonForConditionalGeneration.from_pretrained(quantized[kind])
+
+
+def test_saving_plain_weights_over_quantized_ones_leaves_only_the_new(tmp_path):
+    quantize_model(small_model(), "int8").save_pretrained(tmp_path, max_shard_bytes=100_000)
+    assert (tmp_path / "model.int8.safetensors.index.json").exists()
+    small_model().save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert kind_of(load(tmp_path)) is None
+
+
+def change_config(**values):
+    def apply(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return apply
+
+
+def as_plain(folder):
+    change_config(quantized_weights=None)(folder)
+    (folder / "model.int8.safetensors").rename(folder / "model.safetensors")
+
+
+def change_packed(change):
+    def apply(folder):
+        (folder / "model.int8.safetensors").rename(folder / "model.safetensors")
+        change_tensor(change)(folder)
+        (folder / "model.safetensors").rename(folder / "model.int8.safetensors")
+    return apply
+
+
+HEAD = "lm_head.weight"
+BROKEN_INT8 = {
+    "another kind": (change_config(quantized_weights="int3"), "'int3' is none of int8, int4"),
+    "kind is a list": (change_config(quantized_weights=["int8"]), "is none of int8, int4"),
+    "int4 in config": (change_config(quantized_weights="int4"), "lacks model.int4.safetensors"),
+    "not said in config": (as_plain, "unknown .*scale.* and .* more"),
+    "truncated": (lambda f: (f / "model.int8.safetensors").write_bytes(
+        (f / "model.int8.safetensors").read_bytes()[:-1000]), "truncated or no safetensors file"),
+    "missing scale": (change_packed(lambda t: t.pop("lm_head.scale")), "missing lm_head.scale"),
+    "misshapen": (change_packed(lambda t: t.update({HEAD: t[HEAD][:, :-1].contiguous()})),
+                  r"lm_head.weight is \[160, 63\] instead of \[160, 64\]"),
+    "misshapen scale": (change_packed(lambda t: t.update({"lm_head.scale": torch.ones(3)})),
+                        r"lm_head.scale is \[3\] instead of \[160\]"),
+    "not packed": (change_packed(lambda t: t.update({HEAD: t[HEAD].bfloat16()})),
+                   "lm_head.weight is bfloat16 instead of int8"),
+    "unsigned": (change_packed(lambda t: t.update({HEAD: t[HEAD].view(torch.uint8)})),
+                 "lm_head.weight is uint8 instead of int8"),
+    "rounded scale": (change_packed(lambda t: t.update(
+        {"lm_head.scale": t["lm_head.scale"].bfloat16()})), "is bfloat16 instead of float32"),
+    "norm of integers": (change_packed(lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
+                         f"{NORM} is int8 instead of floating"),
+    "unknown dtype": (change_packed(lambda t: t.update({HEAD: t[HEAD].int()})),
+                      "lm_head.weight is I32, which is none of"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_INT8)
+def test_a_broken_quantized_folder_is_one_clear_line(quantized, tmp_path, name):
+    breaks, message = BROKEN_INT8[name]
+    folder = shutil.copytree(quantized["int8"], tmp_path / "a")
+    breaks(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_other_makers_are_not_written():
+    model = small_model()
+    part = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(Foreign))
+    model.lm_head.weight = part
+    with pytest.raises(ValueError, match="lm_head.weight is a Foreign, which is not written"):
+        model.save_pretrained("nowhere")
+
+
+class Foreign(torch.Tensor):
+    """As torchao's tensors and DTensor are: a class of its own."""

@@ -9,12 +9,15 @@ import os
 import re
 import shutil
 import weakref
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from small import SIZES, VQ, K, randomize, scrambled_vocabulary
@@ -24,10 +27,12 @@ import generate
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from engine import convert as module
 from engine.checkpoint import Stored, load_checkpoint, write_checkpoint
+from engine.quantize import KINDS, quantize_model
 from processor import ChameleonProcessor
 from tokenizer import load_tokenizer
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 LAYERS, D, F, EPS, THETA = 2, 64, 96, 1e-5, 10000.0
 SMALL = {  # the two releases in small: heads, kv heads, shards, order of norms
     "7b": dict(heads=4, kv=4, shards=1, swin=False),
@@ -226,6 +231,19 @@ def test_transformers_loads_what_is_converted(converted, size):
         assert torch.equal(ours.get_image_tokens(pixels), theirs.model.get_image_tokens(pixels))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SMALL)
+def test_a_release_is_quantized_while_it_is_joined(releases, converted, tmp_path, size, kind):
+    expected = quantize_model(load(converted[size]), kind).state_dict()
+    module.convert(releases[size], tmp_path / "q", quantize=kind)
+    quantized = load_checkpoint(
+        ChameleonForConditionalGeneration, releases[size], None, "cpu", quantize=kind)
+    for model in (quantized, load(tmp_path / "q")):
+        state = model.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(t, expected[n]) for n, t in state.items())
+
+
 def test_pictures_go_through_the_vqvae_of_the_release(releases):
     vq = ChameleonVQVAE(ChameleonVQVAEConfig.from_dict(VQ))
     state = torch.load(releases["7b"] / "tokenizer" / "vqgan.ckpt")["state_dict"]
@@ -296,6 +314,45 @@ def test_transformers_processor_of_a_converted_folder_gives_our_inputs(releases,
     with torch.no_grad():  # it knows the placeholder by its name in config.json
         logits = load(converted["7b"])(**b).logits
         torch.testing.assert_close(logits, model(**b).logits, atol=2e-5, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny_for_transformers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "hf"
+    module.convert(ROOT / "tiny", folder)
+    return folder
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.one_of(
+    st.text(max_size=30),
+    st.lists(st.sampled_from(["A small", " red", "circle", "  ", " ", "\n", "4", "17", "é", "日本",
+                              "?", ".", "purple", "🎨", "tri", "angle", "x"]), max_size=12
+             ).map("".join)))
+def test_transformers_gives_our_ids_for_a_sentencepiece_model(tiny_for_transformers, text):
+    ours, theirs = load_tokenizer(ROOT / "tiny"), tokenizer_of(tiny_for_transformers)
+    text = text.replace("\u2581", "")  # the sign for a space, which transformers takes for one
+    ids = [ours.bos_token_id, *ours.encode(text)]
+    assert theirs(text).input_ids == ids
+    assert theirs.decode(ids, skip_special_tokens=True) == text
+
+
+@cache
+def tokenizer_of(folder: Path):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_processor_gives_our_inputs_for_tiny(tiny_for_transformers):
+    theirs = transformers.AutoProcessor.from_pretrained(tiny_for_transformers)
+    picture = Image.open(ROOT / "examples" / "shapes.png")
+    inputs = dict(text=["What is this?<image>", "How many shapes are in this image?<image>"],
+                  images=[picture, picture], padding=True, return_tensors="pt")
+    b = theirs(**inputs)
+    for folder in (ROOT / "tiny", tiny_for_transformers):
+        a = ChameleonProcessor.from_pretrained(folder)(**inputs)
+        assert torch.equal(a["input_ids"], b["input_ids"])
+        assert torch.equal(a["attention_mask"], b["attention_mask"])
+        torch.testing.assert_close(a["pixel_values"], b["pixel_values"], atol=1e-6, rtol=0)
 
 
 # --- Hugging Face's folders

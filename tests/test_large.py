@@ -27,13 +27,17 @@ RELEASED = pytest.param("7b", marks=pytest.mark.slow)
 
 STEP = """
 import sys, time, json, torch
+from pathlib import Path
 from chameleon import ChameleonForConditionalGeneration, KVCache
+from engine.checkpoint import load_checkpoint
+from engine.quantize import quantize_model
+before = memory("VmRSS")
 begin = time.perf_counter()
-model = ChameleonForConditionalGeneration.from_pretrained(sys.argv[1])
-if sys.argv[2] == "int8":
-    from engine.quantize import quantize_model
-    quantize_model(model, "int8")
-loaded = time.perf_counter()
+kind = None if sys.argv[2] == "bf16" else sys.argv[2]
+model = load_checkpoint(
+    ChameleonForConditionalGeneration, Path(sys.argv[1]), None, "cpu", quantize=kind)
+after_loading = dict(before=before, loading=memory("VmHWM") - before, own_loading=max(own))
+loaded, cpu = time.perf_counter(), time.process_time()
 cache = KVCache(model.config, 1, 64, model.dtype)
 seconds = []
 for ids in ([[0] * 16], [[3]], [[3]]):  # a prompt, a first token from disk, and one from memory
@@ -42,15 +46,16 @@ for ids in ([[0] * 16], [[3]], [[3]]):  # a prompt, a first token from disk, and
         logits = model(torch.tensor(ids), past_key_values=cache, logits_to_keep=1).logits
     seconds.append(round(time.perf_counter() - start, 3))
 assert logits[..., 100:].isfinite().all()
-report = dict(load=round(loaded - begin, 2), steps=seconds)
+report = dict(load=round(loaded - begin, 2), load_cpu=round(cpu, 2), steps=seconds) | after_loading
 """
 CONVERT = """
 import sys, time, json
 from pathlib import Path
 from engine.convert import convert
+before = memory("VmRSS")
 begin = time.perf_counter()
-convert(Path(sys.argv[1]), Path(sys.argv[2]), max_shard_bytes=int(sys.argv[3]))
-report = dict(seconds=round(time.perf_counter() - begin, 1))
+convert(Path(sys.argv[1]), Path(sys.argv[2]), None, int(sys.argv[3]), *sys.argv[4:])
+report = dict(seconds=round(time.perf_counter() - begin, 1), before=before)
 """
 WATCH = """
 import threading
@@ -59,7 +64,7 @@ def memory(name):
     return int(lines[name].split()[0]) * 1024
 own = [0]
 def watch():
-    while not done.wait(0.02):
+    while not done.wait(0.005):
         own.append(memory("RssAnon"))
 done = threading.Event()
 threading.Thread(target=watch, daemon=True).start()
@@ -84,6 +89,11 @@ def measure(script: str, *arguments) -> dict:
 
 
 def config_of(size: str) -> ChameleonConfig:
+    """small: some 100 KB, for the way through the code. middle: 250 MB, to see memory. 7b."""
+    if size == "middle":
+        sizes = SIZES | dict(vocab_size=8192, hidden_size=1024, intermediate_size=2816,
+                             num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16)
+        return ChameleonConfig(**sizes, vq_config=VQ, vocabulary_map=scrambled_vocabulary())
     if size == "small":
         return ChameleonConfig(**SIZES, vq_config=VQ, vocabulary_map=scrambled_vocabulary())
     names = {image_token_name(code): 4 + code for code in range(8192)}
@@ -116,6 +126,14 @@ def room(folder: Path, needed: int) -> None:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of disk")
 
 
+def quantized_bytes(tensors: dict[str, Stored], weights: str) -> int:
+    """Of a model whose linear layers have `weights`: 1 byte, or a half and 1/64 for the scales."""
+    each = {"bf16": 2, "int8": 1, "int4": 0.5 + 2 / 128}[weights]
+    linear = {name for name in tensors if name.endswith(("_proj.weight", "lm_head.weight"))}
+    return sum(int(each * math.prod(t.shape)) if n in linear else t.nbytes
+               for n, t in tensors.items())
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 @pytest.mark.parametrize("size", ["small", RELEASED])
 def test_a_checkpoint_is_loaded_and_stepped_in_the_memory_of_one_copy(tmp_path, size, weights):
@@ -131,10 +149,22 @@ def test_a_checkpoint_is_loaded_and_stepped_in_the_memory_of_one_copy(tmp_path, 
     finally:
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
     print(f"\n{size}: {total / 1e9:.2f} GB written in {written:.1f} s, {weights}: {report}")
-    own = 10**9  # bf16 stays in the mapped file
-    if weights == "int8":  # half of it, and what rounding the largest matrix takes in fp32
-        own += total // 2 + 4 * 4 * config.vocab_size * config.hidden_size
+    own = 10**9 + (quantized_bytes(tensors, "int8") if weights == "int8" else 0)
     assert report["own"] < own and report["peak"] < total + own
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("shard", [10**9, 50 * 10**6])
+def test_quantizing_while_loading_holds_one_matrix_besides(tmp_path, weights, shard):
+    """The most that the process ever had in memory, mapped files included."""
+    tensors = random_tensors(config_of("middle"))
+    write_checkpoint(tmp_path / "hf", config_of("middle"), tensors, max_shard_bytes=shard)
+    report = measure(STEP, tmp_path / "hf", weights)
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    bound = quantized_bytes(tensors, weights) + largest + 30 * 10**6  # for code and holes
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    print(f"\n{total / 1e6:.0f} MB in {weights}, at most {bound / 1e6:.0f} MB: {report}")
+    assert report["loading"] < bound < 0.8 * total
 
 
 def write_release(root: Path, config: ChameleonConfig, hf: Path) -> None:

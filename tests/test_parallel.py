@@ -21,14 +21,21 @@ import torch
 import generate
 from engine import parallel
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from engine.quantize import quantize_model
 from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabulary
 
 torch.set_num_threads(1)
 device = parallel.join(torch.device("cpu"))
 sizes = SIZES | dict(vq_config=VQ, vocabulary_map=scrambled_vocabulary())
-for name, changes in dict(mha={{}}, gqa=dict(num_key_value_heads=2, swin_norm=True)).items():
+gqa = dict(num_key_value_heads=2, swin_norm=True)
+biased = dict(attention_bias=True, mlp_bias=True)
+wide = dict(hidden_size=256, intermediate_size=256, vocab_size=V + 1)
+for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa), ("int8", "int8", gqa | biased),
+                            ("int4", "int4", wide | biased)):
     model = ChameleonForConditionalGeneration(ChameleonConfig(**sizes | changes)).eval()
     randomize(model)
+    if kind:
+        quantize_model(model, kind)
     inputs = batch_with_pictures()
     def look(model):
         with torch.inference_mode():
@@ -39,7 +46,7 @@ for name, changes in dict(mha={{}}, gqa=dict(num_key_value_heads=2, swin_norm=Tr
                         for sampling in (dict(do_sample=False), dict(do_sample=True, seed=1))]
     bytes_of = lambda model: sum(
         getattr(p, "_local_tensor", p).untyped_storage().nbytes()
-        for n, p in model.named_parameters() if "vqmodel" not in n)
+        for n, p in model.state_dict().items() if "vqmodel" not in n)
     (alone, ids), whole = look(model), bytes_of(model)
     parallel.shard(model, device)
     (both, again), part = look(model), bytes_of(model)
@@ -52,6 +59,9 @@ for name, changes in dict(mha={{}}, gqa=dict(num_key_value_heads=2, swin_norm=Tr
 options = ["--model", {model!r}, "--device", "cpu", "--prompt", "Draw"]
 print("text", generate.main([*options, "--max-new-tokens", "8"]))
 print("picture", generate.main([*options, "--mode", "image", "--out", {picture!r}]))
+for kind in ("int8", "torchao-int8"):
+    print(kind, generate.main([*options, "--max-new-tokens", "8", "--quantize", kind]))
+print("compile", generate.main([*options, "--compile"]))
 torch.distributed.destroy_process_group()
 """
 
@@ -70,12 +80,15 @@ def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
         capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
-    for name in ("mha", "gqa"):
+    # Of quantized models the scales of columns, and biases, are whole on each rank.
+    for name, most in dict(mha=0.52, gqa=0.52, int8=0.56, int4=0.56).items():
         found = re.search(rf"{name} error (\S+) part (\S+) ids (\S+)", run.stdout)
         error, part, ids = found.groups()
-        assert float(error) < 1e-4 and ids == "True" and 0.5 <= float(part) < 0.52
+        assert float(error) < 1e-4 and ids == "True" and 0.5 <= float(part) < most, name
         assert f"{name} same True" in lines
-    assert "text 0" in lines and "picture 0" in lines
+    assert "text 0" in lines and "picture 0" in lines and "int8 0" in lines
+    assert "compile 2" in lines and "--compile is for one device" in run.stderr
+    assert "torchao-int8 2" in lines and "torchao-int8 is for one device" in run.stderr
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
     assert not list(tmp_path.glob("*.part"))
 
@@ -94,3 +107,16 @@ def test_a_number_of_processes_that_does_not_divide_is_one_clear_line(changes, N
 def test_one_process_is_not_parallel(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert ranks() == 1
+
+
+@pytest.mark.parametrize("changes, kind, message", [
+    ({}, "torchao-int8", "torchao-int8 is for one device"),
+    (dict(hidden_size=256, intermediate_size=192), "int4",
+     "2 processes cannot share 192 inputs in 4-bit groups"),
+    (dict(hidden_size=128), "int4", "128 inputs in 4-bit groups of 128: take --quantize int8"),
+])
+def test_weights_that_cannot_be_cut_are_refused_before_they_are_read(changes, kind, message):
+    config = ChameleonConfig(**SIZES | changes, vq_config=VQ)
+    with pytest.raises(ValueError, match=message):
+        check_ranks(config, 2, kind)
+    check_ranks(config, 2, "int8")
