@@ -17,16 +17,25 @@ import html
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
 from chameleon import ChameleonForConditionalGeneration
-from engine.checkpoint import load_checkpoint, pick_device, read_config, write_atomically
+from engine.checkpoint import (
+    load_checkpoint,
+    open_config,
+    pick_device,
+    read_config,
+    write_atomically,
+)
 from engine.convert import load_processor
+from engine.decoding import ATTENTIONS, Decoder, check_attention, check_compile, set_attention
 from engine.parallel import check_ranks, join, ranks, shard
+from engine.quantize import CHOICES
+from engine.stats import Stats
 from image_processor import ChameleonImageProcessor, load_image
 from processor import ChameleonProcessor
 from sampling import MODES, check_options, check_room, generate, pieces, stream
@@ -63,6 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--count", type=int, default=1, help="so many pictures of each prompt, and a sheet of all")
     add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
     add("--completion", action="store_true", help="continue the prompt instead of answering it")
+    add("--explain", action="store_true",
+        help="show the prompt's walk through the model; --out FILE.html draws it")
     add("--max-new-tokens", type=int, help="256 by default; a picture is always whole")
     add("--temperature", type=float, default=0.0, help="of text; 0, the default, is greedy")
     add("--top-k", type=int, default=0, help="0 is no limit")
@@ -77,8 +88,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
-    add("--quantize", choices=["int8", "int4"], help="weights in 8 or 4 bits")
-    add("--attention", default="sdpa", choices=["eager", "sdpa"])
+    add("--quantize", choices=CHOICES, help="weights in 8 or 4 bits, packed while they are read")
+    add("--compile", action="store_true",
+        help="faster steps, after some seconds of compiling: for long answers and large models")
+    add("--attention", default="auto", choices=ATTENTIONS,
+        help="the kernel: eager is the readable one, sdpa torch's, the others kinds of it")
+    add("--stats", action="store_true", help="how fast it was, and how fast it could have been")
     return parser.parse_args(arguments)
 
 
@@ -102,8 +117,11 @@ def place_images(prompts: list[str], count: int) -> list[str]:
 
 def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that could not be written, before anything is computed."""
+    if options.explain:
+        return check_page(options)
     if options.count < 1 or (options.count > 1 and options.mode != "image"):
         raise ValueError("--count is a number of pictures, for --mode image")
+    options.named = options.out is not None
     if options.out is None:
         defaults = {"text": None, "image": "picture.png", "interleaved": "document"}
         name = "reconstruction.png" if options.reconstruct else defaults[options.mode]
@@ -115,30 +133,59 @@ def check_output(options: argparse.Namespace) -> None:
             raise ValueError("--mode interleaved writes one document: give one --prompt")
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"--out {options.out} is a file: name a folder for the document")
+        check_free(options)
     elif options.out is not None:
         picture_format(options.out)
+
+
+def check_free(options: argparse.Namespace) -> None:
+    """No document is written over another: one named by --out is refused, others get a number."""
+    def taken(folder: Path) -> bool:
+        return any((folder / name).exists() for name in ("document.md", "document.html", "1.png"))
+
+    if options.named and taken(options.out):
+        raise ValueError(f"--out {options.out} holds a document already: name another folder")
+    n = 1
+    while taken(options.out):
+        n += 1
+        options.out = Path(f"document-{n}")
+
+
+def check_page(options: argparse.Namespace) -> None:
+    """The same for --explain."""
+    if options.mode != "text" or options.reconstruct or options.count != 1 or ranks() > 1:
+        raise ValueError("--explain shows one prompt on one device: leave --mode, --count, "
+                         "--reconstruct and torchrun out")
+    if len(options.prompt) > 1:
+        raise ValueError("--explain walks one prompt: give one --prompt")
+    if options.out is not None and options.out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--explain draws a page: name --out {options.out.with_suffix('.html')}")
+    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+        raise ValueError(f"--out {options.out} cannot be written: name a file in a folder "
+                         "that exists")
 
 
 def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
     device, dtype = pick_device(options.device), options.dtype
     if ranks() > 1:  # started by torchrun
         device = join(device)
-        check_ranks(read_config(options.model), ranks())
-        if options.quantize:
-            raise ValueError("--quantize is for one device: start without torchrun")
+        config, kind = open_config(options.model)
+        check_ranks(config, ranks(), options.quantize or kind)
+        if options.compile:
+            raise ValueError("--compile is for one device: start without torchrun")
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     dtype = getattr(torch, dtype)
+    check_attention(options.attention, device, dtype, options.compile)
+    if options.compile:
+        check_compile(device)
     where = "cpu" if ranks() > 1 else device  # as mapped files, of which each takes its part
     model = load_checkpoint(
-        ChameleonForConditionalGeneration, options.model, dtype, where, options.vqgan)
+        ChameleonForConditionalGeneration, options.model, dtype, where, options.vqgan,
+        options.quantize)
     if ranks() > 1:
         shard(model, device)
-    if options.quantize:
-        from engine.quantize import quantize_model
-
-        quantize_model(model, options.quantize)
-    return model.set_attention(options.attention)
+    return set_attention(model, options.attention)
 
 
 def answer(options: argparse.Namespace) -> None:
@@ -159,14 +206,23 @@ def answer(options: argparse.Namespace) -> None:
     check_room(config, inputs["input_ids"].shape[1], options.mode)
     model = load_model(options)
     inputs = inputs.to(model.device)
+    if options.explain:
+        return write_walk(options, model, processor.tokenizer, inputs)
     if "pixel_values" in inputs:  # so that rows can be repeated for --count
         pixels = inputs.pop("pixel_values")
         inputs["input_ids"] = model.model.replace_image_placeholders(inputs["input_ids"], pixels)
     inputs = {name: rows.repeat_interleave(options.count, dim=0) for name, rows in inputs.items()}
+    decoder = Decoder(model, options.compile, options.attention)
     steps = stream(model, **inputs, mode=options.mode, max_new_tokens=options.max_new_tokens,
-                   do_sample=options.temperature > 0, seed=options.seed, **sampling)
+                   do_sample=options.temperature > 0, seed=options.seed, decoder=decoder,
+                   **sampling)
+    stats = Stats(model)
     make = {"text": write_text, "image": write_pictures, "interleaved": write_interleaved}
-    make[options.mode](options, model, processor.tokenizer, steps)
+    try:
+        make[options.mode](options, model, processor.tokenizer, stats.watch(steps))
+    finally:
+        if options.stats:
+            print(stats.report(decoder.cache), file=sys.stderr)
 
 
 def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
@@ -206,11 +262,32 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
             print(f"{options.out}: {len(pictures)} picture(s)", file=sys.stderr)
 
 
+def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
+    """Passes the ids of one row on; on a terminal, a bar shows how far a picture is drawn."""
+    from tqdm import tqdm
+
+    vocabulary, bar = model.model.vocabulary, None
+    try:
+        for ids in steps:
+            if bar is not None:
+                bar.update()
+            if int(ids[0]) == vocabulary.begin_image_id:
+                bar = tqdm(total=model.config.vq_config.codes_per_image + 1, desc="image tokens",
+                           disable=None, leave=False)
+            elif bar is not None and int(ids[0]) == vocabulary.end_image_id:
+                bar.close()
+                bar = None
+            yield ids
+    finally:
+        if bar is not None:
+            bar.close()
+
+
 def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
     """Text streams to stdout, a picture is a line with its file; --out gets the document."""
     parts, pictures = [], 0
     try:
-        for piece in pieces(model, tokenizer, steps):
+        for piece in pieces(model, tokenizer, with_bar(steps, model)):
             if piece.image is not None:
                 pictures += 1
                 in_line = parts and isinstance(parts[-1], str) and not parts[-1].endswith("\n")
@@ -227,6 +304,18 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
         if parts:
             write_document(options.out, parts)
             print(f"{options.out / 'document.html'}", file=sys.stderr)
+
+
+def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs) -> None:
+    """The prompt's walk through the model to stdout, and to --out as a page."""
+    from engine.explain import page, report, walk
+
+    shown = walk(model, tokenizer, inputs["input_ids"], inputs.get("pixel_values"))
+    print(report(shown))
+    if options.out is not None:
+        html_page = page(shown, options.prompt[0])
+        write_atomically(options.out, lambda part: part.write_text(html_page, encoding="utf-8"))
+        print(options.out, file=sys.stderr)
 
 
 def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, images: list) -> None:

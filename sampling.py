@@ -10,10 +10,14 @@ begin-image, exactly S codes, end-image, and the grammar says where in this a ro
 
     TEXT --begin-image--> PICTURE (S codes) --end-image, forced--> TEXT ... until an end
 
+What happens at a switch: only what may come next changes. The cache stays as it is, as all tokens
+share one model; in text the codes' logits are masked, in a picture all but the codes'; and every
+row of a batch switches when it likes.
+
 Letter  meaning
 B, T    rows of the batch, tokens of a row so far
 V, K    vocabulary; codes of the codebook
-S       codes of a picture: 1024 in the release, where the grid is 512 / 16 squared
+S       codes of a picture, vq_config.codes_per_image
 G       guidance streams: 1, 2 or 3 versions of each row's context in one batch
 
 What differs from sampling a Llama: the grammar, and guidance for pictures. Rows of a batch are
@@ -22,10 +26,10 @@ gives what it would give alone, as long as the longest prompt leaves it the same
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -35,6 +39,7 @@ from image_processor import ChameleonImageProcessor
 from tokenizer import Tokenizer, VocabularyMap
 
 MODES = ("text", "image", "interleaved")
+CACHE_STEP = 256  # the KV cache is a multiple of it, so that few shapes need to be compiled
 
 
 # ---------------------------------------------------------------------------------------------
@@ -72,8 +77,24 @@ class Grammar:
         ended = torch.where(ids == self.end, place, 0).amax(1)  # (B,)
         return torch.where(begun > ended, T - begun, -1)
 
-    def allowed(self, drawn: Tensor, room: int) -> Tensor:
-        """`codes_so_far` (B,), places left for new ids -> bool (B, V).
+    def advance(self, drawn: list[int], chosen: Tensor, room: int) -> list[int]:
+        """`codes_so_far` of B rows, one id later: `chosen` (B,) with `room` places left for it.
+
+        The ids are read only where text might have begun a picture: reading makes the host wait
+        for CUDA, and so a picture, and text alone, are written without waiting.
+        """
+        if self.mode == "text":
+            return drawn
+        if self.mode == "image":  # begins at once, if it fits
+            begun = [room >= self.S + 2] * len(drawn)
+        else:
+            begun = [False] * len(drawn) if min(drawn) >= 0 else (chosen == self.begin).tolist()
+        after_text = [0 if begins else -1 for begins in begun]
+        return [text if n < 0 else n + 1 if n < self.S else -1
+                for n, text in zip(drawn, after_text)]
+
+    def allowed(self, drawn: list[int], room: int) -> Tensor:
+        """`codes_so_far` of B rows, places left for new ids -> bool (B, V).
 
         Some id always is allowed, but behind the one picture of mode "image", where the row ends.
         Why exactly S codes, 1024 in the release: the VQ-VAE's decoder wants a whole grid, and
@@ -88,8 +109,8 @@ class Grammar:
         full = torch.zeros_like(outside)
         if self.end is not None:
             full[self.end] = True
-        kind = (drawn >= 0).long() + (drawn >= self.S).long()  # 0 text, 1 inside, 2 full
-        return torch.stack((outside, self.codes, full))[kind]  # (B, V)
+        return torch.stack([outside if n < 0 else self.codes if n < self.S else full
+                            for n in drawn])  # (B, V)
 
 
 def check_can_draw(model: ChameleonForConditionalGeneration) -> None:
@@ -137,19 +158,22 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
 
 
-def draw(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
+def draw(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
     """One id for each row, distributed as softmax(logits).   (B, V) -> (B,)
+
+    A row without a generator is one whose id is not needed; no number is drawn for it.
 
     If e_i are independent and exponential, argmax_i p_i / e_i is i with probability p_i: no
     cumulative sum, no host synchronization, and every row keeps its own stream of numbers.
     """
-    noise = torch.stack([
-        torch.empty_like(row).exponential_(generator=g) for row, g in zip(logits, generators)
-    ])  # (B, V)
+    noise = torch.ones_like(logits)  # (B, V)
+    for row, generator in zip(noise, generators):
+        if generator is not None:
+            row.exponential_(generator=generator)
     return (logits.softmax(-1) / noise).argmax(-1)  # (B,)
 
 
-def choose(logits: Tensor, generators: list[torch.Generator], *, temperature: float,
+def choose(logits: Tensor, generators: list[torch.Generator | None], *, temperature: float,
            top_k: int | None, top_p: float) -> Tensor:
     """logits (B, V) -> the index chosen in each row (B,). The order of transformers' processors.
 
@@ -203,8 +227,8 @@ class Contexts:
     """
 
     def __init__(self, model: ChameleonForConditionalGeneration, rows: list[Tensor],
-                 streams: list[str], steps: int) -> None:
-        self.model, self.streams, self.B = model, streams, len(rows)
+                 streams: list[str], steps: int, decoder=None) -> None:
+        self.model, self.streams, self.B, self.decoder = model, streams, len(rows), decoder
         V, device = model.config.vocab_size, model.device
         self.is_picture = torch.zeros(V, dtype=torch.bool, device=device)
         self.is_picture[picture_ids(model.model.vocabulary)] = True  # (V,)
@@ -213,11 +237,12 @@ class Contexts:
         rows = [self.version(row, name) for name in streams for row in rows]  # G * B times (n,)
         T = max(map(len, rows))
         self.new = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (GB, T)
-        self.mask = torch.zeros(len(rows), T + steps, dtype=torch.long, device=device)
+        size = -(-(T + steps) // CACHE_STEP) * CACHE_STEP  # rounded up
+        self.mask = torch.zeros(len(rows), size, dtype=torch.long, device=device)
         for mask, row in zip(self.mask, rows):
             mask[T - len(row) : T] = 1
         self.padded = len(streams) > 1 or not bool(self.mask[:, :T].all())
-        self.cache = KVCache(model.config, len(rows), T + steps, model.dtype, device)
+        self.cache = KVCache(model.config, len(rows), size, model.dtype, device)
 
     def version(self, row: Tensor, stream: str) -> Tensor:
         """One row's ids (n,) -> those that the stream sees; <s> always stays."""
@@ -233,11 +258,14 @@ class Contexts:
 
     def hidden(self) -> Tensor:
         """Runs the columns that are new -> the last one's hidden state (G * B, D)."""
-        L = self.cache.length + self.new.shape[1]
+        past = self.cache.length
+        L = past + self.new.shape[1]
         mask = positions = None  # no padding: every step may use the fastest attention
         if self.padded:
             mask = self.mask[:, :L]
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, self.cache.length :]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (GB, T)
+        if self.decoder and past:  # one column behind the prompt, by faster means
+            return self.decoder(self.new, self.mask if self.padded else None, positions, self.cache)
         # Only the last place gets logits: all of them would be (T, V), 1 GiB at 4096 x 65536.
         return self.model.model(self.new, attention_mask=mask, position_ids=positions,
                                 past_key_values=self.cache).last_hidden_state[:, -1]  # (GB, D)
@@ -246,10 +274,10 @@ class Contexts:
         """The rows' next ids (B,) become the next column of all streams."""
         column = self.cache.length
         for g, stream in enumerate(self.streams):
-            mask = self.mask[g * self.B : (g + 1) * self.B]  # (B, T + steps), a view
+            mask = self.mask[g * self.B : (g + 1) * self.B]  # (B, size), a view
             mask[:, column] = 1 if stream == "full" else self.is_picture[chosen].long()
             if stream == "nothing":  # a new picture forgets the one before; <s> stays
-                forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, T + steps)
+                forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, size)
                 mask[:, :column].masked_fill_(forget[:, :column], 0)
         self.new = chosen.repeat(len(self.streams))[:, None]  # (GB, 1)
 
@@ -324,41 +352,60 @@ def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) 
     return [i for i in ids if i is not None]
 
 
+def rows_of(head: nn.Module, ids: Tensor) -> nn.Module:
+    """The head for these ids alone: (..., D) -> (..., len(ids))."""
+    if hasattr(head, "rows"):  # quantized: it has weights of its own kind
+        return head.rows(ids)
+    part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
+    part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
+    return part
+
+
 class Picker:
     """Hidden states of all streams -> each row's next id: head, guidance, grammar, filters."""
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
                  guidance: tuple[float, float], repetition_penalty: float, text: dict, image: dict,
-                 generators: list[torch.Generator]) -> None:
+                 generators: list[torch.Generator], decoder=None) -> None:
         self.model, self.grammar, self.guidance = model, grammar, guidance
         self.repetition_penalty, self.generators = repetition_penalty, generators
         self.text, self.image = text, image
+        self.head, self.code_head = model.lm_head, None  # (..., D) -> (..., V), (..., K)
         if grammar.mode != "text":
-            head, ids = model.lm_head, model.model.code_to_id
-            # (..., D) -> (..., K); a quantized head has weights of its own kind
-            self.code_head = head.rows(ids) if hasattr(head, "rows") else partial(
-                F.linear, weight=head.weight[ids])
+            self.code_head = rows_of(model.lm_head, model.model.code_to_id)
+        if decoder:
+            self.head = decoder.product(self.head)
+            self.code_head = self.code_head and decoder.product(self.code_head)
 
-    def __call__(self, hidden: Tensor, seen: Tensor, drawn: Tensor, room: int) -> Tensor:
-        """hidden (G * B, D), ids so far (B, T), `codes_so_far` (B,) -> next ids (B,)"""
+    def __call__(self, hidden: Tensor, seen: Tensor, drawn: list[int], room: int) -> Tensor:
+        """hidden (G * B, D), ids so far (B, T), `codes_so_far` of B rows -> next ids (B,)
+
+        Rows in text need the whole head, rows in a picture its K rows for codes: no other logit
+        matters there. Where a batch has both, each is computed for all rows, and one taken.
+        """
         hidden = hidden.unflatten(0, (-1, len(drawn)))  # (G, B, D)
-        inside = (drawn >= 0) & (drawn < self.grammar.S)  # (B,): rows that draw a code now
-        chosen = torch.empty_like(drawn)
-        if not inside.all():  # the whole head, on the full context alone
-            text = ~inside
-            logits = self.model.lm_head(hidden[0, text])  # (rows, V)
-            allowed = self.grammar.allowed(drawn[text], room)  # (rows, V)
-            logits = penalize_repetition(logits.float(), seen[text], self.repetition_penalty)
-            logits = logits.masked_fill(~allowed, float("-inf"))
-            chosen[text] = choose(logits, self.generators_of(text), **self.text)
-        if inside.any():  # no other logit matters, so K rows of the head, not V
-            logits = guide(self.code_head(hidden[:, inside]), *self.guidance)  # (rows, K)
-            codes = choose(logits.float(), self.generators_of(inside), **self.image)  # (rows,)
-            chosen[inside] = self.model.model.code_to_id[codes]
-        return chosen
+        inside = [0 <= n < self.grammar.S for n in drawn]
+        text = None if all(inside) else self.next_text(hidden[0], seen, drawn, room, inside)
+        codes = self.next_code(hidden, inside) if any(inside) else None
+        if text is None or codes is None:
+            return codes if text is None else text  # (B,)
+        return torch.where(torch.tensor(inside, device=text.device), codes, text)  # (B,)
 
-    def generators_of(self, rows: Tensor) -> list[torch.Generator]:
-        return [g for g, here in zip(self.generators, rows.tolist()) if here]
+    def next_text(self, hidden: Tensor, seen: Tensor, drawn: list[int], room: int,
+                  inside: list[bool]) -> Tensor:
+        """On the full context alone.   hidden (B, D) -> ids (B,)"""
+        logits = self.head(hidden).float()  # (B, V)
+        logits = penalize_repetition(logits, seen, self.repetition_penalty)
+        logits = logits.masked_fill(~self.grammar.allowed(drawn, room), float("-inf"))
+        generators = [None if codes else g for g, codes in zip(self.generators, inside)]
+        return choose(logits, generators, **self.text)
+
+    def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
+        """hidden (G, B, D) -> ids (B,)"""
+        logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
+        logits = guide(logits, *self.guidance).float()  # (B, K)
+        generators = [g if codes else None for g, codes in zip(self.generators, inside)]
+        return self.model.model.code_to_id[choose(logits, generators, **self.image)]  # (B,)
 
 
 def stream(
@@ -381,6 +428,7 @@ def stream(
     guidance_image: float = 1.0,
     seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
     eos_token_id: int | list[int] | None = None,
+    decoder=None,  # an engine.decoding.Decoder: the same ids, sooner
 ) -> Iterator[Tensor]:
     """Yields the next id of every row, (B,), until all have ended or the context is full.
 
@@ -401,17 +449,32 @@ def stream(
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
     text["temperature"] = temperature if do_sample else 0.0
     guidance = (guidance_text, guidance_image)
-    pick = Picker(model, grammar, guidance, repetition_penalty, text, image, generators)
+    pick = Picker(model, grammar, guidance, repetition_penalty, text, image, generators,
+                  decoder)
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     stops = stop_ids(model, eos_token_id, mode)
-    return steps_of(model, input_ids, real.bool(), pixel_values, pick, stops, steps)
+    ids = steps_of(model, input_ids, real.bool(), pixel_values, pick, stops, steps, decoder)
+    return until_ended(decoder.read(ids) if decoder else ids, stops)
+
+
+def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
+    """Passes the ids (B,) on, up to the step with which the last row has ended."""
+    ended, ends = False, torch.tensor(stops, dtype=torch.long)
+    for ids in steps:
+        yield ids
+        ended = ended | torch.isin(ids.cpu(), ends)  # (B,)
+        if ended.all():
+            return
 
 
 @torch.inference_mode()
 def steps_of(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
-             pixel_values: Tensor | None, pick: Picker, stops: list[int],
-             steps: int) -> Iterator[Tensor]:
-    """The loop of `stream`, whose arguments are checked. `real` (B, T) is False on padding."""
+             pixel_values: Tensor | None, pick: Picker, stops: list[int], steps: int,
+             decoder=None) -> Iterator[Tensor]:
+    """The loop of `stream`, whose arguments are checked. `real` (B, T) is False on padding.
+
+    Goes on with padding when all rows have ended: to ask would be to wait for the device.
+    """
     was_training = model.training
     model.eval()
     if pixel_values is not None:
@@ -419,22 +482,23 @@ def steps_of(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: 
     rows = [ids[here] for ids, here in zip(input_ids, real)]
     has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
     streams = guidance_streams(*pick.guidance, pick.grammar.mode, has_pictures)
-    contexts = Contexts(model, rows, streams, steps)
+    contexts = Contexts(model, rows, streams, steps, decoder)
     # What the penalty and the grammar look at. Padding becomes a copy of the row's last id, which
     # is in the row anyway.
     seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)
+    drawn = pick.grammar.codes_so_far(seen).tolist()  # B numbers
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
-    ends = torch.tensor(stops, device=seen.device)
+    ends = torch.tensor(stops, dtype=torch.long, device=seen.device)
     pad = next((i for i in (model.config.pad_token_id, *stops) if i is not None), 0)
     try:
-        for step in range(steps):
-            drawn = pick.grammar.codes_so_far(seen)  # (B,)
-            chosen = pick(contexts.hidden(), seen, drawn, steps - step)  # (B,)
-            chosen = torch.where(ended, pad, chosen)
+        for room in range(steps, 0, -1):
+            chosen = pick(contexts.hidden(), seen, drawn, room)  # (B,)
+            chosen = chosen.masked_fill(ended, pad)
             yield chosen
-            ended = ended | torch.isin(chosen, ends)
-            if ended.all():
+            if room == 1:
                 return
+            ended = ended | (chosen[:, None] == ends).any(1)
+            drawn = pick.grammar.advance(drawn, chosen, room)
             seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
             contexts.feed(chosen)
     finally:
@@ -451,7 +515,8 @@ def generate(model: ChameleonForConditionalGeneration, input_ids: Tensor, attent
     end-image (transformers masks the codes only); top_k defaults to none, not 50.
     """
     new = list(stream(model, input_ids, attention_mask, pixel_values, **options))
-    return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1)  # (B, T + new)
+    new = torch.stack(new, dim=1).to(input_ids.device)  # (B, new)
+    return torch.cat((input_ids, new), dim=1)  # (B, T + new)
 
 
 # ---------------------------------------------------------------------------------------------

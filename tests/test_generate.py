@@ -1,6 +1,7 @@
 """The command line: everything a user can get wrong, and what is written to disk."""
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def test_several_pictures_come_with_a_contact_sheet(run, tmp_path):
 
 def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):
     for seed in range(60):  # hot enough that some seed soon begins a picture
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
         code, out, err = run("--prompt", "Tell", "--mode", "interleaved", "--out", "d", "--seed",
                              str(seed), "--max-new-tokens", "60", "--temperature", "30")
         assert code == 0 and "document.html" in err
@@ -92,6 +94,60 @@ def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):
     assert len(pictures) == out.count(".png]") >= 1
     assert markdown.count("![picture") == page.count("data:image/png;base64") == len(pictures)
     assert "color-scheme" in page and "http" not in page  # dark mode safe, self-contained
+
+
+def test_no_document_is_written_over_another(run, tmp_path):
+    ask = ("--prompt", "Tell", "--mode", "interleaved", "--max-new-tokens", "3")
+    for name in ("document", "document-2", "document-3"):
+        code, _, err = run(*ask)
+        assert code == 0 and err.strip() == f"{name}/document.html"
+    first = (tmp_path / "document" / "document.html").read_bytes()
+    code, out, err = run(*ask, "--out", "document", "--seed", "5")
+    assert code == 2 and out == "" and "holds a document already" in err and err.count("\n") == 1
+    assert (tmp_path / "document" / "document.html").read_bytes() == first
+
+
+def test_a_bar_grows_with_the_picture_and_passes_every_id_on(untrained_folder, monkeypatch):
+    import tqdm
+
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            self.total, self.n, self.closed = total, 0, False
+            bars.append(self)
+
+        def update(self):
+            self.n += 1
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    vocabulary = model.model.vocabulary
+    code = int(vocabulary.code_to_id[0])
+    picture = [vocabulary.begin_image_id, *[code] * 16, vocabulary.end_image_id]
+    ids = [300, *picture, 301, *picture[:4]]
+    passed = list(module.with_bar((torch.tensor([i]) for i in ids), model))
+    assert [int(i) for i in passed] == ids
+    assert [(bar.n, bar.total, bar.closed) for bar in bars] == [(17, 17, True), (3, 17, True)]
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_stats_are_one_line_on_stderr_and_change_no_answer(run, mode):
+    ask = ("--prompt", "abc", "--mode", mode, *(("--out", "a.png") if mode == "image" else ()))
+    _, plain, quiet = run(*ask)
+    code, out, err = run(*ask, "--stats")
+    assert code == 0 and out == plain
+    line = err.removeprefix(quiet)
+    found = re.fullmatch(
+        r"(\d+) steps of 1 row\(s\): first after ([\d.]+) s, then ([\d.]+) tokens/s "
+        r"\(([\d.]+) ms a step\); reads ([\d.]+) GB/s, (\d+) % of the ([\d.]+) GB/s "
+        r"measured here; peak memory ([\d.]+) GB\n", line)
+    steps, first, rate, step, *_, memory = map(float, found.groups())
+    assert first > 0 and abs(rate * step / 1000 - 1) < 0.1 and memory > 0.1
+    assert steps == 18 if mode == "image" else steps > 1
 
 
 def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path):
@@ -177,6 +233,8 @@ BAD = {
                              "is a file"),
     "count of text": (("--prompt", "a", "--count", "2"), "--mode image"),
     "reconstruct nothing": (("--reconstruct",), "--image"),
+    "a kernel of another device": (("--prompt", "a", "--attention", "efficient"),
+                                   "attention 'efficient' is for CUDA"),
     "weak guidance": (("--prompt", "a", "--mode", "image", "--guidance-text", "-1"),
                       "guidance_text must be"),
 }
@@ -187,7 +245,7 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tm
                                                                          monkeypatch):
     write_broken_pictures(tmp_path)
     if name != "unknown device":
-        monkeypatch.setattr(module, "load_model", lambda options: pytest.fail("weights were read"))
+        monkeypatch.setattr(module, "load_checkpoint", lambda *_: pytest.fail("weights were read"))
     arguments, message = BAD[name]
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1

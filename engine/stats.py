@@ -1,0 +1,93 @@
+"""How fast it was, and how fast it could have been: what `generate.py --stats` prints.
+
+    stream's ids (B,) --watch--> the same ids; the clock runs only while they are made
+
+At batch 1 a step reads all weights and the keys and values so far, and little else takes time; so
+its bytes by its seconds, set against what this memory can do, says how good the step is. What it
+can do is measured when it is asked for: on a machine that others use, too, no data sheet helps.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from chameleon import ChameleonForConditionalGeneration, KVCache
+
+READ = 2**28  # bytes of the memory that is read to measure it: more than any processor's caches
+
+
+class Stats:
+    """Watches one `sampling.stream` of a model; `report` is a line of text."""
+
+    def __init__(self, model: ChameleonForConditionalGeneration) -> None:
+        self.model = model
+        self.seconds, self.rows, self.codes = [], 1, 0
+        self.is_code = set(model.model.code_to_id.tolist())
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def watch(self, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+        steps = iter(steps)
+        while True:
+            start = time.perf_counter()
+            ids = next(steps, None)
+            if ids is None:
+                return
+            self.rows, first = len(ids), int(ids[0])  # to read an id is part of making it
+            self.seconds.append(time.perf_counter() - start)
+            self.codes += first in self.is_code
+            yield ids
+
+    def report(self, cache: KVCache | None = None) -> str:
+        """What was seen, with the cache of the last step. Measures the memory's bandwidth, too."""
+        if len(self.seconds) < 2:
+            return f"{len(self.seconds)} step(s): too few to tell a speed"
+        later = self.seconds[1:]
+        step = statistics.median(later)  # not the mean: a few steps may have compiled
+        share = self.codes / len(self.seconds)
+        read = step_bytes(self.model, share)
+        if cache is not None:
+            column = sum(b.nbytes for b in (*cache.k, *cache.v)) / cache.max_length
+            read += column * (cache.length - len(later) / 2)  # as long as it was on average
+        rate, most = read / step, bandwidth(self.model.device)
+        return (f"{len(self.seconds)} steps of {self.rows} row(s): first after "
+                f"{self.seconds[0]:.3f} s, then {self.rows / step:.1f} tokens/s "
+                f"({1000 * step:.2f} ms a step); reads {rate / 1e9:.1f} GB/s, "
+                f"{100 * rate / most:.0f} % of the {most / 1e9:.1f} GB/s measured here; "
+                f"peak memory {peak_memory(self.model.device) / 1e9:.2f} GB")
+
+
+def step_bytes(model: ChameleonForConditionalGeneration, share_of_codes: float = 0.0) -> float:
+    """Bytes of weights that a step reads: the layers, and the head or its rows for codes."""
+    def size(module: torch.nn.Module) -> int:
+        tensors = [*module.parameters(), *module.buffers()]
+        return sum(t.nbytes for t in tensors)
+
+    part = len(model.model.code_to_id) / model.config.vocab_size
+    head = size(model.lm_head) * (1 - share_of_codes + share_of_codes * part)
+    return size(model.model.layers) + head
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second at which a large array in this device's memory is read; best of five."""
+    data = torch.ones(READ // 4, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA those that tensors held, else those of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # here: not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,318 @@
+"""Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
+
+import pytest
+import torch
+from small import S as BIG_S
+from small import batch_with_pictures
+from test_sampling import SMALL_S, left_padded, small_model, with_any_logits
+
+from chameleon import KVCache, eager_attention, sdpa_attention
+from engine import decoding
+from engine.decoding import (
+    Decoder,
+    RowProduct,
+    auto_attention,
+    check_attention,
+    check_compile,
+    one_query_attention,
+    only,
+    set_attention,
+    with_row_products,
+)
+from engine.quantize import quantize_model
+from engine.stats import Stats, bandwidth, step_bytes
+from sampling import generate, stream
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile up to the code it would write: all its checks, in a tenth of the time.
+
+    -> the graphs it has made, each a list of names of operations.
+    """
+    graphs, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def only_traced(function, options=None, **rest):
+        return compile_(function, backend=backend, **rest)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", only_traced)
+    yield graphs
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("H, Hkv", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_attends_as_the_readable_form_does(H, Hkv, masked):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, L, 16, generator=g) for heads, L in
+               ((H, 1), (Hkv, 9), (Hkv, 9)))
+    mask = torch.rand(3, 1, 1, 9, generator=g) < 0.6 if masked else None
+    if masked:
+        mask[..., 8] = True
+    expected = eager_attention(q, k, v, mask, 0.0)[0]
+    for attend in (one_query_attention, auto_attention, sdpa_attention, only("math")):
+        torch.testing.assert_close(attend(q, k, v, mask, 0.0)[0], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["auto", "eager", "sdpa", "flash", "math"])
+def test_every_attention_of_the_cpu_writes_the_same_ids(name):
+    model = small_model(num_key_value_heads=2)
+    inputs = batch_with_pictures()
+    expected = generate(model, **inputs, max_new_tokens=8)
+    decoder = Decoder(model, attention=name)
+    assert torch.equal(generate(model, **inputs, max_new_tokens=8, decoder=decoder), expected)
+
+
+@pytest.mark.parametrize("name, device, dtype, compiled, message", [
+    ("fast", "cpu", torch.float32, False, "'fast' is none of auto, eager, sdpa, flash, efficient"),
+    ("cudnn", "cpu", torch.float32, False, "'cudnn' is for CUDA: on cpu use 'auto'"),
+    ("efficient", "mps", torch.float32, False, "'efficient' is for CUDA: on mps use 'auto'"),
+    ("flash", "mps", torch.float32, False, "not there on mps"),
+    ("flash", "cuda", torch.float32, False, "needs bfloat16 or float16, not torch.float32"),
+    ("flash", "cuda", torch.bfloat16, True, "takes no mask, and a compiled step has one"),
+])
+def test_an_attention_that_is_not_there_is_one_clear_line(name, device, dtype, compiled, message):
+    with pytest.raises(ValueError, match=message) as e:
+        check_attention(name, torch.device(device), dtype, compiled)
+    assert "\n" not in str(e.value)
+
+
+def test_a_kernel_that_refuses_a_case_says_so_and_what_to_use():
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(ValueError, match="'efficient' cannot run .* on cpu: use 'auto'"):
+        only("efficient")(q, q, q, None, 0.0)
+
+
+# ---------------------------------------------------------------------------------- equal answers
+
+MODELS = {
+    "mha": {},
+    "gqa": dict(num_key_value_heads=2),
+    "34b": dict(num_key_value_heads=2, swin_norm=True),
+    "biases, tied": dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "linear": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "dynamic": dict(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=32),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_text_equals_plain_text(name, traced):
+    model = small_model(**MODELS[name])
+    for inputs in (left_padded([[0, 80, 81]]), left_padded([[0, 80, 81], [0, 90]])):
+        options = dict(max_new_tokens=40, eos_token_id=[], repetition_penalty=1.2)
+        set_attention(model, "sdpa")
+        expected = generate(model, **inputs, **options)
+        for compiled in (False, True):
+            decoder = Decoder(model, compiled)
+            assert torch.equal(generate(model, **inputs, **options, decoder=decoder), expected)
+    assert len(traced) == 4  # a block and a head, for 1 row and for 2
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (3.0, 1.0), (2.0, 1.5)])
+def test_compiled_pictures_and_documents_equal_plain_ones(guidance, sampled, traced):
+    model = with_any_logits(0, 0.3, 8.0)
+    decoder, drawn = Decoder(model, compiled=True), 0
+    for mode in ("image", "interleaved"):
+        for inputs in (left_padded([[0, 80]]), left_padded([[0, 80, 81], [0, 90]])):
+            options = dict(mode=mode, max_new_tokens=30, eos_token_id=[85, 95], do_sample=sampled,
+                           image_temperature=float(sampled), guidance_text=guidance[0],
+                           guidance_image=guidance[1])
+            expected = generate(model, **inputs, **options)
+            ids = generate(model, **inputs, **options, decoder=decoder)
+            assert torch.equal(ids, expected)
+            drawn += (ids == 71).sum()
+    assert drawn > 8
+
+
+def test_a_text_may_grow_past_any_guard_and_nothing_is_compiled_again(traced):
+    """One block serves all three layers, whatever the step, the text, the picture, the answer."""
+    model = with_any_logits(0, 0.3, 8.0)
+    decoder = Decoder(model, compiled=True)
+    options = dict(mode="interleaved", eos_token_id=[], guidance_text=2.0, image_temperature=0.0)
+    generate(model, torch.tensor([[0, 80]]), max_new_tokens=12, **options, decoder=decoder)
+    graphs = len(traced)
+    assert graphs == 3  # the block, the head, its rows for codes
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        ids = generate(model, torch.tensor([[0, 80, 90]]), max_new_tokens=150, **options,
+                       decoder=decoder)
+        generate(model, torch.tensor([[0] * 30]), max_new_tokens=40, **options, decoder=decoder)
+    assert ids.shape == (1, 153) and (ids == 71).sum() > 5 and len(traced) == graphs
+
+
+def test_a_step_is_one_whole_graph_and_every_product_a_loop(traced):
+    model = small_model()
+    generate(model, torch.tensor([[0, 80]]), max_new_tokens=3, decoder=Decoder(model, True))
+    block, head = traced
+    assert not [name for name in block + head if "linear" in name]
+    assert sum("index_copy_" in name for name in block) == 2  # k and v, in place
+
+
+def test_two_models_of_equal_shapes_do_not_share_code(traced):
+    """Only shapes are checked before a compiled block runs: the rest must be its own model's."""
+    prompt, options = torch.tensor([[0, 80]]), dict(max_new_tokens=12, eos_token_id=[])
+    for changes in ({}, dict(swin_norm=True), dict(hidden_act="gelu"), dict(rms_norm_eps=0.1)):
+        model = small_model(**changes)
+        expected = generate(model, prompt, **options)
+        ids = generate(model, prompt, **options, decoder=Decoder(model, compiled=True))
+        assert torch.equal(ids, expected)
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+def test_what_the_compiler_really_writes_gives_the_same_ids(kind):
+    model = small_model(num_hidden_layers=1, num_key_value_heads=2).bfloat16()
+    if kind:
+        quantize_model(model, kind)
+    prompt, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=10, eos_token_id=[])
+    set_attention(model, "eager")
+    expected = generate(model, prompt, **options)
+    ids = generate(model, prompt, **options, decoder=Decoder(model, compiled=True))
+    cache = KVCache(model.config, 1, 32, torch.bfloat16)
+    with torch.inference_mode():  # in bf16 two ids may be equally good: then either will do
+        hidden = model.model(expected[:, :-1], past_key_values=cache).last_hidden_state
+        logits = model.lm_head(hidden)[0].float()  # (12, V)
+    for t in range(3, 13):
+        if ids[0, t] != expected[0, t]:
+            gap = logits[t - 1, expected[0, t]] - logits[t - 1, ids[0, t]]
+            assert gap < 0.02 * logits[t - 1].abs().max()
+            break
+
+
+# ------------------------------------------------------------------------------- rows and kernels
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_row_product_is_the_layers_own(kind, bias):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=bias))
+    if kind:
+        quantize_model(model, kind)
+    twin = with_row_products(model)
+    assert isinstance(twin[0], RowProduct) and not isinstance(model[0], RowProduct)
+    for shape in ((1, 64), (1, 1, 64), (3, 64)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(twin(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_choosing_kernels_leaves_torch_as_it_was(monkeypatch):
+    model = small_model()
+    monkeypatch.setattr(decoding, "native_is_faster", lambda dtype: True)
+    decoder, seen, forward = Decoder(model), [], model.model.forward
+
+    def watched(*arguments, **named):
+        seen.append(torch.backends.mkldnn.enabled)
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(model.model, "forward", watched)
+    for _ in stream(model, torch.tensor([[0, 80]]), max_new_tokens=4, eos_token_id=[],
+                    decoder=decoder):
+        assert torch.backends.mkldnn.enabled  # a VQ-VAE that draws between the steps has it
+    assert seen == [True, False, False, False]  # the prompt has many rows
+
+
+def test_native_products_are_for_bf16_and_measured():
+    assert decoding.native_is_faster(torch.float32) is False
+    assert decoding.native_is_faster(torch.bfloat16) in (True, False)
+
+
+# ---------------------------------------------------------------------------- reading one behind
+
+
+@pytest.mark.parametrize("behind", [0, 1, 3])
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_ids_that_are_read_later_are_the_same(behind, mode):
+    model = with_any_logits(3, 0.3, 8.0)
+    decoder = Decoder(model)
+    options = dict(mode=mode, max_new_tokens=20, eos_token_id=[80, 85, 90, 95],
+                   image_temperature=0.0)
+    inputs = left_padded([[0, 80, 81], [0, 90]])
+    expected = generate(model, **inputs, **options)
+    read, made = decoder.read, []
+
+    def count(steps):
+        for ids in steps:
+            made.append(ids)
+            yield ids
+
+    decoder.read = lambda steps: read(count(steps), behind)
+    ids = generate(model, **inputs, **options, decoder=decoder)
+    assert torch.equal(ids, expected)
+    new = ids.shape[1] - 3
+    assert new <= len(made) <= new + behind  # no more than that is computed in vain
+
+
+def test_drawing_and_text_alone_read_no_id(monkeypatch):
+    """What would make the host wait for CUDA: looking into a tensor, here made an error."""
+    model = with_any_logits(0, 0.3, 8.0)
+
+    def forbidden(self, *_):
+        raise AssertionError("a step looked into a tensor")
+
+    for mode, guidance in (("image", 1.0), ("image", 3.0), ("text", 1.0)):
+        steps = stream(model, torch.tensor([[0, 80]]), mode=mode, guidance_text=guidance,
+                       max_new_tokens=5, eos_token_id=[], do_sample=True)
+        inner = steps.gi_frame.f_locals["steps"]
+        next(inner)
+        with monkeypatch.context() as patch:
+            for name in ("tolist", "item", "__bool__", "__int__", "__index__", "nonzero", "cpu"):
+                patch.setattr(torch.Tensor, name, forbidden)
+            ids = list(inner)
+        assert len(ids) == (SMALL_S + 1 if mode == "image" else 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("mode", ["text", "image"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_on_cuda_makes_the_host_wait_for_nothing(mode, compiled):
+    model = small_model().cuda()
+    decoder = Decoder(model, compiled)
+    steps = stream(model, torch.tensor([[0, 80]], device="cuda"), mode=mode, max_new_tokens=20,
+                   eos_token_id=[], decoder=decoder)
+    for _ in range(5):
+        next(steps)  # the prompt, the compiler, the recording
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rest = list(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(rest) == (BIG_S + 2 if mode == "image" else 20) - 5
+
+
+# -------------------------------------------------------------------------------------- and stats
+
+
+def test_the_bytes_of_a_step_are_those_of_layers_and_head():
+    model = small_model()
+    layers = sum(p.nbytes for p in model.model.layers.parameters())
+    head = model.lm_head.weight.nbytes
+    assert step_bytes(model) == layers + head
+    assert step_bytes(model, share_of_codes=1.0) == layers + head * 64 / 160
+    assert bandwidth(torch.device("cpu")) > 1e8
+
+
+def test_stats_pass_ids_on_and_count_steps():
+    model = small_model()
+    stats = Stats(model)
+    prompt = torch.tensor([[0, 80]])
+    steps = stream(model, prompt, max_new_tokens=6, eos_token_id=[])
+    ids = [int(i) for i in stats.watch(steps)]
+    assert ids == generate(model, prompt, max_new_tokens=6, eos_token_id=[])[0, 2:].tolist()
+    assert "6 steps of 1 row(s)" in stats.report() and len(stats.seconds) == 6
+    assert "too few" in Stats(model).report()
+
+
+def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(decoding.shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C.. compiler: install g"):
+        Decoder(small_model(), compiled=True)
+    with pytest.raises(ValueError, match="not for mps"):
+        check_compile(torch.device("mps"))
