@@ -12,16 +12,15 @@ B       sequences in the batch
 T       new tokens in this call
 L       keys: tokens in the cache + T   <=4096  max_position_embeddings
 D       width of the residual stream    4096    hidden_size
-H, G    query heads, key/value heads    32, 32  num_attention_heads, num_key_value_heads
-K       width of one head, D / H        128
+H, Hkv  query heads, key/value heads    32, 32  num_attention_heads, num_key_value_heads
+Dh      width of one head, D / H        128
 F       width of the feed-forward       11008   intermediate_size
 V       vocabulary: text AND images     65536   vocab_size
 S       image tokens per picture        1024    vq_config.codes_per_image
+N       pictures over all rows, pixels (N, 3, height, width)
 
 What differs from a plain Llama (https://arxiv.org/abs/2405.09818, section 2.3):
-- QK-norm: a LayerNorm on every query and key head, before RoPE. Softmax does not notice when all
-  its inputs are shifted, so norms can grow slowly until bf16 no longer holds them; text and
-  images, sharing all weights, compete by growing. Normed queries and keys bound the scores.
+- QK-norm: a LayerNorm on every query and key head, before RoPE (ChameleonLayerNorm says why).
 - The 34B model also moves its norms behind attention and feed-forward (`swin_norm`), which
   bounds what each block adds to the residual stream.
 - Early fusion: the vocabulary holds 8192 image codes beside the text, and nothing below the
@@ -69,7 +68,14 @@ class ChameleonRMSNorm(nn.Module):
 class ChameleonLayerNorm(nn.Module):
     """QK-norm: LayerNorm over each head, every head with its own weight and bias.
 
-    x (B, T, H, K) -> same. Section 2.3: without it, training diverged after 20 % of an epoch.
+    x (B, T, H, Dh) -> same. Section 2.3: without it, training diverged after 20 % of an epoch.
+
+    Why: softmax does not notice when all its inputs are shifted, so norms can grow slowly until
+    bf16 no longer holds them; text and images, sharing all weights, compete by growing. Normed
+    queries and keys bound the scores.
+    Why before RoPE: a rotation keeps length and so keeps the bound, while weight and bias behind
+    it would treat the two halves of a pair differently, and q.k would no longer depend on the
+    distance of the positions only.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -83,9 +89,9 @@ class ChameleonLayerNorm(nn.Module):
 
 
 def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """position_ids (B, T) -> cos, sin (B, 1, T, K), fp32   (RoPE, https://arxiv.org/abs/2104.09864)
+    """position_ids (B, T) -> cos, sin (B, 1, T, Dh), fp32   (RoPE, https://arxiv.org/abs/2104.09864)
 
-        angle(p, i) = p * theta^(-2i / K)        i = 0 .. K/2 - 1
+        angle(p, i) = p * theta^(-2i / Dh)       i = 0 .. Dh/2 - 1
 
     Computed anew in each call from the config alone: nothing to store, nothing to round to bf16.
     linear:   p is divided by the factor.
@@ -94,31 +100,31 @@ def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor,
     to later ones. Here the table depends on this call's positions only. (As there, keys already
     in a cache keep the theta they were made with.)
     """
-    K, device = config.head_dim, position_ids.device
+    Dh, device = config.head_dim, position_ids.device
     theta, factor = config.rope_theta, config.rope_factor
-    exponent = torch.arange(0, K, 2, device=device, dtype=torch.float32) / K  # (K/2,)
+    exponent = torch.arange(0, Dh, 2, device=device, dtype=torch.float32) / Dh  # (Dh/2,)
     if config.rope_type == "dynamic":
         M = config.max_position_embeddings
         length = (position_ids.max() + 1).clamp(min=M)
-        theta = theta * (factor * length / M - (factor - 1)) ** (K / (K - 2))
-    inv_freq = 1.0 / theta**exponent  # (K/2,)
+        theta = theta * (factor * length / M - (factor - 1)) ** (Dh / (Dh - 2))
+    inv_freq = 1.0 / theta**exponent  # (Dh/2,)
     if config.rope_type == "linear":
         inv_freq = inv_freq / factor
-    angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, K)
+    angles = position_ids[:, None, :, None].float() * inv_freq  # (B, 1, T, Dh/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, Dh)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x_i, x_{i+K/2}) by angle(p, i).   x (B, H, T, K) -> same
+    """Turns the pair (x_i, x_{i+Dh/2}) by angle(p, i).   x (B, H, T, Dh) -> same
 
         (a, b) -> (a cos - b sin, b cos + a sin)
 
     DIFFERS: Meta's own files pair neighbours (x_2i, x_2i+1). Same function, other order of rows
     in q_proj and k_proj; the Hugging Face checkpoint, and so this file, uses halves.
     """
-    a, b = x.chunk(2, dim=-1)  # each (B, H, T, K/2)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin  # (B, H, T, K)
+    a, b = x.chunk(2, dim=-1)  # each (B, H, T, Dh/2)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin  # (B, H, T, Dh)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,20 +162,20 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int, device) -> Te
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The readable form: softmax(q k^T / sqrt(K)) v.
+    """The readable form: softmax(q k^T / sqrt(Dh)) v.
 
-    q (B, H, T, K), k and v (B, G, L, K), mask as from `allowed_keys`
-    -> output (B, H, T, K), weights (B, H, T, L)
+    q (B, H, T, Dh), k and v (B, Hkv, L, Dh), mask as from `allowed_keys`
+    -> output (B, H, T, Dh), weights (B, H, T, L)
     """
     T, L = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]  # query heads h*groups .. share kv head h (GQA)
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, L, K)
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, L, Dh)
     if mask is None:
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)  # (T, L)
     scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T, L)
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
-    return F.dropout(weights, dropout) @ v, weights  # (B, H, T, K)
+    return F.dropout(weights, dropout) @ v, weights  # (B, H, T, Dh), (B, H, T, L)
 
 
 def sdpa_attention(
@@ -180,7 +186,7 @@ def sdpa_attention(
     output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
     )
-    return output, None  # (B, H, T, K)
+    return output, None  # (B, H, T, Dh)
 
 
 ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
@@ -189,8 +195,8 @@ ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
 class KVCache:
     """Keys and values of all past tokens, so that each new token costs one column, not a matrix.
 
-    Allocated once at its full size, (B, G, max_length, K) for each layer; `length` columns are
-    filled. Memory: 2 * layers * G * K * bytes per token = 512 KiB a token for 7B in bf16.
+    Allocated once at its full size, (B, Hkv, max_length, Dh) for each layer; `length` columns are
+    filled. Memory: 2 * layers * Hkv * Dh * bytes per token = 512 KiB a token for 7B in bf16.
     """
 
     def __init__(self, config: ChameleonConfig, batch_size: int, max_length: int,
@@ -203,7 +209,7 @@ class KVCache:
         self.length = 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, G, T, K) behind the filled columns -> all filled (B, G, L, K).
+        """Writes k, v (B, Hkv, T, Dh) behind the filled columns -> all filled (B, Hkv, L, Dh).
 
         Writes in place: the views returned now change when a later call overwrites the columns.
         """
@@ -213,7 +219,7 @@ class KVCache:
                              "make it with a larger max_length")
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]  # (B, G, L, K)
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]  # (B, Hkv, L, Dh)
 
 
 class ChameleonAttention(nn.Module):
@@ -221,34 +227,31 @@ class ChameleonAttention(nn.Module):
 
     def __init__(self, c: ChameleonConfig, layer: int) -> None:
         super().__init__()
-        D, H, G, K = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.layer, self.head_dim, self.dropout = layer, K, c.attention_dropout
-        self.q_proj = nn.Linear(D, H * K, bias=c.attention_bias)
-        self.k_proj = nn.Linear(D, G * K, bias=c.attention_bias)
-        self.v_proj = nn.Linear(D, G * K, bias=c.attention_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=c.attention_bias)
-        self.q_norm = ChameleonLayerNorm(H, K)
-        self.k_norm = ChameleonLayerNorm(G, K)
+        D, H, Hkv, Dh = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.layer, self.head_dim, self.dropout = layer, Dh, c.attention_dropout
+        self.q_proj = nn.Linear(D, H * Dh, bias=c.attention_bias)
+        self.k_proj = nn.Linear(D, Hkv * Dh, bias=c.attention_bias)
+        self.v_proj = nn.Linear(D, Hkv * Dh, bias=c.attention_bias)
+        self.o_proj = nn.Linear(H * Dh, D, bias=c.attention_bias)
+        self.q_norm = ChameleonLayerNorm(H, Dh)
+        self.k_norm = ChameleonLayerNorm(Hkv, Dh)
         self.attend = sdpa_attention
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None,
         cache: KVCache | None = None, output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, K)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, K)
-        # The norm stands BEFORE the rotation: a rotation keeps length and so keeps the bound,
-        # while weight and bias behind it would treat the two halves of a pair differently and
-        # q.k would no longer depend on the distance of the positions only.
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or G, T, K)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, Dh)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hkv, Dh)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, Hkv, Dh)
+        q, k = self.q_norm(q), self.k_norm(k)  # BEFORE the rotation: see ChameleonLayerNorm
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or Hkv, T, Dh)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, G, L, K)
+            k, v = cache.update(self.layer, k, v)  # (B, Hkv, L, Dh)
         attend = eager_attention if output_attentions else self.attend  # only eager has weights
         y, weights = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), weights  # (B, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), weights  # (B, T, D), (B, H, T, L)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -375,9 +378,9 @@ class ChameleonModel(nn.Module):
         past, T = past_key_values.length if past_key_values else 0, x.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
-        cos, sin = rotary_table(self.config, position_ids)  # (B, 1, T, K)
+        cos, sin = rotary_table(self.config, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
-        mask = allowed_keys(attention_mask, T, past, x.device)  # (B, 1, T, L) or None
+        mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [x], []
         for layer in self.layers:
             x, weights = layer(x, rope, mask, past_key_values, output_attentions)

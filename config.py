@@ -81,14 +81,14 @@ class ChameleonConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        D, H, G = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        D, H, Hkv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if D % (2 * H):
             raise ValueError(f"hidden_size {D} must be an even multiple of num_attention_heads {H}")
         if self.rope_type == "dynamic" and D == 2 * H:
             raise ValueError("rope_scaling dynamic needs a head_dim of at least 4, hidden_size "
                              f"{D} / num_attention_heads {H} is 2")
-        if H % G:
-            raise ValueError(f"num_key_value_heads {G} must divide num_attention_heads {H}")
+        if H % Hkv:
+            raise ValueError(f"num_key_value_heads {Hkv} must divide num_attention_heads {H}")
 
     def _check_choices(self) -> None:
         if self.hidden_act not in ACTIVATIONS:

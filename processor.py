@@ -36,8 +36,8 @@ from tokenizer import Tokenizer, load_tokenizer
 class ChameleonProcessor:
     """Prompts with "<image>" in them, and pictures -> what the model's forward takes.
 
-    image_seq_length is S, the codes per picture: 1024 = (512 / 16)^2, as the VQ-VAE halves the
-    picture four times. image_token is the text that marks a picture's place.
+    image_seq_length is S, the codes per picture (vqvae.py tells why 1024); image_token is the
+    text that marks a picture's place.
     """
 
     def __init__(self, image_processor: ChameleonImageProcessor, tokenizer: Tokenizer,

@@ -421,10 +421,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 TOKENIZER_FILES = {
+    "tokenizer.model": SentencePieceTokenizer,  # first: a tokenizer.json beside it is made from it
     "tokenizer.json": ByteLevelBPE,  # transformers' conversion
     "text_tokenizer.json": ByteLevelBPE,  # Meta's release
     "tokenizer/text_tokenizer.json": ByteLevelBPE,  # the same, seen from the release's root
-    "tokenizer.model": SentencePieceTokenizer,
 }
 
 

@@ -1,8 +1,8 @@
 """The image tokenizer of Chameleon: a VQ-VAE turns a picture into a grid of integers, and back.
 
-    pixels (B,3,H,W) --encoder--> --quant_conv--> z (B,D,h,w) --nearest code--> codes (B,S)
+    pixels (B,3,H,W) --encoder--> --quant_conv--> z (B,E,h,w) --nearest code--> codes (B,S)
                                                                                     |
-    pixels (B,3,H,W) <--decoder-- <--post_quant_conv-- zq (B,D,h,w) <--codebook-----+
+    pixels (B,3,H,W) <--decoder-- <--post_quant_conv-- zq (B,E,h,w) <--codebook-----+
 
 Letter  meaning                                         default  config field
 B       pictures in the batch
@@ -10,7 +10,7 @@ H, W    height and width of a picture, in pixels         512      resolution
 h, w    the same after the encoder: H / 2^(levels-1)     32       len(channel_multiplier) - 1
 S       codes per picture, h * w in raster order         1024
 K       codes in the codebook                            8192     num_embeddings
-D       width of one code vector, "e_k" in the papers    256      embed_dim
+E       width of one code vector e_k ("D" in the paper)  256      embed_dim
 C       channels of a feature map                        128..    base_channels
 
 Why a picture is exactly 1024 tokens: 512 pixels halved four times is 32, and 32 * 32 = 1024.
@@ -315,31 +315,31 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / c.num_embeddings, 1 / c.num_embeddings)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (N, D) -> codes (N,), the first of equals.
+        """z (N, E) -> codes (N,), the first of equals.
 
         argmin_k |z - e_k|^2 = argmin_k |z|^2 + |e_k|^2 - 2 z.e_k; |z|^2 is the same for every
         k, and halving changes no argmin, so one matrix product with a bias does all the work.
         """
-        e = self.embedding.weight  # (K, D)
+        e = self.embedding.weight  # (K, E)
         distance = torch.addmm(e.square().sum(1) / 2, z, e.T, alpha=-1)  # (N, K)
         return distance.argmin(dim=1)  # (N,)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, VQLosses]:
-        """z (B, D, h, w) -> zq (B, D, h, w), codes (B, S), losses"""
-        B, D, h, w = z.shape
-        flat = z.permute(0, 2, 3, 1).reshape(-1, D)  # (B*S, D), raster order
+        """z (B, E, h, w) -> zq (B, E, h, w), codes (B, S), losses"""
+        B, E, h, w = z.shape
+        flat = z.permute(0, 2, 3, 1).reshape(-1, E)  # (B*S, E), raster order
         codes = self.nearest(flat.detach())  # (B*S,)
-        e = self.embedding(codes)  # (B*S, D)
+        e = self.embedding(codes)  # (B*S, E)
         losses = self.losses(flat, e, codes)
         # Straight-through estimator: forward, zq is the code vector; backward, d zq / d z = 1, as
         # if the argmin were not there. sg[...] is .detach(). The code vectors get no gradient
         # from here: only `losses.codebook` moves them.
         zq = flat + (e - flat).detach()
-        zq = zq.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
-        return zq, codes.view(B, h * w), losses  # codes (B, S)
+        zq = zq.view(B, h, w, E).permute(0, 3, 1, 2)  # (B, E, h, w)
+        return zq, codes.view(B, h * w), losses  # (B, E, h, w), (B, S)
 
     def losses(self, z: Tensor, e: Tensor, codes: Tensor) -> VQLosses:
-        """z, e (N, D), codes (N,) -> the losses of these N vectors"""
+        """z, e (N, E), codes (N,) -> the losses of these N vectors"""
         codebook = F.mse_loss(e, z.detach())  # z stands still: gradient for e only
         commitment = F.mse_loss(z, e.detach())  # e stands still: gradient for z only
         if self.beta_on_codebook:
@@ -402,8 +402,8 @@ class ChameleonVQVAE(nn.Module):
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # Same numbers, other order in memory: convolutions then need no reordered copies.
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)
-            z = self.quant_conv(self.encoder(pixels))  # (B, D, h, w)
-            flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*S, D)
+            z = self.quant_conv(self.encoder(pixels))  # (B, E, h, w)
+            flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*S, E)
             return self.quantize.nearest(flat).view(len(z), -1)  # (B, S)
 
     @torch.no_grad()
@@ -422,8 +422,11 @@ class ChameleonVQVAE(nn.Module):
             raise ValueError(f"{S} codes are not a {h} x {w} grid: pass grid=(h, w)")
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= K):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")
-        zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, D, h, w)
-        return self.decoder(self.post_quant_conv(zq))  # (B, 3, H, W)
+        zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, E, h, w)
+        features = self.post_quant_conv(zq)  # (B, latent_channels, h, w)
+        # As in encode. (A 1x1 convolution may give back the other order, whatever it got.)
+        features = features.contiguous(memory_format=torch.channels_last)
+        return self.decoder(features)  # (B, 3, H, W)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, VQLosses]:
         """Training: pixels (B, 3, H, W) -> reconstruction (B, 3, H, W), losses
@@ -432,5 +435,5 @@ class ChameleonVQVAE(nn.Module):
         add a reconstruction loss of your choice to `losses.total`.
         """
         self.check_decoder()
-        zq, _, losses = self.quantize(self.quant_conv(self.encoder(pixels)))  # (B, D, h, w)
+        zq, _, losses = self.quantize(self.quant_conv(self.encoder(pixels)))  # (B, E, h, w)
         return self.decoder(self.post_quant_conv(zq)), losses  # (B, 3, H, W)

@@ -1,4 +1,4 @@
-"""tokenizer.py: equal to the `tokenizers` library and to transformers' processor; its promises."""
+"""tokenizer.py: equal to the `tokenizers` library; its promises."""
 
 import codecs
 import json
@@ -15,17 +15,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from synthetic import (
     CORPUS,
+    FRAGMENTS,
+    NAMES,
+    SPACES,
     image_token_names,
+    one_line,
+    texts,
     write_small_sentencepiece,
     write_synthetic_tokenizer,
 )
 
 import tokenizer as tokenizer_module
-from image_processor import ChameleonImageProcessor
-from processor import ChameleonProcessor
 from tokenizer import (
     ByteLevelBPE,
     SentencePieceTokenizer,
@@ -35,13 +37,6 @@ from tokenizer import (
 )
 
 ASSIGNED = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
-NAMES = ["<s>", "</s>", "<pad>", "<unk>", "IMGIMGABZ", "IMGIMGJZ", "IMGIMGAAAAAZ", "<eoss>",
-         "<0x41>", "<racm3:break>", "<reserved08706>", "<image>", "<sentinel:3>", "<sentinel:007>"]
-SPACES = [" ", "  ", "   ", "    ", "     ", "\t", "\n", "\r", "\r\n", "\xa0", "\x1c", "\x85"]
-FRAGMENTS = NAMES + SPACES
-FRAGMENTS += ["\u2003", "'s", "'re", "12", "½", "€", "ſ", "e\u0301", "👩‍👩‍👧", "\u2581", "\0"]
-
-
 def random_text(rng: random.Random) -> str:
     """Words, all of unicode, names of control tokens, white space of every kind, ascii noise."""
     kinds = [
@@ -54,12 +49,6 @@ def random_text(rng: random.Random) -> str:
     return "".join(rng.choice(kinds)() for _ in range(rng.randint(1, 8)))
 
 
-texts = st.lists(
-    st.one_of(st.text(max_size=8), st.sampled_from(FRAGMENTS), st.sampled_from(CORPUS)), max_size=6
-).map("".join)
-no_pictures = texts.filter(lambda text: text and "<image>" not in text)
-
-
 @pytest.fixture(scope="module")
 def oracle(bpe_folder):
     from tokenizers import Tokenizer
@@ -67,23 +56,6 @@ def oracle(bpe_folder):
     oracle = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
     oracle.encode_special_tokens = True  # text stays text
     return oracle
-
-
-@pytest.fixture(params=["bpe", "sentencepiece_tokenizer"])
-def either(request):
-    return request.getfixturevalue(request.param)
-
-
-def picture(level: int, size: tuple[int, int] = (9, 7)) -> Image.Image:
-    return Image.new("RGB", size, (level, level, level))
-
-
-def levels(pixel_values: torch.Tensor) -> list[int]:
-    return [round((p.mean().item() + 1) / 0.0078) for p in pixel_values]
-
-
-def processor_for(tokenizer, codes: int = 4) -> ChameleonProcessor:
-    return ChameleonProcessor(ChameleonImageProcessor(size=8, crop_size=8), tokenizer, codes)
 
 
 # ------------------------------------------------------------------------- codes <-> names <-> ids
@@ -406,13 +378,6 @@ def test_without_u_2581_the_ids_are_sentencepieces_own(sentencepiece_tokenizer):
 # ------------------------------------------------------------------------------------- bad folders
 
 
-def one_line(call, *words) -> None:
-    with pytest.raises(ValueError) as error:
-        call()
-    message = str(error.value)
-    assert "\n" not in message and all(word in message for word in words), message
-
-
 def test_a_folder_without_a_tokenizer_is_a_one_line_error(tmp_path):
     one_line(lambda: load_tokenizer(tmp_path / "none"), "none", "no such folder")
     one_line(lambda: load_tokenizer(tmp_path), str(tmp_path), "tokenizer.json")
@@ -470,240 +435,6 @@ def test_importing_the_tokenizer_imports_nothing_heavy():
             "sys.exit(', '.join(heavy & set(sys.modules)) or 0)")
     root = Path(tokenizer_module.__file__).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
-
-
-# --------------------------------------------------------------------------------------- processor
-
-
-def test_a_prompt_is_bos_text_picture_text_end_of_turn(either):
-    processor, t = processor_for(either, codes=3), either
-    v = t.vocabulary
-    block = [v.begin_image_id, *[v.image_token_id] * 3, v.end_image_id]
-    batch = processor("What is<image> this?", picture(9))
-    want = [0, *t.encode("What is"), *block, *t.encode(" this?")]
-    assert batch.input_ids.tolist() == [[*want, v.end_of_turn_id]]
-    assert batch.input_ids.dtype == batch.attention_mask.dtype == torch.int64
-    assert batch.attention_mask.tolist() == [[1] * (len(want) + 1)]
-    assert batch.pixel_values.shape == (1, 3, 8, 8)
-    batch = processor("What is<image> this?", picture(9), return_for_text_completion=True)
-    assert batch.input_ids.tolist() == [want]
-    assert processor("<image><image>", [picture(1)] * 2).input_ids.tolist() == [
-        [0, *block, *block, v.end_of_turn_id]]
-    assert "pixel_values" not in processor("no picture")
-
-
-@pytest.fixture(scope="module")
-def their_processor(bpe_folder):
-    from transformers import PreTrainedTokenizerFast
-    from transformers.models.chameleon.image_processing_pil_chameleon import (
-        ChameleonImageProcessorPil,
-    )
-    from transformers.models.chameleon.processing_chameleon import ChameleonProcessor as Theirs
-
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(bpe_folder / "tokenizer.json"), padding_side="left", bos_token="<s>",
-        eos_token="</s>", pad_token="<pad>", unk_token="<unk>", sep_token="<reserved08706>",
-        additional_special_tokens=["<image>"])
-    small = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
-    # Their ProcessorMixin insists on the torchvision class; the PIL one is equal to the documents.
-    Theirs.check_argument_for_proper_class = lambda self, name, argument: None
-    return Theirs(ChameleonImageProcessorPil(**small), tokenizer, image_seq_length=4)
-
-
-@pytest.mark.parametrize("completion", [False, True])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_batches_equal_transformers_processor(bpe, their_processor, completion, side):
-    prompts = ["What do you see?<image>", "a<image>b <image> ", "  no picture\n", "<image>"]
-    prompts.append(CORPUS[3])
-    pictures = [picture(level, size) for level, size in ((5, (9, 7)), (60, (20, 8)), (99, (8, 30)),
-                                                         (200, (8, 8)))]
-    their_processor.tokenizer.padding_side = side
-    want = their_processor(images=pictures, text=prompts, padding=True, return_tensors="pt",
-                           return_for_text_completion=completion)
-    got = processor_for(bpe)(images=pictures, text=prompts, padding=True, padding_side=side,
-                             return_for_text_completion=completion)
-    assert set(got) == set(want) - {"token_type_ids"}
-    for name in got:
-        assert torch.equal(got[name], want[name]), name
-    assert 0 < got.attention_mask.float().mean() < 1
-
-
-def test_text_and_images_are_told_apart_in_either_order(bpe):
-    processor = processor_for(bpe)
-    image, prompt = picture(50), "Look<image>"
-    want = processor(text=prompt, images=image)
-    for batch in (processor(prompt, image), processor(image, prompt), processor(image, text=prompt),
-                  processor(prompt, images=image), processor([image], [prompt]),
-                  processor([prompt], [[image]]), processor(np.asarray(image), prompt),
-                  processor(torch.from_numpy(np.array(image)), prompt)):
-        assert all(torch.equal(batch[name], want[name]) for name in want)
-    assert processor("only text", None).keys() == processor(None, "only text").keys()
-    for call in (lambda: processor(prompt, prompt, image), lambda: processor(image, image, prompt)):
-        with pytest.raises((TypeError, ValueError)):
-            call()
-
-
-@given(data=st.data())
-@settings(deadline=None, max_examples=60)
-def test_pictures_and_places_match_in_order_flat_and_nested(bpe, data):
-    counts = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
-    shades = data.draw(st.lists(st.integers(0, 255), min_size=sum(counts), max_size=sum(counts)))
-    prompts = ["x" + "<image> and" * count for count in counts]
-    pictures = [picture(shade) for shade in shades]
-    starts = [sum(counts[:n]) for n in range(len(counts))]
-    nested = [pictures[start : start + count] for start, count in zip(starts, counts)]
-    processor = processor_for(bpe, codes=2)
-    flat = processor(prompts, pictures or None, padding=True)
-    groups = processor(prompts, nested, padding="longest")
-    assert torch.equal(flat.input_ids, groups.input_ids)
-    places = (flat.input_ids == bpe.image_token_id).sum(dim=1)
-    assert places.tolist() == [2 * count for count in counts]
-    if pictures:
-        assert levels(flat.pixel_values) == levels(groups.pixel_values) == shades
-        assert flat.pixel_values.shape == (len(shades), 3, 8, 8)
-    else:
-        assert "pixel_values" not in flat and "pixel_values" not in groups
-
-
-@given(st.lists(no_pictures, min_size=1, max_size=4), st.sampled_from(["left", "right"]))
-@settings(deadline=None, max_examples=100)
-def test_a_padded_row_without_its_padding_is_the_single_row(bpe, prompts, side):
-    processor = processor_for(bpe)
-    batch = processor(prompts, padding=True, padding_side=side)
-    for prompt, ids, mask in zip(prompts, batch.input_ids, batch.attention_mask):
-        assert ids[mask == 1].tolist() == processor(prompt).input_ids[0].tolist()
-        assert (ids[mask == 0] == bpe.pad_token_id).all()
-        real = mask.nonzero().flatten()
-        assert mask[-1 if side == "left" else 0] == 1 and len(real) == real[-1] - real[0] + 1
-
-
-@given(no_pictures)
-@settings(deadline=None)
-def test_a_prompt_holds_bos_once_in_front_and_no_other_control_id_before_the_end(bpe, text):
-    ids = processor_for(bpe)(text).input_ids[0].tolist()
-    assert ids[0] == bpe.bos_token_id == 0 and ids[-1] == bpe.sep_token_id
-    assert not bpe.special_ids & set(ids[1:-1]) and bpe.decode(ids) == text
-
-
-def test_padding_side_is_left_unless_the_tokenizer_or_the_call_says_right(bpe_folder):
-    tokenizer = load_tokenizer(bpe_folder)
-    processor = processor_for(tokenizer)
-    prompts = ["a", "a longer prompt"]
-    assert processor(prompts, padding=True).attention_mask[0, 0] == 0
-    assert processor(prompts, padding=True, padding_side="right").attention_mask[0, -1] == 0
-    tokenizer.padding_side = "right"
-    assert processor(prompts, padding=True).attention_mask[0, -1] == 0
-
-
-def test_max_length_pads_and_truncation_cuts_text_but_no_picture(bpe):
-    processor = processor_for(bpe, codes=4)
-    whole = processor("one two three").input_ids[0].tolist()
-    padded = processor("one two three", padding="max_length", max_length=20)
-    assert padded.input_ids.shape == (1, 20)
-    assert padded.input_ids[0, -len(whole) :].tolist() == whole
-    cut = processor(["one two three", "a"], padding=True, truncation=True, max_length=4)
-    assert cut.input_ids[0].tolist() == whole[:4] and cut.input_ids.shape == (2, 4)
-    text = "<image>one two three four"
-    kept = processor(text, picture(1), truncation=True, max_length=9).input_ids
-    assert kept.shape == (1, 9) and (kept == bpe.image_token_id).sum() == 4
-    for max_length in (1, 2, 5, 6):
-        one_line(lambda n=max_length: processor(text, picture(1), truncation=True, max_length=n),
-                 "max_length", "picture")
-    assert processor(text, picture(1), truncation=True, max_length=7).input_ids.shape == (1, 7)
-
-
-@pytest.mark.parametrize("kind", ["pt", "np", None])
-def test_return_tensors_chooses_tensors_arrays_or_lists(bpe, kind):
-    inputs = dict(text=["a<image>", "longer text"], images=picture(3), padding=True)
-    batch = processor_for(bpe)(**inputs, return_tensors=kind)
-    types = {"pt": torch.Tensor, "np": np.ndarray, None: list}
-    assert {type(value) for value in batch.values()} == {types[kind]}
-    want = processor_for(bpe)(**inputs)
-    for name in want:
-        assert np.array_equal(np.asarray(batch[name]), want[name].numpy())
-
-
-def test_image_options_reach_the_image_processor(bpe):
-    batch = processor_for(bpe)("a<image>", picture(100), do_normalize=False, crop_size=6)
-    assert batch.pixel_values.shape == (1, 3, 6, 6)
-    assert batch.pixel_values.mean().item() == pytest.approx(100 * 0.0078)
-
-
-@pytest.mark.parametrize("inputs, words", [
-    (dict(text=""), "prompt 1 is empty"),
-    (dict(text=["a", ""]), "prompt 2 is empty"),
-    (dict(text=[]), "prompt is missing"),
-    (dict(), "prompt is missing"),
-    (dict(text=[["a"]]), "prompt is missing"),
-    (dict(images=picture(1)), "prompt is missing"),
-    (dict(text="a<image>"), "0 picture(s) for 1 <image>"),
-    (dict(text="a", images=picture(1)), "1 picture(s) for 0 <image>"),
-    (dict(text="a<image>", images=[picture(1)] * 2), "2 picture(s) for 1 <image>"),
-    (dict(text=["a<image>", "b<image><image>"], images=[picture(1)] * 2, padding=True),
-     "prompt 1 has 1, prompt 2 has 2"),
-    (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2, []]), "prompt 1 has 1 <image>"),
-    (dict(text=["a<image>", "b<image>"], images=[[picture(1)], None]), "prompt 2 has 1 <image>"),
-    (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2]), "1 lists of pictures for 2"),
-    (dict(text="a<image>", images="picture.png"), "load_image"),
-    (dict(text=["a", "a longer one"]), "padding=True"),
-    (dict(text="a", padding="left"), "padding="),
-    (dict(text="a", padding_side="up"), "padding_side"),
-    (dict(text="a", max_length=5), "truncation"), (dict(text="a", truncation=True), "max_length"),
-    (dict(text="a", truncation=True, max_length=0), "max_length"),
-    (dict(text="a", truncation="yes", max_length=9), "truncation"),
-    (dict(text="a", padding="max_length"), "max_length"),
-    (dict(text="a", return_tensors="tf"), "return_tensors"),
-    (dict(text="ab\udcff"), "not valid unicode"),
-])
-def test_bad_input_is_a_one_line_error_that_says_what_is_wrong(bpe, inputs, words):
-    one_line(lambda: processor_for(bpe)(**inputs), words)
-
-
-def test_an_unknown_keyword_is_named_with_and_without_pictures(bpe):
-    for inputs in (dict(text="a"), dict(text="a<image>", images=picture(1))):
-        with pytest.raises(TypeError, match="paddding"):
-            processor_for(bpe)(**inputs, paddding=True)
-
-
-@pytest.mark.parametrize("arguments", [(0,), ("64",), (64, ""), (64, None)])
-def test_an_impossible_processor_cannot_be_built(bpe, arguments):
-    one_line(lambda: ChameleonProcessor(ChameleonImageProcessor(), bpe, *arguments), "image_")
-
-
-def test_a_vocabulary_without_image_tokens_or_end_of_turn_says_so(tmp_path):
-    path = write_synthetic_tokenizer(tmp_path, num_codes=0, num_reserved=0)
-    data = json.loads(path.read_text())
-    for name in ("<eoss>", "<racm3:break>"):
-        del data["model"]["vocab"][name]
-    vocab = data["model"]["vocab"]
-    data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] in vocab]
-    path.write_text(json.dumps(data))
-    processor = processor_for(load_tokenizer(tmp_path))
-    one_line(lambda: processor("a"), "return_for_text_completion")
-    completion = dict(return_for_text_completion=True)
-    one_line(lambda: processor("a<image>", picture(1), **completion), "image tokens")
-    assert processor("a", **completion).input_ids.shape == (1, 2)
-
-
-def test_a_saved_processor_is_the_same_processor(either, tmp_path):
-    processor = ChameleonProcessor(ChameleonImageProcessor(size=8, crop_size=8), either, 5, "[pic]")
-    processor.save_pretrained(tmp_path)
-    again = ChameleonProcessor.from_pretrained(tmp_path)
-    assert (again.image_seq_length, again.image_token) == (5, "[pic]")
-    want, got = (p("a[pic]<image>", picture(77)) for p in (processor, again))
-    assert all(torch.equal(got[name], want[name]) for name in want)
-    ids = got.input_ids[0].tolist()
-    assert again.decode(ids) == "a<image>" == again.batch_decode(got.input_ids)[0]
-    assert ids.count(either.image_token_id) == 5  # "<image>" is text when another mark is chosen
-
-
-def test_the_documented_sequence_length_is_1024(bpe, bpe_folder, tmp_path):
-    bpe.save_pretrained(tmp_path)
-    one_line(lambda: ChameleonProcessor.from_pretrained(tmp_path), "preprocessor_config.json")
-    ChameleonImageProcessor().save_pretrained(tmp_path)
-    processor = ChameleonProcessor.from_pretrained(tmp_path)
-    ids = processor("<image>", picture(1)).input_ids
-    assert (ids == bpe.image_token_id).sum() == 1024 and ids.shape == (1, 1 + 1026 + 1)
 
 
 def test_the_incremental_utf8_decoder_replaces_as_the_whole_decoder_does():

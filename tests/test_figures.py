@@ -1,0 +1,85 @@
+"""training/figures.py: what is drawn is what the checkpoint gives and what training logged."""
+
+import re
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from generate import generate
+from training import evaluate, figures
+
+ROOT = Path(__file__).resolve().parent.parent
+CURVES = """stage,step,text_loss,image_loss,log_z,q_norm
+vqvae,0,,9.0,,
+pretrain,0,4.0,5.0,1.0,2.0
+pretrain,20,2.0,,1.5,2.5
+sft,0,1.0,3.0,1.0,3.0
+sft,20,0.5,,1.0,3.5
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return evaluate.load(ROOT / "tiny")
+
+
+def test_the_stream_shows_every_id_of_prompt_picture_and_answer_in_order(tiny):
+    model, processor = tiny
+    picture, prompt = Image.open(ROOT / "examples" / "star.png"), "What colour is the star?<image>"
+    drawn = figures.token_stream(model, processor, prompt, picture)
+    assert xml.fromstring(drawn).tag.endswith("svg") and "prefers-color-scheme:dark" in drawn
+    inputs = processor(text=prompt, images=picture, return_tensors="pt")
+    ids = generate(model, **inputs, max_new_tokens=30)[0].tolist()
+    codes = model.model.get_image_tokens(inputs["pixel_values"])[0].tolist()
+    place = processor.tokenizer.image_token_id
+    expected = [i for i in ids if i != place]
+    expected[ids.index(place) : ids.index(place)] = codes
+    shown = re.findall(r'class="(?:id|code)"[^>]*>(\d+)<', drawn)
+    assert [int(i) for i in shown] == expected
+
+
+def test_reconstructions_and_a_growing_picture_have_their_panels(tiny):
+    model, processor = tiny
+    side = 240 // model.config.vq_config.resolution * model.config.vq_config.resolution
+    assert figures.reconstructions(model, 2).size == (6 * (side + 4) + 4, side + 8)
+    sheet = figures.growing(model, processor, "Draw a star.", pictures=3)
+    assert sheet.width > 3 * sheet.height - 16
+
+
+def test_stages_of_the_curves_follow_each_other(tmp_path):
+    file = tmp_path / "curves.csv"
+    file.write_text(CURVES)
+    curves = figures.read_curves(file)
+    assert curves["text_loss"] == [(0, 4.0), (20, 2.0), (20, 1.0), (40, 0.5)]
+    assert curves["image_loss"] == [(0, 5.0), (20, 3.0)]  # the VQ-VAE's own is another loss
+
+
+def test_smoothing_is_a_mean_over_what_is_there():
+    smooth = figures.smooth([1.0, 3.0, 5.0, 7.0], 2)
+    assert smooth.tolist() == [1.0, 2.0, 4.0, 6.0]
+    assert torch.equal(figures.smooth([1.0, 2.0], 1), torch.tensor([1.0, 2.0]).double())
+
+
+def test_curves_of_several_runs_are_one_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text(CURVES)
+    runs = [f"with z-loss={tmp_path / 'a.csv'}", f"without={tmp_path / 'b.csv'}"]
+    assert figures.main(["tiny", "--out", str(tmp_path), "--curves", *runs]) == 0
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert figures.GRAY in drawn and xml.fromstring(drawn).tag.endswith("svg")
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "no curves.csv"), ("a,b\n1,2\n", "no curves.csv"),
+    ("stage,step\nvqvae,0\n", "no steps"),
+])
+def test_a_file_without_curves_is_one_line(tmp_path, capsys, content, words):
+    if content:
+        (tmp_path / "x.csv").write_text(content)
+    assert figures.main(["tiny", "--curves", str(tmp_path / "x.csv")]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and words in message

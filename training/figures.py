@@ -1,0 +1,294 @@
+"""The figures of the README, drawn from what the checkpoint really does and training really logged.
+
+    python -m training.figures tiny                         all that a checkpoint shows
+    python -m training.figures tiny --curves tiny.train/curves.csv
+    python -m training.figures tiny --curves with=a/curves.csv "no z-loss=b/curves.csv"
+
+    checkpoint --walk, generate--> stream.svg      one row of ids: text, a picture, text
+                               --> codes.png       pictures, their codes, and what the codes say
+                               --> growing.png     a drawing, code by code
+                               --> drawn.png, story.png   what the README's commands drew
+    curves.csv --------------> curves.svg          losses, log Z and |q| of one or several runs
+
+SVG and PNG that can be read on white and on black. Only the curves need matplotlib:
+pip install -e ".[figures]".
+"""
+
+import argparse
+import base64
+import csv
+import html
+import io
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from engine.explain import Names, code_colour
+from generate import OneLineParser, code_grid, contact_sheet, enlarge, generate
+from generate import main as command
+from image_processor import ChameleonImageProcessor, load_image
+from sampling import pieces, stream
+from training import world
+from training.evaluate import SEED, load
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "examples" / "figures"
+WIDTH, ROW = 920, 44  # of stream.svg, in pixels; ROW from one line of tokens to the next
+STYLE = """
+text{font:12px monospace;fill:#1f2328}.id{font-size:9px;fill:#59636e}.note{fill:#59636e}
+.text{fill:#ddf4ff}.control{fill:#ffe2e0}.line{stroke:#8b949e;fill:none}.code{font-size:8px}
+@media(prefers-color-scheme:dark){text{fill:#f0f6fc}.id,.note{fill:#9198a1}.text{fill:#12314f}
+.control{fill:#5b1e1c}.code{fill:#1f2328}}
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# One row of ids
+
+
+def token_stream(model, processor, prompt: str, picture: Image.Image) -> str:
+    """A prompt with one picture and the model's greedy answer -> SVG, every id a true one."""
+    inputs = processor(text=prompt, images=picture, return_tensors="pt")
+    ids = generate(model, **inputs, max_new_tokens=30)  # (1, T)
+    seen = model.model.replace_image_placeholders(inputs["input_ids"], inputs["pixel_values"])
+    T = seen.shape[1]
+    row = torch.cat((seen[0], ids[0, T:])).tolist()
+    first = (inputs["input_ids"][0] == model.model.vocabulary.image_token_id).nonzero()[0].item()
+    S = model.config.vq_config.codes_per_image
+    names = Names(processor.tokenizer)
+    parts, y = [], 26
+    for note, some in (("the prompt, up to the picture", row[:first]), (None, None),
+                       ("behind the picture; the answer begins after the end of turn",
+                        row[first + S :])):
+        if some is None:
+            drawn, height = picture_block(processor, picture, row[first : first + S], names, y)
+        else:
+            parts.append(f'<text class="note" x="0" y="{y - 8}">{note}</text>')
+            drawn, height = text_line(some, names, y)
+        parts.append(drawn)
+        y += height
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}">'
+            f"<style>{STYLE}</style>{''.join(parts)}</svg>\n")
+
+
+def text_line(ids: Sequence[int], names: Names, y: int) -> tuple[str, int]:
+    """Ids as labelled boxes, as many lines as they need -> SVG, height."""
+    parts, x, top = [], 0, y
+    for i in ids:
+        name = names.name(i)
+        wide = max(34, 7.4 * len(name) + 12)
+        if x + wide > WIDTH:
+            x, y = 0, y + ROW
+        parts.append(
+            f'<rect class="{names.kind(i)}" x="{x:.0f}" y="{y}" width="{wide:.0f}" height="34" '
+            f'rx="4"/><text x="{x + wide / 2:.0f}" y="{y + 15}" text-anchor="middle">'
+            f'{html.escape(name)}</text><text class="id" x="{x + wide / 2:.0f}" y="{y + 28}" '
+            f'text-anchor="middle">{i}</text>')
+        x += wide + 3
+    return "".join(parts), y + ROW + 26 - top
+
+
+def picture_block(processor, picture: Image.Image, ids: Sequence[int], names: Names,
+                  y: int) -> tuple[str, int]:
+    """A picture as the model sees it, and its ids in raster order, coloured by code."""
+    pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
+    file = io.BytesIO()
+    ChameleonImageProcessor.postprocess(pixels)[0].save(file, "png")
+    side, cell, columns = 120, 27, 27
+    codes = processor.tokenizer.vocabulary.codes_from_ids(torch.tensor(ids)).tolist()
+    parts = [f'<image y="{y}" width="{side}" height="{side}" style="image-rendering:pixelated" '
+             f'href="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/>',
+             f'<text class="note" x="{side + 20}" y="{y + 8}">its {len(ids)} ids, row by row; '
+             "equal ids have equal colours</text>"]
+    for n, (i, code) in enumerate(zip(ids, codes)):
+        left, top = side + 20 + n % columns * (cell + 1), y + 18 + n // columns * 24
+        parts.append(f'<rect x="{left}" y="{top}" width="{cell}" height="22" rx="3" '
+                     f'fill="{code_colour(code)}"/><text class="code" x="{left + cell / 2}" '
+                     f'y="{top + 14}" text-anchor="middle">{i}</text>')
+    rows = -(-len(ids) // columns)
+    return "".join(parts), max(side, 18 + 24 * rows) + 34
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures and codes
+
+
+def reconstructions(model, count: int = 4) -> Image.Image:
+    """Pictures that training never saw: as they are, their codes, and what the codes say."""
+    rng = np.random.default_rng(SEED)
+    scenes = [world.sample_scene(rng, n % 3 + 1) for n in range(count)]
+    pixels = torch.from_numpy(world.render_pixels(scenes))  # (N, 3, H, W)
+    codes = model.model.vqmodel.encode(pixels)  # (N, S)
+    again = ChameleonImageProcessor.postprocess(model.model.vqmodel.decode(codes))
+    side = round(codes.shape[1] ** 0.5)
+    panels = []
+    for picture, row, decoded in zip(ChameleonImageProcessor.postprocess(pixels), codes, again):
+        picture, decoded = enlarge(picture, 240), enlarge(decoded, 240)
+        grid = code_grid(row.view(side, side).tolist(), picture.width)
+        panels += [picture, grid.resize(picture.size), decoded]
+    return contact_sheet(panels, columns=6)
+
+
+def growing(model, processor, prompt: str, pictures: int = 9, seed: int = 0) -> Image.Image:
+    """A drawing after each so many codes; what is not drawn yet shows the first code."""
+    S = model.config.vq_config.codes_per_image
+    inputs = processor(text=prompt, return_tensors="pt")
+    steps = stream(model, **inputs, mode="image", image_top_p=0.9, seed=seed)
+    every = max(1, S // pictures)
+    shown = [piece.image for piece in pieces(model, processor.tokenizer, steps, every)]
+    return contact_sheet([enlarge(picture, 120) for picture in shown], columns=len(shown))
+
+
+def drawn_by(arguments: list[str], made: str) -> Image.Image:
+    """Runs `generate.py` with these arguments in an empty folder -> the picture it wrote there."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = arguments.index("--out") + 1
+        arguments = [*arguments]
+        arguments[place] = str(Path(folder) / arguments[place])
+        if command([*arguments, "--device", "cpu"]):
+            raise ValueError(f"generate.py {shlex.join(arguments)} failed")
+        return enlarge(load_image(Path(folder) / made), 240)
+
+
+def readme_commands() -> dict[str, list[str]]:
+    """{--out: arguments} of the commands in the README that draw."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = {}
+    for line in re.findall(r"^(?:\$ )?python generate\.py (.*)$", readme, re.MULTILINE):
+        arguments = shlex.split(line, comments=True)
+        if "--out" in arguments:
+            found[arguments[arguments.index("--out") + 1]] = arguments
+    return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Curves
+
+
+def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """curves.csv -> {column: [(step, value)]}; the steps of sft go on behind those of pretrain."""
+    curves, offset, last = {}, 0, {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                stage, step = row.pop("stage"), int(row.pop("step"))
+                if stage == "vqvae":
+                    continue
+                if stage == "sft" and "sft" not in last:
+                    offset = last.get("pretrain", 0)
+                last[stage] = step
+                for name, value in row.items():
+                    if value:
+                        place = step + (offset if stage == "sft" else 0)
+                        curves.setdefault(name, []).append((place, float(value)))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no curves.csv of train.py: {error}") from None
+    if not curves:
+        raise ValueError(f"{path} has no steps of pretrain or sft yet")
+    return curves
+
+
+def smooth(values: Sequence[float], over: int) -> Tensor:
+    """Moving mean over `over` values, shorter in front.   (n,) -> (n,)"""
+    total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)  # (n + 1,)
+    end = torch.arange(1, len(values) + 1)
+    start = (end - over).clamp(min=0)
+    return (total[end] - total[start]) / (end - start)  # (n,)
+
+
+GRAY = "#808890"  # can be read on white and on black
+PANELS = {
+    "text_loss": "loss of text, nats a token", "image_loss": "loss of pictures, nats a token",
+    "q_norm": "|q| before its norm, last layer", "log_z": "log Z",
+}  # fmt: skip
+
+
+def draw_curves(runs: dict[str, Path], out: Path) -> None:
+    """{label: curves.csv} -> one SVG with a panel for each of PANELS, all runs in each."""
+    curves = {label: read_curves(path) for label, path in runs.items()}
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError('curves need matplotlib: pip install -e ".[figures]"') from None
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    gray = GRAY
+    names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style = dict.fromkeys(names, gray) | {"svg.hashsalt": "chameleon", "font.size": 9}
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(2, 2, figsize=(9, 5), sharex=True)
+        for ax, (column, title) in zip(axes.flat, PANELS.items()):
+            for label, columns in curves.items():
+                steps, values = zip(*columns.get(column, [(0, float("nan"))]))
+                ax.plot(steps, smooth(values, max(1, len(values) // 60)), label=label, lw=1.2)
+            ax.set_title(title, loc="left", fontsize=9)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.set_facecolor("none")
+            if column.endswith("loss"):
+                ax.set_yscale("log")
+        for ax in axes[1]:
+            ax.set_xlabel("step")
+        if len(curves) > 1:
+            axes.flat[0].legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(out, transparent=True, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def label_and_path(text: str) -> tuple[str, Path]:
+    label, equals, path = text.rpartition("=")
+    return (label, Path(path)) if equals else (Path(text).parent.name, Path(text))
+
+
+def draw_all(options: argparse.Namespace) -> None:
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.curves:
+        draw_curves(dict(map(label_and_path, options.curves)), options.out / options.name)
+        return
+    model, processor = load(options.model)
+    question = "What do you see in this image?<image>"
+    svg = token_stream(model, processor, question, load_image(ROOT / "examples" / "shapes.png"))
+    (options.out / "stream.svg").write_text(svg, encoding="utf-8")
+    reconstructions(model).save(options.out / "codes.png")
+    growing(model, processor, options.draw, seed=options.seed).save(options.out / "growing.png")
+    commands = readme_commands()
+    for out, made, file in (("circle.png", "circle.png", "drawn.png"),
+                            ("story", "story/1.png", "story.png")):  # fmt: skip
+        arguments = [*commands[out], "--model", str(options.model)]
+        drawn_by(arguments, made).save(options.out / file)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit code: 0, or 2 for input that cannot work."""
+    parser = OneLineParser("figures", description="Draws the figures of the README.")
+    parser.add_argument("model", type=Path, help="checkpoint folder")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder (default: examples/figures)")
+    parser.add_argument("--curves", nargs="+", metavar="[LABEL=]FILE",
+                        help="draw only these curves.csv, into --name")
+    parser.add_argument("--name", default="curves.svg", help="of the curves' file")
+    parser.add_argument("--draw", default="Draw a large red circle in the middle.")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    options = parser.parse_args(arguments)
+    try:
+        draw_all(options)
+    except (ValueError, OSError) as error:
+        print(f"figures: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
