@@ -1,0 +1,71 @@
+"""The benchmark runs, and gives no time to a row that is wrong."""
+
+import re
+
+import benchmark
+import pytest
+import torch
+
+import sampling
+from engine.decoding import Decoder
+
+TOY = ("--size", "toy", "--rounds", "1", "--tokens", "5", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_it_prints_a_line_for_every_row(capsys):
+    assert benchmark.main([*TOY, "--only", "transformers,ours,int8,int4,encode,decode"]) == 0
+    out = capsys.readouterr().out
+    assert "1 thread(s), process time; torch" in out and "memory reads" in out
+    rows = re.findall(r"^\| ([a-z]\S*|VQ .*?) \|", out, re.M)
+    assert [row for row in rows if row not in ("writing", "what")] == [
+        "transformers", "ours", "int8", "int4",
+        "VQ encode 32x32, transformers", "VQ encode 32x32", "VQ encode 32x32, in strips",
+        "VQ decode 32x32, plain NCHW", "VQ decode 32x32", "VQ decode 32x32, in strips",
+        "VQ decode 32x32, bf16"]
+
+
+@pytest.mark.parametrize("row", ["text", "codes"])
+def test_a_wrong_row_gets_no_time(row, capsys, monkeypatch):
+    if row == "text":  # another id at one of the steps
+        def wrong(*arguments, **options):
+            for n, ids in enumerate(sampling.stream(*arguments, **options)):
+                yield ids if n != 2 else ids + 1
+
+        monkeypatch.setattr(benchmark, "stream", wrong)
+        assert benchmark.main([*TOY, "--only", "ours"]) == 2
+    else:
+        real = benchmark.ChameleonVQVAE.encode
+        monkeypatch.setattr(benchmark.ChameleonVQVAE, "encode",
+                            lambda self, pixels: (real(self, pixels) + 1) % 64)
+        assert benchmark.main([*TOY, "--only", "encode"]) == 2
+    out, err = capsys.readouterr()
+    assert "| ours |" not in out and "VQ encode" not in out
+    assert ("computes something else" if row == "text" else "codes are wrong") in err
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--only", "fast"), "none of transformers"),
+    (("--rounds", "0"), "at least 1"),
+    (("--tokens", "1"), "at least 2"),
+    (("--size", "7b", "--device", "cpu"), "is for CUDA"),
+])
+def test_options_that_cannot_work_are_named(options, message, capsys):
+    assert benchmark.main([*TOY, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_equal_rows_are_the_same_computation():
+    """What the judge lets pass: our loop with and without a Decoder writes the same ids."""
+    model = benchmark.random_model(benchmark.make_config(benchmark.SIZES["toy"]),
+                                   torch.device("cpu"))
+    prompt = torch.randint(80, 500, (1, 20), generator=torch.Generator().manual_seed(0))
+    one, other = (torch.cat(list(sampling.stream(model, prompt, max_new_tokens=6, decoder=d)))
+                  for d in (None, Decoder(model)))
+    assert torch.equal(one, other)
