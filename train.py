@@ -40,7 +40,7 @@ from generate import OneLineParser
 from image_processor import ChameleonImageProcessor
 from processor import ChameleonProcessor
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
-from training import world
+from training import language, world
 from training.documents import Corpus, OwnData, Pictures, Rows, Writer, read_examples
 from training.run import Run, shard, whole
 from training.vqvae_stage import VQ, train_vqvae
@@ -75,19 +75,20 @@ PICTURES = 80_000  # 1.4 billion
 
 def sentences(rng: np.random.Generator, n: int) -> list[str]:
     """Sentences of the world in the shares in which the model will meet them."""
-    lines = [line for pair in world.SMALL_TALK.items() for line in pair] * 20
+    lines = [line for pair in language.SMALL_TALK.items() for line in pair] * 20
     while len(lines) < n:
         scene = world.sample_scene(rng)
-        turns = [ask(rng, scene) for ask in world.QUESTIONS.values()]
+        turns = [ask(rng, scene) for ask in language.QUESTIONS.values()]
         first, second, _ = world.sample_pair(rng)
         before, after, change = world.sample_edit(rng)
-        turns += [world.ask_common(rng, first, second), world.ask_which(rng, first, second)]
-        turns += [world.ask_both(rng, first, second)]
-        turns += [world.ask_difference(rng, change), (world.ask_edit(rng, after, change), "")]
-        request = world.pick(rng, world.DRAW_PROMPTS).format(world.ask_drawing(rng, scene).text)
-        turns += [(request, world.state(rng, scene)), (world.pick(rng, world.THEN_SAY), "")]
+        turns += [language.ask_common(rng, first, second), language.ask_which(rng, first, second)]
+        turns += [language.ask_both(rng, first, second)]
+        turns += [language.ask_difference(rng, change), (language.ask_edit(rng, after, change), "")]
+        wanted = language.ask_drawing(rng, scene).text
+        request = world.pick(rng, language.DRAW_PROMPTS).format(wanted)
+        turns += [(request, language.state(rng, scene)), (world.pick(rng, language.THEN_SAY), "")]
         for question, answer in filter(None, turns):
-            lines += [world.vary(rng, question), answer]
+            lines += [language.vary(rng, question), answer]
     return [line for line in lines if line]
 
 

@@ -20,9 +20,8 @@ The model knows nothing of this: torch's own tensor parallelism (DTensor) wraps 
 outside. Megatron-LM, https://arxiv.org/abs/1909.08053, section 3. DTensor has no layers of 8 or 4
 bits: those are cut here, in the same places, and torch adds up or gathers what they give.
 
-A Hugging Face folder in the dtype one computes in, or quantized, is mapped, and the ranks share the
-pages; Meta's files would be joined, and bf16 ones quantized, by each rank for itself:
-engine/convert.py first.
+A Hugging Face folder in the dtype one computes in is mapped, and the ranks share its pages. What has
+to be joined (Meta's files) or quantized first, each rank does for itself: engine/convert.py saves it.
 """
 
 import dataclasses

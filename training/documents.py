@@ -28,7 +28,7 @@ from chameleon import ChameleonForConditionalGeneration
 from image_processor import load_image
 from processor import ChameleonProcessor
 from tokenizer import Tokenizer
-from training import world
+from training import language, world
 from training.world import Scene
 from vqvae import ChameleonVQVAE
 
@@ -159,9 +159,9 @@ class Corpus:
     def question(self, scene: Scene) -> tuple[str, str]:
         while True:
             name = self.questions[self.rng.choice(len(self.questions), p=self.asked)]
-            turn = world.QUESTIONS[name](self.rng, scene)
+            turn = language.QUESTIONS[name](self.rng, scene)
             if turn:
-                return world.vary(self.rng, turn[0]), turn[1]
+                return language.vary(self.rng, turn[0]), turn[1]
 
     def place_pictures(self, question: str, scenes: tuple) -> tuple:
         """Question and pictures in either order, each as often."""
@@ -173,8 +173,8 @@ class Corpus:
     # --- pretraining: statements, no turns
 
     def statements(self, scene: Scene, n: int) -> list[str]:
-        caption = world.caption(scene)
-        return [caption] + [world.state(self.rng, scene) for _ in range(n - 1)]
+        caption = language.caption(scene)
+        return [caption] + [language.state(self.rng, scene) for _ in range(n - 1)]
 
     def pretrain(self, room: int) -> Document:
         rng, writer, kind = self.rng, self.writer, self.rng.random()
@@ -185,14 +185,14 @@ class Corpus:
         if kind < 0.50:  # picture, then its caption and one more statement
             return writer.completion(scene, " ".join(self.statements(scene, 2)))
         if kind < 0.80:  # caption first
-            words = world.caption(scene) if self.chance(0.5) else None
-            words = words or world.sentence(world.ask_drawing(rng, scene).text)
-            prompt = () if self.chance(EMPTY_PROMPT) else (world.vary(rng, words),)
+            words = language.caption(scene) if self.chance(0.5) else None
+            words = words or language.sentence(language.ask_drawing(rng, scene).text)
+            prompt = () if self.chance(EMPTY_PROMPT) else (language.vary(rng, words),)
             return writer.completion(*prompt, scene)
         if kind < 0.90:  # interleaved
             other = self.scene()
             return writer.completion(
-                world.caption(scene), scene, world.caption(other), other
+                language.caption(scene), scene, language.caption(other), other
             )
         return writer.completion(" ".join(self.statements(scene, 4)))  # text alone
 
@@ -218,35 +218,36 @@ class Corpus:
             return self.two_pictures(room)
         if kind < 0.98:
             before, after, change = self.one_of(self.pictures.edits)
-            request = world.vary(self.rng, world.ask_edit(self.rng, after, change))
+            request = language.vary(self.rng, language.ask_edit(self.rng, after, change))
             return self.writer.chat(self.place_pictures(request, (before,)), (after,))
-        question = self.one_of(world.SMALL_TALK)
-        answer = world.SMALL_TALK[question]
-        return self.writer.chat((world.vary(self.rng, question),), (answer,))
+        question = self.one_of(language.SMALL_TALK)
+        answer = language.SMALL_TALK[question]
+        return self.writer.chat((language.vary(self.rng, question),), (answer,))
 
     def drawing(self) -> Document:
         scene = self.scene()
         if self.chance(EMPTY_PROMPT):  # what guidance compares with: <s> <racm3:break> codes
             return self.writer.completion(scene)
-        request = self.one_of(world.DRAW_PROMPTS).format(world.ask_drawing(self.rng, scene).text)
+        wanted = language.ask_drawing(self.rng, scene).text
+        request = self.one_of(language.DRAW_PROMPTS).format(wanted)
         answer = (scene,)
         if self.chance(0.1):
-            request = request.rstrip(".?") + self.one_of(world.THEN_SAY)
-            answer = (scene, world.caption(scene))
-        return self.writer.chat((world.vary(self.rng, request),), answer)
+            request = request.rstrip(".?") + self.one_of(language.THEN_SAY)
+            answer = (scene, language.caption(scene))
+        return self.writer.chat((language.vary(self.rng, request),), answer)
 
     def two_pictures(self, room: int) -> Document:
         """Two pictures and several questions, or one question on either side of them."""
         rng = self.rng
         if self.chance(0.5):
             first, second, change = self.one_of(self.pictures.edits)
-            turns = [world.ask_difference(rng, change)]
+            turns = [language.ask_difference(rng, change)]
         else:
             first, second, _ = self.one_of(self.pictures.pairs)
-            turns = [world.ask_common(rng, first, second)]
-        turns += [world.ask_which(rng, first, second) for _ in range(2)]
-        turns += [world.ask_both(rng, first, second)]
-        turns = [(world.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
+            turns = [language.ask_common(rng, first, second)]
+        turns += [language.ask_which(rng, first, second) for _ in range(2)]
+        turns += [language.ask_both(rng, first, second)]
+        turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
         if self.chance(0.7):
             order = self.rng.permutation(len(turns))  # the last ones may find no room
             return self.writer.branches((first, second), [turns[i] for i in order], 0.0, room)

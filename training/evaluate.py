@@ -20,7 +20,7 @@ from chameleon import ChameleonForConditionalGeneration
 from generate import generate
 from processor import ChameleonProcessor
 from sampling import decode_pictures
-from training import world
+from training import language, world
 from training.world import Scene
 
 SEED = 10**9  # training draws its scenes from small seeds
@@ -41,7 +41,7 @@ def about_one(kind: str, count: int | None = None) -> Callable[..., Item]:
     def sample(rng: np.random.Generator, held_out: bool) -> Item:
         while True:
             scene = world.sample_scene(rng, count, held_out)
-            turn = world.QUESTIONS[kind](rng, scene)
+            turn = language.QUESTIONS[kind](rng, scene)
             if turn:
                 return place_pictures(rng, turn[0], "<image>"), (scene,), turn[1]
 
@@ -55,10 +55,10 @@ def about_two(kind: str) -> Callable[..., Item]:
         while True:
             if kind == "difference":
                 first, second, change = world.sample_edit(rng, held_out)
-                turn = world.ask_difference(rng, change)
+                turn = language.ask_difference(rng, change)
             else:
                 first, second, _ = world.sample_pair(rng, held_out)
-                ask = {"common": world.ask_common, "which": world.ask_which}[kind]
+                ask = {"common": language.ask_common, "which": language.ask_which}[kind]
                 turn = ask(rng, first, second)
             if turn:
                 prompt = place_pictures(rng, turn[0], "<image><image>")
@@ -123,9 +123,9 @@ def drawing_of(count: int) -> Callable:
     """-> prompt, no picture, and what decides whether a drawing is right."""
 
     def sample(rng: np.random.Generator, held_out: bool):
-        request = world.ask_drawing(rng, world.sample_scene(rng, count, held_out))
-        prompt = world.pick(rng, world.DRAW_PROMPTS).format(request.text)
-        return prompt, (), lambda seen: world.fulfils(seen, request)
+        request = language.ask_drawing(rng, world.sample_scene(rng, count, held_out))
+        prompt = world.pick(rng, language.DRAW_PROMPTS).format(request.text)
+        return prompt, (), lambda seen: language.fulfils(seen, request)
 
     return sample
 
@@ -140,7 +140,7 @@ def edit(rng: np.random.Generator, held_out: bool):
             for field in ("colour", "shape", "size", "place")
         )  # fmt: skip
 
-    prompt = place_pictures(rng, world.ask_edit(rng, after, change), "<image>")
+    prompt = place_pictures(rng, language.ask_edit(rng, after, change), "<image>")
     return prompt, (before,), right
 
 

@@ -1,0 +1,117 @@
+"""The English of the toy world: every sentence is true, and none names what is held out."""
+
+from test_world import TWO, rng, scenes
+
+from training import language, world
+from training.language import QUESTIONS
+from training.world import COLOURS, Scene, Thing
+
+
+def test_captions_by_hand():
+    assert language.caption(TWO) == (
+        "A small red circle above a large blue square on a white background."
+    )
+    row = Scene("gray", tuple(Thing("orange", "star", "small", (1, n)) for n in range(2)))
+    assert language.caption(row) == (
+        "A small orange star to the left of a small orange star on a gray background."
+    )
+
+
+def test_every_answer_is_true():
+    """Answers are checked against the scene by other means than those that made them."""
+    generator = rng(5)
+    for scene in scenes(400, seed=5):
+        for kind in ("colour", "shape", "size"):
+            turn = QUESTIONS[kind](generator, scene)
+            if turn:
+                word = turn[1].rstrip(".").lower().removeprefix("a ")
+                assert word in {getattr(thing, kind) for thing in scene.things}
+        question, answer = language.ask_count(generator, scene)
+        words = question.rstrip("?.").split()
+        fitting = [
+            t for t in scene.things
+            if (t.colour in words or not set(COLOURS) & set(words))
+            and (t.shape + "s" in words or "shapes" in words or "objects" in words)
+        ]  # fmt: skip
+        assert answer == language.NUMBERS[len(fitting)] + "."
+        question, answer = language.ask_existence(generator, scene)
+        words = question.rstrip("?").split()
+        fitting = [
+            t for t in scene.things
+            if (t.colour in words or not set(COLOURS) & set(words))
+            and (t.shape in words or "shape" in words or "object" in words)
+        ]  # fmt: skip
+        where = " and ".join(world.PLACES[t.place] for t in fitting)
+        assert answer == (f"Yes, {where}." if fitting else "No.")
+
+
+def test_relations_follow_the_places():
+    generator, seen = rng(6), set()
+    for _ in range(300):
+        turn = language.ask_relation(generator, TWO)
+        if turn:
+            seen.add(turn)
+    assert ("Is the red circle above the blue square?", "Yes.") in seen
+    assert ("Is the red circle below the blue square?", "No.") in seen
+    assert all("left" not in question for question, _ in seen)  # both are in the middle column
+    assert {answer for question, answer in seen if question.startswith("What is above")} == {
+        "A red circle."
+    }
+
+
+def test_yes_and_no_are_equally_frequent():
+    generator = rng(7)
+    answers = [language.ask_existence(generator, scene)[1] for scene in scenes(1000, seed=7)]
+    assert 0.45 < answers.count("No.") / len(answers) < 0.55
+
+
+def test_a_scene_fulfils_its_own_drawing_request_and_a_changed_one_does_not():
+    generator = rng(8)
+    for scene in scenes(300, seed=8):
+        request = language.ask_drawing(generator, scene)
+        assert language.fulfils(scene, request)
+        fewer = Scene(scene.background, scene.things[1:])
+        assert not language.fulfils(fewer, request)
+        gone = {"colour": "no colour at all"}
+        other = (Thing(**(vars(scene.things[0]) | gone)),) + scene.things[1:]
+        assert not language.fulfils(Scene(scene.background, other), request)
+
+
+def test_a_request_with_a_relation_is_not_fulfilled_upside_down():
+    request = language.Request("", ({"colour": "red"}, {"colour": "blue"}), relation="above")
+    below = Scene("white", (
+        Thing("blue", "square", "large", (0, 1)), Thing("red", "circle", "small", (2, 1)),
+    ))  # fmt: skip
+    assert language.fulfils(TWO, request) and not language.fulfils(below, request)
+
+
+def words_of(scene: Scene) -> set[str]:
+    return {scene.background} | {w for t in scene.things for w in (t.colour, t.shape)}
+
+
+def test_pairs_share_what_they_say():
+    generator = rng(9)
+    for _ in range(300):
+        first, second, shared = world.sample_pair(generator)
+        a, b = first.things[0], second.things[0]
+        assert (a.colour == b.colour) == (shared in ("colour", "both"))
+        assert (a.shape == b.shape) == (shared in ("shape", "both"))
+        answer = language.ask_common(generator, first, second)[1]
+        assert (answer == "Nothing.") == (shared == "nothing")
+        turn = language.ask_which(generator, first, second)
+        if turn:
+            names = set(COLOURS) | set(world.SHAPES) | set(world.BACKGROUNDS)
+            asked = set(turn[0].rstrip("?").split()) & names
+            first_fits, second_fits = (asked <= words_of(scene) for scene in (first, second))
+            assert first_fits != second_fits
+            assert turn[1] == ("The first." if first_fits else "The second.")
+
+
+def test_no_training_sentence_names_a_held_out_pair():
+    """Not even to deny it."""
+    pairs = [f"{colour} {shape}" for colour, shape in world.HELD_OUT]
+    generator = rng(12)
+    for scene in scenes(2000, seed=12):
+        said = [language.state(generator, scene), *language.ask_existence(generator, scene)]
+        said += [*language.ask_count(generator, scene), language.caption(scene)]
+        assert not [pair for pair in pairs for words in said if pair in words]

@@ -1,0 +1,355 @@
+"""The small English of the toy world: captions, questions and answers, requests to draw.
+
+    rng, Scene -> ask_*       -> question, answer     (None if the scene has no such question)
+    rng, Scene -> state       -> a true statement, for pretraining
+    rng, Scene -> ask_drawing -> Request              words, and what a drawing must show for them
+
+Every sentence is one of several wordings, and every answer follows from the Scene alone.
+"""
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from training.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, pick
+
+# What can be counted, looked for or said to be absent: a colour, a shape, or both. No pair of
+# HELD_OUT: hundreds of "there is no purple star" would teach that there never is one.
+DESCRIPTIONS = [{"colour": colour} for colour in COLOURS] + [{"shape": shape} for shape in SHAPES]
+DESCRIPTIONS += [{"colour": colour, "shape": shape} for colour in COLOURS for shape in SHAPES
+                 if (colour, shape) not in HELD_OUT]  # fmt: skip
+NUMBERS = ("None", "One", "Two", "Three")
+CAPTION_PROMPTS = (
+    "What do you see in this image?", "What do you see?", "What is in this picture?",
+    "Describe this image.", "Describe the picture.", "What does this image show?",
+    "What can you see in this picture?", "Caption this image.", "What is this?",
+    "Can you describe this image?", "Tell me what you see.", "What is shown here?",
+)  # fmt: skip
+DRAW_PROMPTS = (
+    "Draw {}.", "Draw me {}.", "Generate an image of {}.", "Show me {}.", "Paint {}.",
+    "Make a picture of {}.", "Create an image of {}.", "Can you draw {}?", "Please draw {}.",
+)  # fmt: skip
+SMALL_TALK = {
+    "Hello!": "Hello! Show me a picture of coloured shapes, or ask me to draw one.",
+    "Hi, who are you?": "A tiny Chameleon. I know coloured shapes.",
+    "What can you do?": "I describe, compare and draw coloured shapes.",
+    "Which colours do you know?": "Red, green, blue, yellow, purple and orange.",
+    "Which shapes do you know?": "The circle, the square, the triangle and the star.",
+    "Which backgrounds do you know?": "White, black and gray.",
+    "Thank you!": "You are welcome.",
+}
+THEN_SAY = (", then say what it is.", " and describe it.", ", then describe it.")
+
+
+def vary(rng: np.random.Generator, text: str) -> str:
+    """The small carelessness of people who type: case, final stop, spelling, politeness."""
+    if rng.random() < 0.4:
+        text = text.replace("olour", "olor")
+    if rng.random() < 0.3:
+        text = text.replace("gray", "grey")
+    if rng.random() < 0.15:
+        text = text.lower()
+    if rng.random() < 0.12:
+        text = text.rstrip("?.!")
+    return text
+
+
+def article(words: str) -> str:
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
+
+
+def relation(first: Thing, second: Thing) -> str:
+    """How a thing stands to a later one in reading order: above it, or in its row left of it."""
+    return "above" if first.place[0] < second.place[0] else "to the left of"
+
+
+def caption(scene: Scene) -> str:
+    """The one caption: "A small red circle above a large blue square on a white background." """
+    names = [article(str(thing)) for thing in scene.things]
+    if len(names) == 2:
+        names = [f"{names[0]} {relation(*scene.things)} {names[1]}"]
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return sentence(f"{listed} on a {scene.background} background")
+
+
+def matches(thing: Thing, **named: str) -> bool:
+    return all(getattr(thing, field) == value for field, value in named.items())
+
+
+def phrase(rng: np.random.Generator, size: str = "", colour: str = "", shape: str = "") -> str:
+    return " ".join(filter(None, (size, colour, shape or pick(rng, ("shape", "object")))))
+
+
+def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
+    """Words that fit this thing alone and do not name its `hide`; None if there are none."""
+    ways = [("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour")]
+    if len(scene.things) == 1:
+        ways.append(())
+    fitting = []
+    for fields in ways:
+        named = {field: getattr(thing, field) for field in fields}
+        if hide not in fields and sum(matches(t, **named) for t in scene.things) == 1:
+            fitting.append(named)
+    return phrase(rng, **pick(rng, fitting)) if fitting else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Questions about one picture: (rng, scene) -> (question, answer), or None if the scene has no
+# such question. Where an answer could be guessed, the answer is drawn first.
+
+
+def ask_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    return pick(rng, CAPTION_PROMPTS), caption(scene)
+
+
+def ask_colour(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    thing = pick(rng, scene.things)
+    name = refer(rng, scene, thing, hide="colour")
+    wordings = "What colour is the {}?", "Which colour is the {}?", "What is the colour of the {}?"
+    return name and (pick(rng, wordings).format(name), sentence(thing.colour))
+
+
+def ask_shape(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    thing = pick(rng, scene.things)
+    name = refer(rng, scene, thing, hide="shape")
+    wordings = "What shape is the {}?", "Which shape does the {} have?", "What is the {}?"
+    return name and (pick(rng, wordings).format(name), sentence(article(thing.shape)))
+
+
+def ask_size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    thing = pick(rng, scene.things)
+    name = refer(rng, scene, thing, hide="size")
+    wordings = (
+        "Is the {} small or large?", "Is the {} large or small?", "What size is the {}?",
+        "How large is the {}?",
+    )  # fmt: skip
+    return name and (pick(rng, wordings).format(name), sentence(thing.size))
+
+
+def ask_place(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    if rng.random() < 0.3:  # the other way round: what is at this place?
+        place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
+        there = [str(thing) for thing in scene.things if thing.place == place]
+        return f"What is {PLACES[place]}?", sentence(article(there[0])) if there else "Nothing."
+    thing = pick(rng, scene.things)
+    name = refer(rng, scene, thing)
+    wordings = "Where is the {}?", "Where do you see the {}?"
+    return name and (pick(rng, wordings).format(name), sentence(PLACES[thing.place]))
+
+
+def ask_background(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    wordings = (
+        "What colour is the background?", "Which colour does the background have?",
+        "What is the background?", "What is the colour of the background?",
+    )  # fmt: skip
+    return pick(rng, wordings), sentence(scene.background)
+
+
+def ask_count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    groups = {}  # number -> the descriptions that so many things fit
+    for named in DESCRIPTIONS:
+        number = sum(matches(thing, **named) for thing in scene.things)
+        groups.setdefault(number, []).append(named)
+    groups.setdefault(len(scene.things), []).extend([{}] * 3)  # "How many shapes are there?"
+    number = pick(rng, groups)
+    words = phrase(rng, **pick(rng, groups[number])) + "s"
+    wordings = "How many {} are there?", "How many {} do you see?", "Count the {}."
+    return pick(rng, wordings).format(words), NUMBERS[number] + "."
+
+
+def ask_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
+    """Half of the answers are yes, and say where; a no shares a colour or a shape with the scene
+    when it can."""
+    fields = pick(rng, (("colour",), ("shape",), ("colour", "shape"), ("colour", "shape")))
+    thing, wanted = pick(rng, scene.things), bool(rng.random() < 0.5)
+    named = {field: getattr(thing, field) for field in fields}
+    while not wanted and (named not in DESCRIPTIONS
+                          or any(matches(t, **named) for t in scene.things)):
+        field = pick(rng, fields)
+        named[field] = pick(rng, COLOURS if field == "colour" else SHAPES)
+    wordings = "Is there {}?", "Do you see {}?", "Is there {} in the picture?", "Can you see {}?"
+    question = pick(rng, wordings).format(article(phrase(rng, **named)))
+    where = [PLACES[t.place] for t in scene.things if matches(t, **named)]
+    return question, f"Yes, {' and '.join(where)}." if where else "No."
+
+
+def relate(rng: np.random.Generator, scene: Scene) -> tuple[Thing, Thing, tuple[str, str]]:
+    """Two things and (how the first stands to the second, the opposite)."""
+    i, j = rng.choice(len(scene.things), 2, replace=False)
+    axes = [n for n in (0, 1) if scene.things[i].place[n] != scene.things[j].place[n]]
+    axis = pick(rng, axes)
+    first, second = sorted((scene.things[i], scene.things[j]), key=lambda t: t.place[axis])
+    words = ("to the left of", "to the right of") if axis else ("above", "below")
+    if rng.random() < 0.5:  # the same seen from the other thing
+        first, second, words = second, first, words[::-1]
+    return first, second, words
+
+
+def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+    """Above, below, left, right: which of two, yes or no, and what stands there."""
+    if len(scene.things) < 2:
+        return None
+    first, second, words = relate(rng, scene)
+    names = refer(rng, scene, first), refer(rng, scene, second)
+    if None in names:
+        return None
+    kind = pick(rng, ("which", "yes", "no", "what"))
+    if kind == "what" and len(scene.things) == 2:
+        answer = article(f"{first.colour} {first.shape}")
+        return f"What is {words[0]} the {names[1]}?", sentence(answer)
+    if kind in ("which", "what"):
+        either = " or ".join(words if rng.random() < 0.5 else words[::-1])
+        return f"Is the {names[0]} {either} the {names[1]}?", sentence(words[0].removesuffix(" of"))
+    return f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?", sentence(kind)
+
+
+QUESTIONS = {
+    "caption": ask_caption, "colour": ask_colour, "shape": ask_shape, "count": ask_count,
+    "background": ask_background, "existence": ask_existence, "relation": ask_relation,
+    "size": ask_size, "place": ask_place,
+}  # fmt: skip
+
+
+def state(rng: np.random.Generator, scene: Scene) -> str:
+    """A true statement about the scene, never the caption: what pretraining reads off a picture."""
+    kind = pick(rng, ("thing", "thing", "place", "count", "background", "absence", "relation"))
+    thing = pick(rng, scene.things)
+    name = refer(rng, scene, thing, hide=pick(rng, ("colour", "shape", "size")))
+    if kind == "count":
+        number = ("one shape", "two shapes", "three shapes")[len(scene.things) - 1]
+        return sentence(f"there {'is' if len(scene.things) == 1 else 'are'} {number}")
+    if kind == "background":
+        return sentence(f"the background is {scene.background}")
+    if kind == "absence":
+        absent = [n for n in DESCRIPTIONS if not any(matches(t, **n) for t in scene.things)]
+        return sentence(f"there is no {phrase(rng, **pick(rng, absent))}")
+    if kind == "relation" and len(scene.things) > 1:
+        first, second, words = relate(rng, scene)
+        names = refer(rng, scene, first), refer(rng, scene, second)
+        if None not in names:
+            return sentence(f"the {names[0]} is {words[0]} the {names[1]}")
+    if kind == "place" or name is None:
+        return sentence(f"{article(str(thing))} is {PLACES[thing.place]}")
+    return sentence(f"the {name} is {article(str(thing))}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Two pictures of one thing each: those of `sample_pair`, or, for a change, `sample_edit`.
+
+
+def ask_both(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str]:
+    """What each of two pictures of one thing shows: all that the other questions compare."""
+    wordings = (
+        "What do these images show?", "What do you see in these pictures?",
+        "Describe both images.", "What is in each picture?",
+    )  # fmt: skip
+    shown = (f"{article(str(s.things[0]))} {PLACES[s.things[0].place]} on {s.background}"
+             for s in (first, second))  # fmt: skip
+    return pick(rng, wordings), "The first shows {}, the second {}.".format(*shown)
+
+
+def ask_common(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str]:
+    """For two pictures of one thing each."""
+    a, b = first.things[0], second.things[0]
+    wordings = (
+        "What do these images have in common?", "What do these pictures have in common?",
+        "What is the same in both images?",
+    )  # fmt: skip
+    words = [a.colour] * (a.colour == b.colour) + [a.shape + "s"] * (a.shape == b.shape)
+    return pick(rng, wordings), f"Both are {' '.join(words)}." if words else "Nothing."
+
+
+def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str] | None:
+    """A colour, a shape or a background that only one of the two pictures has."""
+    chosen, other = (first, second) if rng.random() < 0.5 else (second, first)
+    field = pick(rng, ("colour", "shape", "both", "background"))
+    if field == "background":
+        there = chosen.background != other.background
+        words = f"a {chosen.background} background"
+    else:
+        fields = ("colour", "shape") if field == "both" else (field,)
+        thing = pick(rng, chosen.things)
+        named = {name: getattr(thing, name) for name in fields}
+        there = not any(matches(t, **named) for t in other.things)
+        words = article(phrase(rng, **named))
+    wordings = "Which image has {}?", "Which picture shows {}?", "Which of the two has {}?"
+    answer = "The first." if chosen is first else "The second."
+    return (pick(rng, wordings).format(words), answer) if there else None
+
+
+def ask_difference(rng: np.random.Generator, change: str) -> tuple[str, str]:
+    wordings = (
+        "What is different?", "What changed?", "What is the difference between these images?",
+        "What is different in the second image?",
+    )  # fmt: skip
+    return pick(rng, wordings), f"The {change}."
+
+
+def ask_edit(rng: np.random.Generator, after: Scene, change: str) -> str:
+    """The request that turns the picture into `after`, for example "Draw this in blue." """
+    thing = after.things[0]
+    wordings = {
+        "colour": ("Draw this in {}.", "Make it {}.", "Change the colour to {}."),
+        "shape": ("Draw this as {}.", "Make it {}.", "Turn this into {}."),
+        "size": ("Make it {}.", "Draw this {}."),
+        "place": ("Draw this {}.", "Put it {}."),
+        "background": ("Draw this on {} background.", "Put it on {} background."),
+    }
+    words = {
+        "colour": thing.colour, "shape": article(thing.shape), "size": thing.size,
+        "place": PLACES[thing.place], "background": article(after.background),
+    }  # fmt: skip
+    return pick(rng, wordings[change]).format(words[change])
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawing
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a drawing must show; an empty string or None is left to the painter."""
+
+    text: str  # "a small red circle above a blue square on a white background"
+    things: tuple[dict, ...]  # the named fields of each thing
+    background: str = ""
+    relation: str = ""  # between the two things
+
+
+def ask_drawing(rng: np.random.Generator, scene: Scene) -> Request:
+    """A request that the scene fulfils: colour and shape always, the rest sometimes."""
+    named = []
+    for thing in scene.things:
+        fields = ["colour", "shape"] + ["size"] * bool(rng.random() < 0.5)
+        fields += ["place"] * bool(len(scene.things) == 1 and rng.random() < 0.3)
+        named.append({field: getattr(thing, field) for field in fields})
+    words = []
+    for n in named:
+        place = " " + PLACES[n["place"]] if "place" in n else ""
+        words.append(article(phrase(rng, **{k: v for k, v in n.items() if k != "place"})) + place)
+    how = ""
+    if len(words) == 2 and rng.random() < 0.7:
+        how = relation(*scene.things)
+        words = [f"{words[0]} {how} {words[1]}"]
+    text = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    background = scene.background if rng.random() < 0.5 else ""
+    text += f" on a {background} background" if background else ""
+    return Request(text, tuple(named), background, how)
+
+
+def fulfils(scene: Scene, request: Request) -> bool:
+    """Does a picture (as read) show exactly the requested things, with all that was named?"""
+    if len(scene.things) != len(request.things):
+        return False
+    if request.background not in ("", scene.background):
+        return False
+    for things in permutations(scene.things):
+        named = all(matches(t, **wanted) for t, wanted in zip(things, request.things))
+        if named and (not request.relation or request.relation == relation(*things)):
+            return True
+    return False
