@@ -14,10 +14,12 @@ import argparse
 import base64
 import colorsys
 import html
+import io
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ from engine.quantize import CHOICES
 from engine.stats import Stats
 from image_processor import ChameleonImageProcessor, load_image
 from processor import ChameleonProcessor
-from sampling import MODES, check_options, check_room, generate, pieces, stream
+from sampling import MODES, check_options, check_room, check_seeds, generate, pieces, stream
 from tokenizer import Tokenizer
 
 __all__ = ["generate", "stream"]
@@ -46,6 +48,7 @@ __all__ = ["generate", "stream"]
 TINY = Path(__file__).resolve().parent / "tiny"
 GOLDEN = 0.618033988749895  # multiples of it fill the circle of hues evenly
 GAP = 4  # pixels between pictures of a sheet
+OWN_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # of an interleaved document
 
 
 # ---------------------------------------------------------------------------------------------
@@ -55,6 +58,21 @@ GAP = 4  # pixels between pictures of a sheet
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
+    """Runs it -> 0; 2 and one line for input that cannot work; 130 when interrupted."""
+    try:
+        run()
+    except BrokenPipeError:  # nobody reads any more, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that exit stays quiet
+    except (ValueError, OSError) as e:
+        print(f"{command}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
+    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -68,7 +86,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image", action="append", default=[], metavar="FILE",
         help="in the order of <image>; without <image> in the prompt it goes in front")
     add("--mode", default="text", choices=MODES, help="what to make: text, a picture, or both")
-    add("--out", type=Path, help="file for a picture, folder for an interleaved document")
+    add("--out", type=Path, metavar="PATH",
+        help="file for a picture, replaced if it is there; folder for an interleaved document")
     add("--count", type=int, default=1, help="so many pictures of each prompt, and a sheet of all")
     add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
     add("--completion", action="store_true", help="continue the prompt instead of answering it")
@@ -119,13 +138,14 @@ def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that could not be written, before anything is computed."""
     if options.explain:
         return check_page(options)
+    if options.reconstruct:
+        check_reconstruct(options)
     if options.count < 1 or (options.count > 1 and options.mode != "image"):
         raise ValueError("--count is a number of pictures, for --mode image")
-    options.named = options.out is not None
     if options.out is None:
         defaults = {"text": None, "image": "picture.png", "interleaved": "document"}
         name = "reconstruction.png" if options.reconstruct else defaults[options.mode]
-        options.out = Path(name) if name else None
+        options.out = unused(Path(name)) if name else None
     elif options.mode == "text" and not options.reconstruct:
         raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
     if options.mode == "interleaved":
@@ -133,26 +153,64 @@ def check_output(options: argparse.Namespace) -> None:
             raise ValueError("--mode interleaved writes one document: give one --prompt")
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"--out {options.out} is a file: name a folder for the document")
-        check_free(options)
+        if options.out.is_dir() and any(map(OWN_FILE.fullmatch, os.listdir(options.out))):
+            raise ValueError(f"--out {options.out} holds a document already: name another folder")
     elif options.out is not None:
         picture_format(options.out)
+        others = [path for path in numbered_names(options) if os.path.lexists(path)]
+        if others:
+            raise ValueError(f"--out {options.out} would replace {others[0]}, too: name another "
+                             "file")
 
 
-def check_free(options: argparse.Namespace) -> None:
-    """No document is written over another: one named by --out is refused, others get a number."""
-    def taken(folder: Path) -> bool:
-        return any((folder / name).exists() for name in ("document.md", "document.html", "1.png"))
-
-    if options.named and taken(options.out):
-        raise ValueError(f"--out {options.out} holds a document already: name another folder")
-    n = 1
-    while taken(options.out):
+def unused(path: Path) -> Path:
+    """What has no name of its own takes a new one, so that nothing is lost: picture-2.png."""
+    free, n = path, 1
+    while os.path.lexists(free):
         n += 1
-        options.out = Path(f"document-{n}")
+        free = path.with_stem(f"{path.stem}-{n}")
+    return free
+
+
+def numbered_names(options: argparse.Namespace) -> list[Path]:
+    """The files beside a sheet: its pictures, one by one. None for a single picture."""
+    count, path = options.count * len(options.prompt), options.out
+    return [path.with_stem(f"{path.stem}-{n}") for n in range(1, count + 1)] if count > 1 else []
+
+
+def check_reconstruct(options: argparse.Namespace) -> None:
+    if options.mode != "text" or options.prompt or options.stats or options.compile:
+        raise ValueError("--reconstruct only sends pictures through the VQ-VAE: leave --mode, "
+                         "--prompt, --stats and --compile out")
+
+
+def check_place(options: argparse.Namespace) -> None:
+    """Tries to write where --out says, the last thing before the weights: OSError, ValueError."""
+    out = options.out
+    if out is None:
+        return
+    if options.mode == "interleaved":
+        out.mkdir(parents=True, exist_ok=True)
+        out = out / "document.html"
+    elif not options.explain:
+        kind = picture_format(out)
+        try:
+            Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)
+        except (OSError, ValueError, KeyError) as e:
+            raise ValueError(f"--out {out}: pictures are not written as {kind} ({e}): name it "
+                             ".png") from None
+        out = [out, *numbered_names(options)][-1]
+    try:
+        write_atomically(out, lambda part: part.touch(), keep=False)
+    except OSError as e:
+        raise ValueError(f"--out {options.out} cannot be written: {e.strerror}") from None
 
 
 def check_page(options: argparse.Namespace) -> None:
-    """The same for --explain."""
+    """As `check_output`, for --explain."""
+    if options.stats or options.compile:
+        raise ValueError("--explain looks at one step in slow motion: leave --stats and --compile "
+                         "out")
     if options.mode != "text" or options.reconstruct or options.count != 1 or ranks() > 1:
         raise ValueError("--explain shows one prompt on one device: leave --mode, --count, "
                          "--reconstruct and torchrun out")
@@ -192,11 +250,13 @@ def answer(options: argparse.Namespace) -> None:
     """All that can be wrong with the input is found before the weights, the slow part, are read."""
     sampling = sampling_options(options)
     check_options(options.max_new_tokens, **sampling)
+    check_seeds(options.seed, options.count * len(options.prompt))
     check_output(options)
     config = read_config(options.model)
     processor = load_processor(options.model)
     images = [load_image(path) for path in options.image]
     if options.reconstruct:
+        check_place(options)
         return reconstruct(options, processor, images)
     if not options.prompt:
         raise ValueError("give a --prompt (see --help)")
@@ -204,6 +264,7 @@ def answer(options: argparse.Namespace) -> None:
     inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt",
                        return_for_text_completion=options.completion)
     check_room(config, inputs["input_ids"].shape[1], options.mode)
+    check_place(options)
     model = load_model(options)
     inputs = inputs.to(model.device)
     if options.explain:
@@ -256,8 +317,8 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
             save_picture(pictures[0], options.out)
         elif pictures:
             save_picture(contact_sheet(pictures), options.out)
-            for n, picture in enumerate(pictures, start=1):
-                save_picture(picture, options.out.with_stem(f"{options.out.stem}-{n}"))
+            for path, picture in zip(numbered_names(options), pictures):
+                save_picture(picture, path)
         if pictures:
             print(f"{options.out}: {len(pictures)} picture(s)", file=sys.stderr)
 
@@ -426,20 +487,9 @@ def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit code: 0, 2 for input that cannot work, 130 when interrupted."""
+    """-> exit code, see `exit_code`."""
     options = parse(arguments)
-    try:
-        answer(options)
-    except BrokenPipeError:  # nobody reads any more, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that exit stays quiet
-        return 0
-    except (ValueError, OSError) as e:
-        print(f"generate.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("generate.py", lambda: answer(options))
 
 
 if __name__ == "__main__":

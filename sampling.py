@@ -293,16 +293,24 @@ def check_options(max_new_tokens: int | None, **options: float | None) -> None:
     for name, value in options.items():
         if value is None and "top_k" not in name:
             raise ValueError(f"{name} is None: leave it out for its default")
-        if "temperature" in name and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 (greedy) or above, got {value}")
+        if "temperature" in name and not (value == 0 or 1e-4 <= value < float("inf")):
+            raise ValueError(f"{name} must be 0 (greedy) or at least 0.0001, got {value}")
         if "top_k" in name and value is not None and value < 0:
             raise ValueError(f"{name} must be 1 or more, or 0 for no limit, got {value}")
         if "top_p" in name and not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-        if "penalty" in name and not 0 < value < float("inf"):
-            raise ValueError(f"{name} must be above 0, got {value}")
-        if "guidance" in name and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 or above (1 is none), got {value}")
+        if "penalty" in name and not 0.01 <= value <= 100:
+            raise ValueError(f"{name} must be from 0.01 to 100 (1 is none), got {value}")
+        if "guidance" in name and not 0 <= value <= 1000:
+            raise ValueError(f"{name} must be from 0 to 1000 (1 is none), got {value}")
+
+
+def check_seeds(seeds: int | list[int], rows: int) -> list[int]:
+    """-> a seed for each row; ValueError if there are too few, or one is too large."""
+    seeds = [seeds + b for b in range(rows)] if isinstance(seeds, int) else seeds
+    if len(seeds) != rows or not all(abs(s) < 2**63 for s in seeds):
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give one below 2^63 each")
+    return seeds
 
 
 def check_room(config: ChameleonConfig, prompt_length: int, mode: str = "text") -> int:
@@ -443,9 +451,7 @@ def stream(
     check_prompt(model, input_ids, attention_mask, pixel_values)
     grammar = Grammar(model, mode)
     steps = steps_to_make(model, input_ids.shape[1], mode, max_new_tokens)
-    seeds = [seed + b for b in range(len(input_ids))] if isinstance(seed, int) else seed
-    if len(seeds) != len(input_ids) or not all(abs(s) < 2**63 for s in seeds):
-        raise ValueError(f"{len(seeds)} seeds for {len(input_ids)} rows: give one below 2^63 each")
+    seeds = check_seeds(seed, len(input_ids))
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
     text["temperature"] = temperature if do_sample else 0.0
     guidance = (guidance_text, guidance_image)
@@ -492,7 +498,11 @@ def steps_of(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: 
     pad = next((i for i in (model.config.pad_token_id, *stops) if i is not None), 0)
     try:
         for room in range(steps, 0, -1):
-            chosen = pick(contexts.hidden(), seen, drawn, room)  # (B,)
+            hidden = contexts.hidden()  # (GB, D)
+            if room == steps and not hidden.isfinite().all():  # once: later it would be a wait
+                raise ValueError("the model computes inf or nan: its weights are damaged, or too "
+                                 "large for this dtype")
+            chosen = pick(hidden, seen, drawn, room)  # (B,)
             chosen = chosen.masked_fill(ended, pad)
             yield chosen
             if room == 1:

@@ -36,7 +36,7 @@ from chameleon import (
     ChameleonForConditionalGeneration,
     ChameleonSwinDecoderLayer,
 )
-from generate import OneLineParser
+from generate import OneLineParser, exit_code
 from image_processor import ChameleonImageProcessor
 from processor import ChameleonProcessor
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
@@ -350,7 +350,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="train.py", description="Train the tiny Chameleon's toy world.")
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"])
-    add("--out", type=Path, default=Path("tiny"), help="checkpoint folder (default: tiny)")
+    add("--out", type=Path, required=True, help="checkpoint folder to write, or to evaluate")
     add("--state", type=Path, help="what to resume from, and curves.csv (default: OUT.train)")
     add("--steps", type=int, help="of each stage; a small number makes a smoke run")
     add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
@@ -368,8 +368,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.data and options.stage != "sft":
         parser.error("--data belongs to the stage sft")
+    if not options.out.name:
+        parser.error("--out must be the name of a folder")
+    if options.data and options.out.resolve() == options.model.resolve():
+        parser.error(f"--out {options.out} would replace the --model: name another folder")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.questions < 1:
+        parser.error(f"--questions must be at least 1, got {options.questions}")
+    if options.seed < 0:
+        parser.error(f"--seed must be at least 0, got {options.seed}")
+    if not 0 <= options.dropout < 1:
+        parser.error(f"--dropout must be from 0 to below 1, got {options.dropout}")
+    if options.learning_rate is not None and not 0 < options.learning_rate < 1:
+        parser.error(f"--learning-rate must be between 0 and 1, got {options.learning_rate}")
     options.state = options.state or options.out.with_name(options.out.name + ".train")
     return options
 
@@ -380,24 +394,25 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # numbers near 1e-40 are 100 times slower on a CPU
     try:
-        run = Run(options)
-        if run.world_size > 1:
-            torch.distributed.init_process_group()
-        for stage in STAGES if options.stage == "all" else [options.stage]:
-            torch.manual_seed(options.seed)
-            # Everything but the decoder is small: one rank does it, the others wait for the files.
-            if run.rank == 0 or stage in ("pretrain", "sft"):
-                STAGES[stage](run)
-            if run.world_size > 1:
-                torch.distributed.barrier()
-    except ValueError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        return exit_code("train.py", lambda: run_stages(options),
+                         "interrupted: the same command goes on from the last save")
     finally:
         torch.set_flush_denormal(False)  # it holds for the whole process, which may be a caller's
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
+
+
+def run_stages(options: argparse.Namespace) -> None:
+    run = Run(options)
+    if run.world_size > 1:
+        torch.distributed.init_process_group()
+    for stage in STAGES if options.stage == "all" else [options.stage]:
+        torch.manual_seed(options.seed)
+        # Everything but the decoder is small: one rank does it, the others wait for the files.
+        if run.rank == 0 or stage in ("pretrain", "sft"):
+            STAGES[stage](run)
+        if run.world_size > 1:
+            torch.distributed.barrier()
 
 
 if __name__ == "__main__":

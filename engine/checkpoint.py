@@ -210,10 +210,13 @@ def pick_device(name: str | torch.device) -> torch.device:
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
-        torch.empty(0, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"the device {name} is none of cpu, cuda, mps")
+        torch.empty(0, device=device)
+        return torch.device("cpu") if device.type == "cpu" else device  # files know no cpu:0
     except (RuntimeError, AssertionError, TypeError) as e:
-        reason = str(e).splitlines()[0]
+        reason = str(e).splitlines()[0].split(". ")[0]
         raise ValueError(f"the device {name} cannot be used here: {reason}") from None
 
 
@@ -298,11 +301,15 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     return quantize_model(model, TORCHAO) if late else model
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """A reader sees the old file or the whole new one, never half of it."""
+def write_atomically(path: Path, write: Callable[[Path], None], keep: bool = True) -> None:
+    """A reader sees the old file or the whole new one, never half of it. keep=False: only a try."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it too
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        if keep:
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:

@@ -190,6 +190,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=starts_as_zip)
     except FileNotFoundError:
         raise ValueError(f"no file {path}") from None
+    except (IsADirectoryError, PermissionError) as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror}") from None
     except (RuntimeError, OSError, EOFError, KeyError, AttributeError, TypeError, ValueError,
             pickle.UnpicklingError, zipfile.BadZipFile):
         raise ValueError(f"{path} is truncated, or holds more than tensors: "
@@ -423,11 +425,13 @@ def byte_size(text: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit code: 0, 2 for input that cannot work, 130 when interrupted."""
+    """-> exit code, see `generate.exit_code`."""
     from safetensors import SafetensorError
 
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.convert",
+    from generate import OneLineParser, exit_code  # which imports this file
+
+    parser = OneLineParser(
+        prog="convert",
         description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.",
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
@@ -438,17 +442,17 @@ def main(arguments: list[str] | None = None) -> int:
                         help="largest file, and so the memory that is needed (default: 5GB)")
     parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
     options = parser.parse_args(arguments)
-    try:
-        convert(options.source, options.target, options.vqgan, options.shard_size,
-                options.quantize)
+    def run() -> None:
+        if not options.target.name:
+            raise ValueError("DST must be the name of a folder that is not there yet")
+        try:
+            convert(options.source, options.target, options.vqgan, options.shard_size,
+                    options.quantize)
+        except SafetensorError as e:
+            raise ValueError(e) from None
         print(f"{options.target}: written", file=sys.stderr)
-    except (ValueError, OSError, SafetensorError) as e:
-        print(f"convert: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code("convert", run)
 
 
 if __name__ == "__main__":

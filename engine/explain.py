@@ -97,7 +97,8 @@ class Names:
             text = self.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
         except ValueError:  # rows of the embedding that no token has: some checkpoints pad V
             return "(no token)"
-        return text.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t")
+        text = text.replace(" ", "·")
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @torch.inference_mode()

@@ -20,8 +20,9 @@ The model knows nothing of this: torch's own tensor parallelism (DTensor) wraps 
 outside. Megatron-LM, https://arxiv.org/abs/1909.08053, section 3. DTensor has no layers of 8 or 4
 bits: those are cut here, in the same places, and torch adds up or gathers what they give.
 
-A Hugging Face folder in the dtype one computes in is mapped, and the ranks share its pages. What has
-to be joined (Meta's files) or quantized first, each rank does for itself: engine/convert.py saves it.
+A Hugging Face folder in the dtype one computes in is mapped, and the ranks share its pages. Meta's
+files, which have to be joined, and weights to be quantized each rank reads for itself: better
+write them once by engine/convert.py.
 """
 
 import dataclasses

@@ -48,6 +48,12 @@ FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights 
 TORCHAO = "torchao-int8"
 
 
+def check_finite(scale: Tensor) -> None:
+    if not scale.isfinite().all():
+        raise ValueError("the weights hold inf or nan, which no integer stands for: they are "
+                         "damaged, download them again")
+
+
 class Int8Linear(nn.Module):
     """y = scale * (x W^T) + b.   x (..., I) -> (..., O)"""
 
@@ -65,6 +71,7 @@ class Int8Linear(nn.Module):
         """A linear layer's weight (O, I) -> the tensors of its int8 twin."""
         weight = weight.float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (O,)
+        check_finite(scale)
         return {"weight": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
 
     def unpacked(self) -> Tensor:
@@ -119,6 +126,7 @@ class Int4Linear(nn.Module):
         # From -8 to 7: the value of the largest magnitude lands on -8, whatever its sign is.
         extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (O, I/g, 1)
         scale = (extreme / -8).bfloat16()  # stored so, hence also rounded with it so
+        check_finite(scale)
         scale = torch.where(scale == 0, 1.0, scale)
         q = (groups / scale.float()).round().clamp(-8, 7) + 8  # 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
@@ -252,7 +260,8 @@ def quantize_by_torchao(model: nn.Module) -> nn.Module:
 
     torchao's Int8WeightOnlyConfig: int8 weights, one scale for each row, as above.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells which kernels it has not
+    for name in ("torchao", "torch.utils._pytree"):  # they tell which kernels there are not
+        logging.getLogger(name).setLevel(logging.ERROR)
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     chosen = set(linear_layers(model).values())

@@ -64,6 +64,7 @@ from engine.checkpoint import pick_device  # noqa: E402
 from engine.decoding import Decoder  # noqa: E402
 from engine.quantize import quantize_model  # noqa: E402
 from engine.strips import in_strips  # noqa: E402
+from generate import OneLineParser, exit_code  # noqa: E402
 from sampling import picture_ids, stream  # noqa: E402
 from vqvae import ChameleonVQVAE  # noqa: E402
 
@@ -389,7 +390,7 @@ def starting(rounds: int) -> list[list[str]]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Speed, as Markdown tables of ratios.")
+    parser = OneLineParser("benchmark.py", description="Speed, as Markdown tables of ratios.")
     add = parser.add_argument
     add("--size", default="mid", choices=SIZES)
     add("--only", help=f"rows, comma-separated: {', '.join((*WRITERS, *OTHERS))}")
@@ -446,13 +447,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit code: 0, 2 for options that cannot work or a row that is wrong."""
-    try:
-        run(parse(arguments))
-    except ValueError as e:
-        print(f"benchmark.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    """-> exit code: 2 also for a row that is wrong, else see `generate.exit_code`."""
+    return exit_code("benchmark.py", lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

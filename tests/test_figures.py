@@ -73,7 +73,19 @@ def test_curves_of_several_runs_are_one_figure(tmp_path):
     assert figures.GRAY in drawn and xml.fromstring(drawn).tag.endswith("svg")
 
 
+@pytest.mark.parametrize("options, words", [
+    (("--name", "../x.svg", "--curves", "a=c.csv"), "without a folder"),
+    (("--curves", "a=b.csv", "a=c.csv"), "the same label"),
+    (("--draw", " "), "--draw"), (("--seed", str(2**63)), "below 2^63"),
+])
+def test_what_cannot_be_drawn_is_one_line_and_writes_nothing(tmp_path, capsys, options, words):
+    assert figures.main(["tiny", "--out", str(tmp_path / "new"), *options]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and words in message and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("content, words", [
+    (f"stage,step,text_loss\nsft,{10**400},1\n", "401 digits"),
     (None, "no curves.csv"), ("a,b\n1,2\n", "no curves.csv"),
     ("stage,step\nvqvae,0\n", "no steps"),
 ])

@@ -235,6 +235,12 @@ BAD = {
     "reconstruct nothing": (("--reconstruct",), "--image"),
     "a kernel of another device": (("--prompt", "a", "--attention", "efficient"),
                                    "attention 'efficient' is for CUDA"),
+    "a temperature that is nearly greedy": (("--prompt", "a", "--temperature", "1e-39"),
+                                            "temperature must be"),
+    "a seed too large": (("--prompt", "a", "--seed", str(2**63)), "below 2^63"),
+    "reconstruct a document": (("--reconstruct", "--image", "red.png", "--mode", "interleaved"),
+                               "leave --mode"),
+    "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --stats"),
     "weak guidance": (("--prompt", "a", "--mode", "image", "--guidance-text", "-1"),
                       "guidance_text must be"),
 }
@@ -249,6 +255,32 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tm
     arguments, message = BAD[name]
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode, out, theirs, words", [
+    ("image", "a.png", "a-2.png", "would replace a-2.png"),
+    ("interleaved", "d", "d/2.png", "holds a document already"),
+    ("image", "x" * 250 + ".png", None, "File name too long"),
+    ("image", "a.xbm", None, "name it .png"),
+    ("interleaved", "red.png/d", None, "red.png"),
+])
+def test_no_file_of_others_is_lost_and_no_drawing_for_want_of_a_place(
+        run, tmp_path, monkeypatch, mode, out, theirs, words):
+    monkeypatch.setattr(module, "load_checkpoint", lambda *_: pytest.fail("weights were read"))
+    if theirs:
+        (tmp_path / theirs).parent.mkdir(exist_ok=True)
+        (tmp_path / theirs).write_bytes(b"theirs")
+    count = ("--count", "3") if mode == "image" else ()
+    code, _, err = run("--prompt", "Draw", "--mode", mode, "--out", out, *count)
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert not theirs or (tmp_path / theirs).read_bytes() == b"theirs"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_pictures_without_a_name_get_one_each(run, tmp_path):
+    for name in ("picture.png", "picture-2.png", "picture-3.png"):
+        assert run("--prompt", "Draw", "--mode", "image")[0] == 0
+        assert (tmp_path / name).is_file()
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(run, monkeypatch):

@@ -149,6 +149,15 @@ def test_what_cannot_be_quantized_is_refused_before_any_change():
     assert isinstance(model[0], torch.nn.Linear)
 
 
+@pytest.mark.parametrize("layer", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_packed(layer, value):
+    weight = torch.randn(4, 64)
+    weight[2, 5] = value
+    with pytest.raises(ValueError, match="inf or nan"):
+        layer.pack(weight)
+
+
 def test_rows_of_zeros_survive():
     for layer in (Int8Linear, Int4Linear):
         twin = layer(32, 4, False)

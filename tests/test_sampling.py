@@ -1,6 +1,7 @@
 """Sampling: each filter against its definition, the loop against transformers and against itself,
 the modality grammar and guidance for any logits."""
 
+import copy
 import math
 
 import pytest
@@ -383,6 +384,13 @@ PROMPT = torch.tensor([[0, 80]])
 def test_what_cannot_work_is_one_clear_line(ids, options, message):
     with pytest.raises(ValueError, match=message):
         generate(MODEL, ids, **options)
+
+
+def test_a_model_that_computes_nan_does_not_answer():
+    model = copy.deepcopy(MODEL)
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="inf or nan"):
+        next(stream(model, PROMPT))
 
 
 def test_what_cannot_work_is_said_before_the_first_id_is_asked_for():

@@ -275,6 +275,36 @@ def test_duplicates_of_a_background_are_given_to_things():
 # --- the run
 
 
+@pytest.mark.parametrize("options, words", [
+    (["all"], "--out"), (["all", "--out", ""], "name of a folder"),
+    (["sft", "--data", "d", "--out", "tiny"], "would replace"),
+    (["sft", "--out", "x", "--threads", "0"], "--threads"),
+    (["evaluate", "--out", "x", "--questions", "0"], "--questions"),
+    (["sft", "--out", "x", "--learning-rate", "nan"], "--learning-rate"),
+    (["sft", "--out", "x", "--seed", "-1"], "--seed"),
+    (["sft", "--out", "x", "--device", "abacus"], "abacus"),
+    (["sft", "--out", "x", "--state", "file"], "file"),
+])
+def test_options_that_cannot_work_are_one_line(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    try:
+        code = train.main(options)
+    except SystemExit as end:
+        code = end.code
+    message = capsys.readouterr().err
+    assert code == 2 and words in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04"])
+def test_a_damaged_state_is_named(tmp_path, capsys, content):
+    (tmp_path / "vqvae.pt").write_bytes(content)
+    arguments = ["vqvae", "--steps", "2", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
+    assert train.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "vqvae.pt is damaged" in message and message.count("\n") == 1
+
+
 def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
     sizes = dict(train.SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
                  num_attention_heads=2)  # fmt: skip

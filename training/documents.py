@@ -33,6 +33,7 @@ from training.world import Scene
 from vqvae import ChameleonVQVAE
 
 IMAGE_WEIGHT = 0.4  # of a picture's token in the loss, relative to a text token's; the paper: 1
+FEW = 4.0  # of a token of an answer where its pictures serve one question or a few, not a tree
 EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance
 
 
@@ -82,14 +83,14 @@ class Writer:
                 weight = [text] + [image] * len(ids) + [image and text]
                 document.add(self.begin + ids + self.end, weight)
 
-    def chat(self, prompt: Sequence, answer: Sequence) -> Document:
-        """One prompt, one answer; loss on the answer and the final </s>."""
+    def chat(self, prompt: Sequence, answer: Sequence, text: float = 1.0) -> Document:
+        """One prompt, one answer; loss on the answer and the final </s>, of this weight in text."""
         document = Document()
         document.add(self.bos, 0.0)
         self.write(document, prompt, 0.0, 0.0)
         document.add(self.turn, 0.0)
-        self.write(document, answer, 1.0, IMAGE_WEIGHT)
-        document.add(self.eos, 1.0)
+        self.write(document, answer, text, IMAGE_WEIGHT)
+        document.add(self.eos, text)
         return document
 
     def completion(self, *parts: str | Scene) -> Document:
@@ -101,8 +102,9 @@ class Writer:
         return document
 
     def branches(
-        self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int
-    ) -> Document:
+        self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int,
+        text: float = 1.0,
+    ) -> Document:  # fmt: skip
         """Picture(s) first, then turns that do not see each other, as many as fit into `room`.
 
         turns: (question, answer) for chat; an empty question makes the answer a plain statement.
@@ -116,7 +118,7 @@ class Writer:
             if len(document.ids) + len(question) + len(answer) > room:
                 break
             document.add(question, 0.0, branch)
-            document.add(answer, 1.0, branch)
+            document.add(answer, text, branch)
         return document
 
 
@@ -211,7 +213,7 @@ class Corpus:
         if kind < 0.43:
             scene = self.busy_scene()
             question, answer = self.question(scene)
-            return self.writer.chat(self.place_pictures(question, (scene,)), (answer,))
+            return self.writer.chat(self.place_pictures(question, (scene,)), (answer,), FEW)
         if kind < 0.73:
             return self.drawing()
         if kind < 0.90:
@@ -250,9 +252,9 @@ class Corpus:
         turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
         if self.chance(0.7):
             order = self.rng.permutation(len(turns))  # the last ones may find no room
-            return self.writer.branches((first, second), [turns[i] for i in order], 0.0, room)
+            return self.writer.branches((first, second), [turns[i] for i in order], 0.0, room, FEW)
         question, answer = self.one_of(turns)
-        return self.writer.chat(self.place_pictures(question, (first, second)), (answer,))
+        return self.writer.chat(self.place_pictures(question, (first, second)), (answer,), FEW)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -366,7 +368,11 @@ def read_examples(folder: Path) -> list[tuple[str, list, list]]:
         raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
     examples = []
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is no text in UTF-8") from None
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file} line {number}"
                 try:

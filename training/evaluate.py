@@ -76,6 +76,7 @@ ROWS = {
     "count": about_one("count"),
     "background": about_one("background"),
     "existence": about_one("existence"),
+    "existence, and where": about_one("existence"),
     "relation": about_one("relation"),
     "size": about_one("size"),
     "place": about_one("place"),
@@ -83,6 +84,8 @@ ROWS = {
     "two pictures: difference": about_two("difference"),
     "two pictures: which": about_two("which"),
 }
+# What of an answer counts; of the rows that are not here, all of it.
+JUDGED = {"existence": lambda text: text.strip().split(",")[0].rstrip(".")}  # Yes or No
 
 
 def load(folder: Path, device: str = "cpu"):
@@ -112,7 +115,8 @@ def accuracy(model, processor, row: str, questions: int, held_out: bool = False)
         some = items[start : start + BATCH]
         pictures = [picture(scene) for _, scenes, _ in some for scene in scenes]
         given = answer(model, processor, [prompt for prompt, _, _ in some], pictures)
-        right += sum(text.strip() == wanted for text, (_, _, wanted) in zip(given, some))
+        judged = JUDGED.get(row, str.strip)
+        right += sum(judged(text) == judged(wanted) for text, (_, _, wanted) in zip(given, some))
     return right / questions
 
 

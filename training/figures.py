@@ -32,10 +32,10 @@ from PIL import Image
 from torch import Tensor
 
 from engine.explain import Names, code_colour
-from generate import OneLineParser, code_grid, contact_sheet, enlarge, generate
+from generate import OneLineParser, code_grid, contact_sheet, enlarge, exit_code, generate
 from generate import main as command
 from image_processor import ChameleonImageProcessor, load_image
-from sampling import pieces, stream
+from sampling import check_seeds, pieces, stream
 from training import world
 from training.evaluate import SEED, load
 
@@ -193,6 +193,8 @@ def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
         raise ValueError(f"{path} is no curves.csv of train.py: {error}") from None
     if not curves:
         raise ValueError(f"{path} has no steps of pretrain or sft yet")
+    if max(last.values()) > 2**53:
+        raise ValueError(f"{path} has a step of {len(str(max(last.values())))} digits")
     return curves
 
 
@@ -234,7 +236,8 @@ def draw_curves(runs: dict[str, Path], out: Path) -> None:
             ax.spines[["top", "right"]].set_visible(False)
             ax.set_facecolor("none")
             if column.endswith("loss"):
-                ax.set_yscale("log")
+                ax.set_yscale("log" if any(line.get_ydata().max() > 0 for line in ax.lines)
+                              else "linear")
         for ax in axes[1]:
             ax.set_xlabel("step")
         if len(curves) > 1:
@@ -254,11 +257,19 @@ def label_and_path(text: str) -> tuple[str, Path]:
 
 
 def draw_all(options: argparse.Namespace) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
+    if Path(options.name).name != options.name or not options.name.endswith((".svg", ".png")):
+        raise ValueError(f"--name {options.name!r}: name a file like curves.svg, without a folder")
     if options.curves:
-        draw_curves(dict(map(label_and_path, options.curves)), options.out / options.name)
-        return
+        runs = dict(map(label_and_path, options.curves))
+        if len(runs) < len(options.curves):
+            raise ValueError("two curves have the same label: write LABEL=FILE")
+        options.out.mkdir(parents=True, exist_ok=True)
+        return draw_curves(runs, options.out / options.name)
+    check_seeds(options.seed, 1)
+    if not options.draw.strip() or "<image>" in options.draw:
+        raise ValueError("--draw needs a text without <image>")
     model, processor = load(options.model)
+    options.out.mkdir(parents=True, exist_ok=True)
     question = "What do you see in this image?<image>"
     svg = token_stream(model, processor, question, load_image(ROOT / "examples" / "shapes.png"))
     (options.out / "stream.svg").write_text(svg, encoding="utf-8")
@@ -272,7 +283,7 @@ def draw_all(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit code: 0, or 2 for input that cannot work."""
+    """-> exit code, see `generate.exit_code`."""
     parser = OneLineParser("figures", description="Draws the figures of the README.")
     parser.add_argument("model", type=Path, help="checkpoint folder")
     parser.add_argument("--out", type=Path, default=OUT, help="folder (default: examples/figures)")
@@ -282,12 +293,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--draw", default="Draw a large red circle in the middle.")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     options = parser.parse_args(arguments)
-    try:
-        draw_all(options)
-    except (ValueError, OSError) as error:
-        print(f"figures: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("figures", lambda: draw_all(options))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ rows of it, so two processes compute what one would, each of them half.
 import argparse
 import csv
 import os
+import pickle
 import sys
 import time
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
+from engine.checkpoint import pick_device, write_atomically
 
 COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log_z", "q_norm",
            "grad_norm", "code_perplexity", "psnr")  # fmt: skip
@@ -35,10 +36,11 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.state = options, options.out, options.state
-        self.device = torch.device(options.device)
+        self.device = pick_device(options.device)
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.state.mkdir(parents=True, exist_ok=True)
+        if options.stage != "evaluate":
+            self.state.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -87,7 +89,11 @@ class Run:
         path = self.state / f"{stage}.pt"
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+            return {"model": data["model"]} | data
+        except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
+            raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
 
     def resume(self, stage: str, model, optimizer, rng, codebook=None) -> int:
         """Restores what `save` saved -> the step to go on with, 0 if there is nothing."""
@@ -95,8 +101,12 @@ class Run:
             return 0
         data = self.load(stage)
         if self.world_size == 1:
-            model.load_state_dict(data["model"])
-            optimizer.load_state_dict(data["optimizer"])
+            try:
+                model.load_state_dict(data["model"])
+                optimizer.load_state_dict(data["optimizer"])
+            except (RuntimeError, ValueError, KeyError):
+                raise ValueError(f"{self.state / stage}.pt was saved with other options: name "
+                                 "another --state") from None
         else:
             from torch.distributed.checkpoint import state_dict as dcp
 
