@@ -21,7 +21,7 @@ N       pictures over all rows, pixels (N, 3, height, width)
 
 What differs from a plain Llama (https://arxiv.org/abs/2405.09818, section 2.3):
 - QK-norm: a LayerNorm on every query and key head, before RoPE (ChameleonLayerNorm says why).
-- The 34B model also moves its norms behind attention and feed-forward (`swin_norm`), which
+- The 34B model also moves its norms after attention and feed-forward (`swin_norm`), which
   bounds what each block adds to the residual stream.
 - Early fusion: the vocabulary holds 8192 image codes beside the text, and nothing below the
   embedding knows which is which. Image tokens are causal like all others, because the same
@@ -73,9 +73,9 @@ class ChameleonLayerNorm(nn.Module):
     Why: softmax does not notice when all its inputs are shifted, so norms can grow slowly until
     bf16 no longer holds them; text and images, sharing all weights, compete by growing. Normed
     queries and keys bound the scores.
-    Why before RoPE: a rotation keeps length and so keeps the bound, while weight and bias behind
-    it would treat the two halves of a pair differently, and q.k would no longer depend on the
-    distance of the positions only.
+    Why before RoPE: a rotation keeps length and so keeps the bound, while a weight and
+    bias applied after it would scale the two halves of a pair differently, and q.k would no longer
+    depend on the distance of the positions only.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -289,7 +289,7 @@ class ChameleonDecoderLayer(nn.Module):
 
 
 class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
-    """The layer of the 34B model: norms behind, so that no block can add something huge.
+    """The layer of the 34B model: norms after the blocks, so that no block can add something huge.
 
     Same parameters, same names (section 2.3, which takes the order from Swin Transformers).
     """

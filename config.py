@@ -1,6 +1,6 @@
 """Every number of the decoder: sizes, switches, and the three presets.
 
-    config.json, of either generation --from_dict--> ChameleonConfig --to_dict--> config.json
+    config.json, of transformers 4 or 5 --from_dict--> ChameleonConfig --to_dict--> config.json
 
 The VQ-VAE's numbers stand with it, in vqvae.py; letters as in chameleon.py.
 Source: the documentation of transformers' ChameleonConfig.
@@ -49,7 +49,7 @@ class ChameleonConfig:
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-5
-    use_cache: bool = True
+    use_cache: bool = True  # read and written back; nothing here uses it
     pad_token_id: int | None = None
     bos_token_id: int | None = 1  # transformers' default; really <pad> in the released vocabulary
     eos_token_id: int | list[int] | None = 2
@@ -122,10 +122,10 @@ class ChameleonConfig:
 
     @classmethod
     def tiny(cls, **changes) -> "ChameleonConfig":
-        """The checkpoint in tiny/: 48x48 pictures of 36 codes, a world of coloured shapes."""
+        """The checkpoint in tiny/: 36x36 pictures of 81 codes, a world of coloured shapes."""
         vq = ChameleonVQVAEConfig(
-            embed_dim=32, num_embeddings=512, latent_channels=64, resolution=48, attn_type="none",
-            base_channels=64, channel_multiplier=(1, 1, 1, 1), num_res_blocks=1,
+            embed_dim=32, num_embeddings=512, latent_channels=64, resolution=36, attn_type="none",
+            base_channels=64, channel_multiplier=(1, 1, 1), num_res_blocks=1,
         )
         sizes = dict(
             vocab_size=1032, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
@@ -149,9 +149,9 @@ class ChameleonConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ChameleonConfig":
-        """Reads a config.json of either generation; keys we do not know are ignored.
+        """Reads a config.json of transformers 4 or 5; keys we do not know are ignored.
 
-        Doc-era files say rope_theta and rope_scaling {type, factor}; transformers 5 says
+        Version 4 says rope_theta and rope_scaling {type, factor}; transformers 5 says
         rope_parameters {rope_type, rope_theta, factor}.
         """
         values = dict(values)
@@ -165,6 +165,6 @@ class ChameleonConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict:
-        """The doc-era config.json, which every version of transformers reads."""
+        """The config.json of transformers 4, which every version of transformers reads."""
         head = {"architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon"}
         return head | dataclasses.asdict(self) | {"vq_config": self.vq_config.to_dict()}

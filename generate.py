@@ -35,7 +35,7 @@ from engine.checkpoint import (
 )
 from engine.convert import load_processor
 from engine.decoding import ATTENTIONS, Decoder, check_attention, check_compile, set_attention
-from engine.parallel import check_ranks, join, ranks, shard
+from engine.parallel import check_ranks, join, ranks, shard, writes
 from engine.quantize import CHOICES
 from engine.stats import Stats
 from image_processor import ChameleonImageProcessor, load_image
@@ -46,7 +46,6 @@ from tokenizer import Tokenizer
 __all__ = ["generate", "stream"]
 
 TINY = Path(__file__).resolve().parent / "tiny"
-GOLDEN = 0.618033988749895  # multiples of it fill the circle of hues evenly
 GAP = 4  # pixels between pictures of a sheet
 OWN_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # of an interleaved document
 
@@ -93,7 +92,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--completion", action="store_true", help="continue the prompt instead of answering it")
     add("--explain", action="store_true",
         help="show the prompt's walk through the model; --out FILE.html draws it")
-    add("--max-new-tokens", type=int, help="256 by default; a picture is always whole")
+    add("--max-new-tokens", type=int, 
+        help="default: 256 of text, all that fits when interleaved; a picture is always whole")
     add("--temperature", type=float, default=0.0, help="of text; 0, the default, is greedy")
     add("--top-k", type=int, default=0, help="0 is no limit")
     add("--top-p", type=float, default=1.0)
@@ -187,7 +187,7 @@ def check_reconstruct(options: argparse.Namespace) -> None:
 def check_place(options: argparse.Namespace) -> None:
     """Tries to write where --out says, the last thing before the weights: OSError, ValueError."""
     out = options.out
-    if out is None:
+    if out is None or not writes():
         return
     if options.mode == "interleaved":
         out.mkdir(parents=True, exist_ok=True)
@@ -385,18 +385,10 @@ def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, imag
         raise ValueError("--reconstruct needs an --image")
     model = load_model(options)
     pixels = processor.image_processor(images, return_tensors="pt").pixel_values.to(model.device)
-    codes = model.model.vqmodel.encode(pixels)  # (N, S)
-    decoded = model.model.vqmodel.decode(codes)  # (N, 3, H, W)
-    seen, again = map(ChameleonImageProcessor.postprocess, (pixels, decoded))
-    side = math.isqrt(codes.shape[1])
-    panels = []
-    for original, grid, picture in zip(seen, codes.view(-1, side, side).tolist(), again):
-        original, picture = enlarge(original, 512), enlarge(picture, 512)
-        panels += [original, code_grid(grid, original.width).resize(original.size), picture]
-    save_picture(contact_sheet(panels, columns=3), options.out)
-    error = (pixels.clamp(-1, 1) - decoded.clamp(-1, 1)).square().mean()
+    sheet, side, psnr = there_and_back(model, pixels, 512)
+    save_picture(sheet, options.out)
     print(f"{options.out}: {len(images)} picture(s), {side} x {side} codes each, "
-          f"PSNR {10 * torch.log10(4 / error):.1f} dB", file=sys.stderr)
+          f"PSNR {psnr:.1f} dB", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,7 +398,8 @@ def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, imag
 def save_picture(image: Image.Image, path: Path) -> None:
     """Writes the whole picture or nothing; the format is that of the file's name."""
     kind = picture_format(path)
-    write_atomically(path, lambda part: image.save(part, format=kind))
+    if writes():
+        write_atomically(path, lambda part: image.save(part, format=kind))
 
 
 def picture_format(path: Path) -> str:
@@ -434,16 +427,34 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -
     return sheet
 
 
+def there_and_back(model, pixels: torch.Tensor, side: int,
+                   columns: int = 3) -> tuple[Image.Image, int, float]:
+    """pixels (N, 3, H, W) -> a sheet of each picture, its codes, and what the codes say, each at
+    most `side` pixels wide; codes a side; PSNR in dB.
+    """
+    codes = model.model.vqmodel.encode(pixels)  # (N, S)
+    decoded = model.model.vqmodel.decode(codes)  # (N, 3, H, W)
+    seen, again = map(ChameleonImageProcessor.postprocess, (pixels, decoded))
+    edge, panels = math.isqrt(codes.shape[1]), []
+    for original, grid, picture in zip(seen, codes.view(-1, edge, edge).tolist(), again):
+        original, picture = enlarge(original, side), enlarge(picture, side)
+        panels += [original, code_grid(grid, original.width).resize(original.size), picture]
+    error = (pixels.clamp(-1, 1) - decoded.clamp(-1, 1)).square().mean()
+    return contact_sheet(panels, columns), edge, 10 * math.log10(4 / error.item())
+
+
 def code_grid(codes: Sequence[Sequence[int]], side: int) -> Image.Image:
     """Codes (h, w) -> a picture about `side` pixels wide; equal codes have equal colours."""
+    from engine.explain import code_hue
+
     rows, columns = len(codes), len(codes[0])
     cell = max(1, side // columns)
     grid = Image.new("RGB", (columns * cell, rows * cell))
     pen = ImageDraw.Draw(grid)
     for y, row in enumerate(codes):
         for x, code in enumerate(row):
-            hue = code * GOLDEN % 1
-            colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.45, 0.95))
+            hue = code_hue(code) / 360
+            colour = tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, 0.75, 0.6))
             box = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
             pen.rectangle(box, fill=colour)
             if cell >= 24:  # else the number would not be legible
@@ -462,6 +473,8 @@ def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
     """Text and pictures in order -> 1.png, 2.png ..., document.md, and document.html, which holds
     the pictures inside itself and reads well in light and dark.
     """
+    if not writes():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     markdown, body, n = [], [], 0
     for part in parts:

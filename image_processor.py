@@ -337,7 +337,7 @@ def center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return array[max(top, 0) :, max(left, 0) :][:height, :width]  # (height, width, C)
 
 
-# ------------------------------------------------------------------------- shared with tokenizer.py
+# -------------------------------------------------- shared with processor.py, tokenizer.py, engine/
 
 
 def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Stacked:

@@ -21,8 +21,8 @@ S       codes of a picture, vq_config.codes_per_image
 G       guidance streams: 1, 2 or 3 versions of each row's context in one batch
 
 What differs from sampling a Llama: the grammar, and guidance for pictures. Rows of a batch are
-independent: each has its own positions, its own modality, its own end, its own random numbers. It
-gives what it would give alone, as long as the longest prompt leaves it the same room.
+independent: each has its own positions, its own modality, its own end, its own random numbers. So
+each gives what it would give alone, as long as the longest prompt leaves it the same room.
 """
 
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ class Grammar:
     def allowed(self, drawn: list[int], room: int) -> Tensor:
         """`codes_so_far` of B rows, places left for new ids -> bool (B, V).
 
-        Some id always is allowed, but behind the one picture of mode "image", where the row ends.
+        Some id is always allowed, except after the one picture of mode "image": there a row ends.
         Why exactly S codes, 1024 in the release: the VQ-VAE's decoder wants a whole grid, and
         the model never saw another number. So end-image is never sampled but inserted after S
         codes, and a picture may begin only where begin-image, S codes and end-image still fit.
@@ -266,7 +266,7 @@ class Contexts:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (GB, T)
         if self.decoder and past:  # one column behind the prompt, by faster means
             return self.decoder(self.new, self.mask if self.padded else None, positions, self.cache)
-        # Only the last place gets logits: all of them would be (T, V), 1 GiB at 4096 x 65536.
+        # Only the last place's: logits of all places would be (T, V), 1 GiB at 4096 x 65536.
         return self.model.model(self.new, attention_mask=mask, position_ids=positions,
                                 past_key_values=self.cache).last_hidden_state[:, -1]  # (GB, D)
 

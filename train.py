@@ -12,10 +12,11 @@
 Letters: B rows, T tokens of a row, V vocabulary, S codes of a picture, K codes of the codebook,
 D width of the decoder's residual stream, H heads of width Dh.
 
-What is in the loss: in `pretrain` every token, text and picture; in `sft` the answers only, which
-may be text or a drawing. A picture given in a prompt is never in the sft loss.
-What is masked: several questions about one picture share its tokens and do not see each other
-(`Document.branch`), so an answer is read off the picture and not off an earlier answer.
+What is in the loss: in `pretrain` every token, a picture's with the weight IMAGE_WEIGHT; in `sft`
+the answers only, which may be text or a drawing, never a picture given in a prompt. In the last
+fifth of `pretrain` every second batch is as in `sft`.
+What is masked: documents packed in one row do not see each other, nor do several questions that
+share a picture (`visible`): an answer is read off the picture, not off an earlier answer.
 
 Paper: arXiv 2405.09818, sections 2.2 (data), 2.3 (stability, optimization), 3 (alignment).
 """
@@ -64,7 +65,7 @@ Z_LOSS = 1e-5  # 1e-5
 DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3}  # 1e-4, 1e-5
 WARM_UP = {"pretrain": 150, "sft": 100}  # 4000, not given
-STEPS = {"pretrain": 2500, "sft": 21_500}  # 2^23 tokens a step, 4.4e12 in all
+STEPS = {"pretrain": 2500, "sft": 23_500}  # 2^23 tokens a step, 4.4e12 in all
 ROWS = 8  # 2048, of 4096 tokens
 PICTURES = 80_000  # 1.4 billion
 
@@ -74,7 +75,7 @@ PICTURES = 80_000  # 1.4 billion
 
 
 def sentences(rng: np.random.Generator, n: int) -> list[str]:
-    """Sentences of the world in the shares in which the model will meet them."""
+    """Sentences of every kind that the model will meet; the merges are learned from them."""
     lines = [line for pair in language.SMALL_TALK.items() for line in pair] * 20
     while len(lines) < n:
         scene = world.sample_scene(rng)
@@ -83,7 +84,8 @@ def sentences(rng: np.random.Generator, n: int) -> list[str]:
         before, after, change = world.sample_edit(rng)
         turns += [language.ask_common(rng, first, second), language.ask_which(rng, first, second)]
         turns += [language.ask_both(rng, first, second)]
-        turns += [language.ask_difference(rng, change), (language.ask_edit(rng, after, change), "")]
+        turns += [language.ask_difference(rng, before, after, change)]
+        turns += [(language.ask_edit(rng, after, change), "")]
         wanted = language.ask_drawing(rng, scene).text
         request = world.pick(rng, language.DRAW_PROMPTS).format(wanted)
         turns += [(request, language.state(rng, scene)), (world.pick(rng, language.THEN_SAY), "")]
@@ -158,16 +160,19 @@ def dropout_hook(p: float):
 
 def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
     """Weight decay on matrices only: norms' gains would be pulled to 0, not to 1."""
-    weights = [p for p in model.parameters() if p.requires_grad]
+    decayed, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:  # QK-norm has rows, too, one for each head
+            (decayed if p.ndim >= 2 and "norm" not in name else others).append(p)
     groups = [
-        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True)
 
 
 def rate(stage: str, step: int, steps: int) -> float:
-    """Learning rate relative to its peak: linear warm-up, then down to 0.3 or to 0.02."""
+    """Learning rate relative to its peak: warm-up, then down to 0.3 (pretrain) or 0.02 (sft)."""
     done = step / max(1, steps)
     if stage == "pretrain":
         shape = 0.3**done  # the paper decays to 0; sft goes on from here
@@ -200,7 +205,8 @@ def decoder_loss(
     loss = (w * (nll + z_weight * log_z.square())).sum() / batch.get("total", w.sum())
     with torch.no_grad():
         picture = torch.isin(target, model.model.code_to_id)
-        curves = {"log_z": log_z.mean().item(), "z_loss": Z_LOSS * log_z.square().mean().item()}
+        curves = {"log_z": log_z.mean().item()}
+        curves["z_loss"] = Z_LOSS * log_z.square().mean().item()  # what it is, or would be
         for name, kind in (("text_loss", ~picture), ("image_loss", picture)):
             if kind.any():
                 curves[name] = nll[kind].mean().item()
@@ -222,7 +228,7 @@ class QueryNorm:
         layer, x = self.layer, self.x
         if hasattr(layer, "unshard"):  # FSDP: each rank holds a slice of the matrix
             layer.unshard()
-        if not isinstance(layer, ChameleonSwinDecoderLayer):  # there the norm stands behind
+        if not isinstance(layer, ChameleonSwinDecoderLayer):  # there the norm comes after
             x = layer.input_layernorm(x)  # (B, T, D)
         q = layer.self_attn.q_proj(x).unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
         if hasattr(layer, "reshard"):
@@ -233,12 +239,11 @@ class QueryNorm:
 def train_decoder(stage: str, run: Run) -> None:
     """pretrain or sft: from the last saved step to the last step, then the checkpoint."""
     options, steps = run.options, stage_steps(stage, run)
-    rng = np.random.default_rng((options.seed, len(stage)))
+    rng = np.random.default_rng((options.seed, list(STEPS).index(stage)))
     if options.data:
         model, processor, corpus = own_data(run, rng)
     else:
         model, processor, corpus = toy_world(stage, run, rng)
-    add_switches(model, options)
     if run.device.type == "cpu":  # its fused kernels make no use of the bf16 units
         model.set_attention("eager")
     if run.world_size > 1:
@@ -294,6 +299,7 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator):
     """-> model, processor and corpus of the toy world."""
     tokenizer, vq = trained_tokenizer(run), trained_vqvae(run)
     model = build_model(tokenizer, vq, run.options).to(run.device)
+    add_switches(model, run.options)
     if stage == "sft":
         model.load_state_dict(run.load("pretrain")["model"])
     count = min(PICTURES, 100 * stage_steps(stage, run))
@@ -311,6 +317,7 @@ def own_data(run: Run, rng: np.random.Generator):
         run.options.model, torch.float32, run.device
     )
     model.model.vqmodel.requires_grad_(False)
+    add_switches(model, run.options)
     processor = ChameleonProcessor.from_pretrained(run.options.model)
     return model, processor, OwnData(examples, model, processor, rng)
 

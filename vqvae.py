@@ -301,7 +301,7 @@ class VQLosses(NamedTuple):
 
     codebook: Tensor  # | sg[z] - e |^2 : moves the code vectors to the encoder's outputs
     commitment: Tensor  # | z - sg[e] |^2 : keeps the encoder's outputs near their codes
-    total: Tensor  # codebook + beta * commitment
+    total: Tensor  # codebook + beta * commitment; with beta_on_codebook, beta on the other
     perplexity: Tensor  # exp(entropy of code use): K if all are used equally, 1 if only one is
 
 

@@ -14,7 +14,8 @@ Meta's name in each of the P shards, how they are joined, Hugging Face's name (l
 chameleon.py; layers.N. and model.layers.N. left out):
 
     tok_embeddings      (V, D/P)      columns        embed_tokens
-    attention.wq, wk    (H Dh/P, D)   rows, halves   self_attn.q_proj, k_proj
+    attention.wq        (H Dh/P, D)   rows, halves   self_attn.q_proj
+    attention.wk        (Hkv Dh/P, D) rows, halves   self_attn.k_proj
     attention.wv        (Hkv Dh/P, D) rows           self_attn.v_proj
     attention.wo        (D, H Dh/P)   columns        self_attn.o_proj
     attention.q_normalization (Dh,)   every head     self_attn.q_norm (H, Dh); k_norm (Hkv, Dh)

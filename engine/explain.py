@@ -32,7 +32,7 @@ from image_processor import ChameleonImageProcessor
 from tokenizer import Tokenizer, image_token_name
 
 SHADES = " ░▒▓█"
-GOLDEN_ANGLE = 137.508  # degrees; multiples of it never meet: neighbouring codes differ in hue
+GOLDEN_ANGLE = 137.508  # degrees; its multiples fill the circle evenly and never meet
 CHUNK = 128  # places whose logits exist at one time: all of 4096 x 65536 would be 1 GiB
 LINES, GRID = 40, 12  # most lines of tokens, most codes a side, that a terminal is shown
 VQ = "model.vqmodel."
@@ -121,7 +121,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
     cache.length -= 1  # the last token once more, now through the attention that shows its weights
     last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True)
     attention = torch.cat([weights[0].mean(0) for weights in last.attentions])  # (layers, T)
-    allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T)
+    allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); a 2-D mask: None
     tokens = tokens_of(model, names, ids[0], hidden)
     segments, codes, images = pictures_of(model, input_ids[0], ids[0], pixel_values)
     best = [(i, names.name(i), probs[i].item()) for i in probs.topk(top).indices.tolist()]
@@ -374,8 +374,13 @@ def svg_codes(codes: list[list[int]], side: int) -> str:
     return svg_cells(codes, side, lambda code: f'fill="{code_colour(code)}"', over=digits)
 
 
+def code_hue(code: int) -> float:
+    """Degrees; neighbouring codes differ."""
+    return code * GOLDEN_ANGLE % 360
+
+
 def code_colour(code: int) -> str:
-    return f"hsl({code * GOLDEN_ANGLE % 360:.0f} 60% 75%)"
+    return f"hsl({code_hue(code):.0f} 60% 75%)"
 
 
 def svg_cells(values: list[list], side: int, attributes, under: str = "", over: str = "") -> str:

@@ -58,6 +58,11 @@ def check_ranks(config, N: int, quantize: str | None = None) -> None:
                              f"{group_size(width)}: take --quantize int8")
 
 
+def writes() -> bool:
+    """Is this the process that writes the files? All of them make the same."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def join(device: torch.device) -> torch.device:
     """Joins the processes of torchrun -> this one's device. From here only the first one talks."""
     rank = int(os.environ["LOCAL_RANK"])
@@ -82,7 +87,10 @@ def own_part(norm: nn.Module, rank: int, N: int) -> None:
 
 
 def own_rows(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
-    """A quantized layer -> this rank's outputs of it. x (..., I) -> (..., own part of O)"""
+    """A quantized layer -> this rank's outputs of it. x (..., I) -> (..., own part of O)
+
+    As `own_columns` is called, though it needs no mesh.
+    """
     mine = torch.arange(len(layer.weight)).chunk(N)[rank]
     return layer.rows(mine)
 

@@ -4,7 +4,7 @@
 
 At batch 1 a step reads all weights and the keys and values so far, and little else takes time; so
 its bytes by its seconds, set against what this memory can do, says how good the step is. What it
-can do is measured when it is asked for: on a machine that others use, too, no data sheet helps.
+can do is measured at the same moment, so that other load on the machine counts, too.
 """
 
 import statistics

@@ -2,6 +2,8 @@
 
     in_strips(model.model.vqmodel)          ResBlock --> ResBlockInStrips, same weights and names
 
+Not on by default, since it takes a little longer; call it where memory is short.
+
 At 512x512 one feature map of 128 channels is 134 MB, and a plain residual block holds three of
 them: its input x, what the norm makes of it, and what the convolution makes of that. Nothing in
 the middle is needed whole:

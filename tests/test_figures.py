@@ -49,6 +49,18 @@ def test_reconstructions_and_a_growing_picture_have_their_panels(tiny):
     assert sheet.width > 3 * sheet.height - 16
 
 
+def test_drawings_stand_in_a_frame_that_tells_right_from_wrong(tiny, monkeypatch):
+    sheet = figures.drawings(*tiny, count=4)
+    side = 180 // tiny[0].config.vq_config.resolution * tiny[0].config.vq_config.resolution + 8
+    assert sheet.size == (2 * (side + 4) + 4, 2 * (side + 44 + 4) + 4)
+    frames = {sheet.getpixel((4 + x * (side + 4), 4 + y * (side + 48)))
+              for x in (0, 1) for y in (0, 1)}
+    green, red = (46, 139, 87), (178, 34, 34)
+    assert frames <= {green, red}
+    monkeypatch.setattr(figures.language, "fulfils", lambda *_: False)
+    assert figures.drawings(*tiny, count=4).getpixel((4, 4)) == red
+
+
 def test_stages_of_the_curves_follow_each_other(tmp_path):
     file = tmp_path / "curves.csv"
     file.write_text(CURVES)

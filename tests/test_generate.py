@@ -277,6 +277,24 @@ def test_no_file_of_others_is_lost_and_no_drawing_for_want_of_a_place(
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_trying_whether_a_place_can_be_written_leaves_nothing_there(run, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("broken weights")
+
+    monkeypatch.setattr(module, "load_checkpoint", broken)
+    before = sorted(tmp_path.iterdir())
+    code, _, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
+    assert code == 2 and "broken weights" in err and sorted(tmp_path.iterdir()) == before
+
+
+def test_of_several_processes_only_the_first_writes(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    before = sorted(tmp_path.iterdir())
+    for mode, out in (("image", "a.png"), ("interleaved", "d")):
+        code, _, _ = run("--prompt", "Draw", "--mode", mode, "--out", out, "--max-new-tokens", "3")
+        assert code == 0 and sorted(tmp_path.iterdir()) == before
+
+
 def test_pictures_without_a_name_get_one_each(run, tmp_path):
     for name in ("picture.png", "picture-2.png", "picture-3.png"):
         assert run("--prompt", "Draw", "--mode", "image")[0] == 0

@@ -41,8 +41,25 @@ def test_every_answer_is_true():
             if (t.colour in words or not set(COLOURS) & set(words))
             and (t.shape in words or "shape" in words or "object" in words)
         ]  # fmt: skip
-        where = " and ".join(world.PLACES[t.place] for t in fitting)
-        assert answer == (f"Yes, {where}." if fitting else "No.")
+        assert answer == language.look(scene) + (" Yes." if fitting else " No.")
+
+
+def test_what_is_seen_is_said_by_hand():
+    seen = "A small red circle at the top and a large blue square at the bottom."
+    assert language.look(TWO) == seen
+    assert language.look(Scene("gray", TWO.things[:1])) == "A small red circle at the top."
+    three = Scene("gray", (*TWO.things, Thing("green", "star", "small", (2, 2))))
+    assert language.look(three) == ("A small red circle at the top, a large blue square at the "
+                                    "bottom and a small green star in the bottom right.")
+    both = language.look_at_both(*(Scene("gray", (thing,)) for thing in TWO.things))
+    assert both == ("The first shows a small red circle at the top on gray, the second a large "
+                    "blue square at the bottom on gray.")
+
+
+def conclusion(answer: str, seen: str) -> str:
+    """What an answer says behind what it has seen."""
+    assert answer.startswith(seen + " ")
+    return answer.removeprefix(seen + " ")
 
 
 def test_relations_follow_the_places():
@@ -50,7 +67,7 @@ def test_relations_follow_the_places():
     for _ in range(300):
         turn = language.ask_relation(generator, TWO)
         if turn:
-            seen.add(turn)
+            seen.add((turn[0], conclusion(turn[1], language.look(TWO))))
     assert ("Is the red circle above the blue square?", "Yes.") in seen
     assert ("Is the red circle below the blue square?", "No.") in seen
     assert all("left" not in question for question, _ in seen)  # both are in the middle column
@@ -62,7 +79,7 @@ def test_relations_follow_the_places():
 def test_yes_and_no_are_equally_frequent():
     generator = rng(7)
     answers = [language.ask_existence(generator, scene)[1] for scene in scenes(1000, seed=7)]
-    assert 0.45 < answers.count("No.") / len(answers) < 0.55
+    assert 0.45 < sum(answer.endswith(" No.") for answer in answers) / len(answers) < 0.55
 
 
 def test_a_scene_fulfils_its_own_drawing_request_and_a_changed_one_does_not():
@@ -96,7 +113,8 @@ def test_pairs_share_what_they_say():
         a, b = first.things[0], second.things[0]
         assert (a.colour == b.colour) == (shared in ("colour", "both"))
         assert (a.shape == b.shape) == (shared in ("shape", "both"))
-        answer = language.ask_common(generator, first, second)[1]
+        seen = language.look_at_both(first, second)
+        answer = conclusion(language.ask_common(generator, first, second)[1], seen)
         assert (answer == "Nothing.") == (shared == "nothing")
         turn = language.ask_which(generator, first, second)
         if turn:
@@ -104,7 +122,7 @@ def test_pairs_share_what_they_say():
             asked = set(turn[0].rstrip("?").split()) & names
             first_fits, second_fits = (asked <= words_of(scene) for scene in (first, second))
             assert first_fits != second_fits
-            assert turn[1] == ("The first." if first_fits else "The second.")
+            assert conclusion(turn[1], seen) == ("The first." if first_fits else "The second.")
 
 
 def test_no_training_sentence_names_a_held_out_pair():

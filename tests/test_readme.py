@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # when it is run as a script
 
+import benchmark  # noqa: E402
+
 import generate as module  # noqa: E402
 import train  # noqa: E402
 from engine import convert, explain  # noqa: E402
@@ -92,7 +94,7 @@ def help_of(main) -> str:
 
 PROGRAMS = {
     "generate.py": module.main, "train.py": train.main, "-m engine.convert": convert.main,
-    "-m training.figures": figures.main,
+    "-m training.figures": figures.main, "tests/benchmark.py": benchmark.main,
 }  # fmt: skip
 
 

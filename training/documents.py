@@ -33,7 +33,7 @@ from training.world import Scene
 from vqvae import ChameleonVQVAE
 
 IMAGE_WEIGHT = 0.4  # of a picture's token in the loss, relative to a text token's; the paper: 1
-FEW = 4.0  # of a token of an answer where its pictures serve one question or a few, not a tree
+DECISION = 16.0  # of an answer's last sentence as a whole: often one word, but the one that counts
 EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance
 
 
@@ -79,18 +79,32 @@ class Writer:
                 document.add(self.tokenizer.encode(part), text)
             else:
                 ids = self.code_to_id[self.codes[part]].tolist()
-                # The model decides where a picture begins; its end is not its choice.
-                weight = [text] + [image] * len(ids) + [image and text]
+                weight = [text, *[image] * len(ids), text]  # the two marks count as text does
                 document.add(self.begin + ids + self.end, weight)
 
-    def chat(self, prompt: Sequence, answer: Sequence, text: float = 1.0) -> Document:
-        """One prompt, one answer; loss on the answer and the final </s>, of this weight in text."""
+    def answer(self, text: str) -> tuple[list[int], list[float]]:
+        """An answer to a question -> its ids with </s>, and the weight of each in the loss."""
+        ids = self.tokenizer.encode(text) + self.eos
+        last = 1 + len(self.tokenizer.encode(text.rsplit(". ", 1)[-1]))
+        return ids, [1.0] * (len(ids) - last) + [max(1.0, DECISION / last)] * last
+
+    def question(self, prompt: Sequence, answer: str) -> Document:
+        """One question about pictures, one answer; loss on the answer."""
         document = Document()
         document.add(self.bos, 0.0)
         self.write(document, prompt, 0.0, 0.0)
         document.add(self.turn, 0.0)
-        self.write(document, answer, text, IMAGE_WEIGHT)
-        document.add(self.eos, text)
+        document.add(*self.answer(answer))
+        return document
+
+    def chat(self, prompt: Sequence, answer: Sequence) -> Document:
+        """One prompt, one answer; loss on the answer and the final </s>."""
+        document = Document()
+        document.add(self.bos, 0.0)
+        self.write(document, prompt, 0.0, 0.0)
+        document.add(self.turn, 0.0)
+        self.write(document, answer, 1.0, IMAGE_WEIGHT)
+        document.add(self.eos, 1.0)
         return document
 
     def completion(self, *parts: str | Scene) -> Document:
@@ -102,9 +116,8 @@ class Writer:
         return document
 
     def branches(
-        self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int,
-        text: float = 1.0,
-    ) -> Document:  # fmt: skip
+        self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int
+    ) -> Document:
         """Picture(s) first, then turns that do not see each other, as many as fit into `room`.
 
         turns: (question, answer) for chat; an empty question makes the answer a plain statement.
@@ -114,11 +127,11 @@ class Writer:
         self.write(document, shared, image, image)
         for branch, (question, answer) in enumerate(turns, start=1):
             question = self.tokenizer.encode(question) + self.turn if question else []
-            answer = self.tokenizer.encode(answer) + self.eos
+            answer, weight = self.answer(answer)
             if len(document.ids) + len(question) + len(answer) > room:
                 break
             document.add(question, 0.0, branch)
-            document.add(answer, text, branch)
+            document.add(answer, weight, branch)
         return document
 
 
@@ -126,8 +139,8 @@ class Writer:
 GAPS = ("",) * 6 + (" ", " ", "\n")
 # How often each question is asked in sft: what is learned last is asked most.
 ASKED = {
-    "caption": 0.5, "existence": 4.0, "relation": 4.0, "shape": 2.0, "colour": 3.0,
-    "size": 1.2, "place": 4.0, "count": 1.5, "background": 0.2,
+    "caption": 1.5, "existence": 2.0, "relation": 3.0, "shape": 3.0, "colour": 3.0,
+    "size": 1.5, "place": 1.5, "count": 2.5, "background": 0.3,
 }  # fmt: skip
 
 
@@ -204,17 +217,17 @@ class Corpus:
         """One of six kinds. The shares are of documents; of the tokens, a third each goes to the
         trees of questions, to drawing, and to the rest."""
         kind = self.rng.random()
-        if kind < 0.24:
+        if kind < 0.22:
             scene = self.busy_scene()
             turns = [self.question(scene) for _ in range(14)]
             gap = self.one_of(GAPS)
             turns = [(gap + question, answer) for question, answer in turns]
             return self.writer.branches((scene,), turns, 0.0, room)
-        if kind < 0.43:
+        if kind < 0.40:
             scene = self.busy_scene()
             question, answer = self.question(scene)
-            return self.writer.chat(self.place_pictures(question, (scene,)), (answer,), FEW)
-        if kind < 0.73:
+            return self.writer.question(self.place_pictures(question, (scene,)), answer)
+        if kind < 0.66:
             return self.drawing()
         if kind < 0.90:
             return self.two_pictures(room)
@@ -243,7 +256,7 @@ class Corpus:
         rng = self.rng
         if self.chance(0.5):
             first, second, change = self.one_of(self.pictures.edits)
-            turns = [language.ask_difference(rng, change)]
+            turns = [language.ask_difference(rng, first, second, change)]
         else:
             first, second, _ = self.one_of(self.pictures.pairs)
             turns = [language.ask_common(rng, first, second)]
@@ -252,9 +265,9 @@ class Corpus:
         turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
         if self.chance(0.7):
             order = self.rng.permutation(len(turns))  # the last ones may find no room
-            return self.writer.branches((first, second), [turns[i] for i in order], 0.0, room, FEW)
+            return self.writer.branches((first, second), [turns[i] for i in order], 0.0, room)
         question, answer = self.one_of(turns)
-        return self.writer.chat(self.place_pictures(question, (first, second)), (answer,), FEW)
+        return self.writer.question(self.place_pictures(question, (first, second)), answer)
 
 
 # ---------------------------------------------------------------------------------------------

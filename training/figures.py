@@ -7,6 +7,7 @@
     checkpoint --walk, generate--> stream.svg      one row of ids: text, a picture, text
                                --> codes.png       pictures, their codes, and what the codes say
                                --> growing.png     a drawing, code by code
+                               --> drawings.png    twelve drawings with their requests
                                --> drawn.png, story.png   what the README's commands drew
     curves.csv --------------> curves.svg          losses, log Z and |q| of one or several runs
 
@@ -23,20 +24,21 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from engine.explain import Names, code_colour
-from generate import OneLineParser, code_grid, contact_sheet, enlarge, exit_code, generate
+from generate import OneLineParser, contact_sheet, enlarge, exit_code, generate, there_and_back
 from generate import main as command
 from image_processor import ChameleonImageProcessor, load_image
-from sampling import check_seeds, pieces, stream
-from training import world
+from sampling import check_seeds, decode_pictures, pieces, stream
+from training import language, world
 from training.evaluate import SEED, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +71,7 @@ def token_stream(model, processor, prompt: str, picture: Image.Image) -> str:
                        ("behind the picture; the answer begins after the end of turn",
                         row[first + S :])):
         if some is None:
-            drawn, height = picture_block(processor, picture, row[first : first + S], names, y)
+            drawn, height = picture_block(processor, picture, row[first : first + S], y)
         else:
             parts.append(f'<text class="note" x="0" y="{y - 8}">{note}</text>')
             drawn, height = text_line(some, names, y)
@@ -96,8 +98,7 @@ def text_line(ids: Sequence[int], names: Names, y: int) -> tuple[str, int]:
     return "".join(parts), y + ROW + 26 - top
 
 
-def picture_block(processor, picture: Image.Image, ids: Sequence[int], names: Names,
-                  y: int) -> tuple[str, int]:
+def picture_block(processor, picture: Image.Image, ids: Sequence[int], y: int) -> tuple[str, int]:
     """A picture as the model sees it, and its ids in raster order, coloured by code."""
     pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
     file = io.BytesIO()
@@ -126,15 +127,7 @@ def reconstructions(model, count: int = 4) -> Image.Image:
     rng = np.random.default_rng(SEED)
     scenes = [world.sample_scene(rng, n % 3 + 1) for n in range(count)]
     pixels = torch.from_numpy(world.render_pixels(scenes))  # (N, 3, H, W)
-    codes = model.model.vqmodel.encode(pixels)  # (N, S)
-    again = ChameleonImageProcessor.postprocess(model.model.vqmodel.decode(codes))
-    side = round(codes.shape[1] ** 0.5)
-    panels = []
-    for picture, row, decoded in zip(ChameleonImageProcessor.postprocess(pixels), codes, again):
-        picture, decoded = enlarge(picture, 240), enlarge(decoded, 240)
-        grid = code_grid(row.view(side, side).tolist(), picture.width)
-        panels += [picture, grid.resize(picture.size), decoded]
-    return contact_sheet(panels, columns=6)
+    return there_and_back(model, pixels, 240, columns=6)[0]
 
 
 def growing(model, processor, prompt: str, pictures: int = 9, seed: int = 0) -> Image.Image:
@@ -145,6 +138,28 @@ def growing(model, processor, prompt: str, pictures: int = 9, seed: int = 0) -> 
     every = max(1, S // pictures)
     shown = [piece.image for piece in pieces(model, processor.tokenizer, steps, every)]
     return contact_sheet([enlarge(picture, 120) for picture in shown], columns=len(shown))
+
+
+def drawings(model, processor, count: int = 12) -> Image.Image:
+    """What the model draws for the first requests of the evaluation, none of them chosen; a green
+    frame where the reader finds all that was asked for, else a red one.
+    """
+    rng, half = np.random.default_rng(SEED), count // 2
+    wanted = [language.ask_drawing(rng, world.sample_scene(rng, n // half + 1))
+              for n in range(count)]
+    inputs = processor(text=[f"Draw {request.text}." for request in wanted], padding=True,
+                       return_tensors="pt")
+    ids = generate(model, **inputs, mode="image", image_top_p=0.9)[:, inputs["input_ids"].shape[1]:]
+    panels = []
+    for request, image in zip(wanted, decode_pictures(model, ids[:, 1:-1])):
+        right = language.fulfils(world.read_scene(np.asarray(image)), request)
+        picture = ImageOps.expand(enlarge(image, 180), 4, "seagreen" if right else "firebrick")
+        panel = Image.new("RGB", (picture.width, picture.height + 44), "white")
+        panel.paste(picture)
+        text = "\n".join(textwrap.wrap(request.text, 34))
+        ImageDraw.Draw(panel).text((2, picture.height + 2), text, fill="black", font_size=10)
+        panels.append(panel)
+    return contact_sheet(panels, columns=half)
 
 
 def drawn_by(arguments: list[str], made: str) -> Image.Image:
@@ -223,9 +238,8 @@ def draw_curves(runs: dict[str, Path], out: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    gray = GRAY
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(names, gray) | {"svg.hashsalt": "chameleon", "font.size": 9}
+    style = dict.fromkeys(names, GRAY) | {"svg.hashsalt": "chameleon", "font.size": 9}
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(2, 2, figsize=(9, 5), sharex=True)
         for ax, (column, title) in zip(axes.flat, PANELS.items()):
@@ -275,6 +289,7 @@ def draw_all(options: argparse.Namespace) -> None:
     (options.out / "stream.svg").write_text(svg, encoding="utf-8")
     reconstructions(model).save(options.out / "codes.png")
     growing(model, processor, options.draw, seed=options.seed).save(options.out / "growing.png")
+    drawings(model, processor).save(options.out / "drawings.png")
     commands = readme_commands()
     for out, made, file in (("circle.png", "circle.png", "drawn.png"),
                             ("story", "story/1.png", "story.png")):  # fmt: skip
@@ -290,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--curves", nargs="+", metavar="[LABEL=]FILE",
                         help="draw only these curves.csv, into --name")
     parser.add_argument("--name", default="curves.svg", help="of the curves' file")
-    parser.add_argument("--draw", default="Draw a large red circle in the middle.")
+    parser.add_argument("--draw", default="Draw a large red circle above a small blue star.")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     options = parser.parse_args(arguments)
     return exit_code("figures", lambda: draw_all(options))

@@ -101,6 +101,23 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 # ---------------------------------------------------------------------------------------------
 # Questions about one picture: (rng, scene) -> (question, answer), or None if the scene has no
 # such question. Where an answer could be guessed, the answer is drawn first.
+#
+# Where things have to be compared, the answer says what is there before it concludes. Asked for a
+# bare yes or no, a model of this size stays at chance for thousands of steps; what it has written
+# itself it can look up.
+
+
+def look(scene: Scene) -> str:
+    """All there is, with the places: "A small red circle at the top and a ... on the left." """
+    names = [f"{article(str(thing))} {PLACES[thing.place]}" for thing in scene.things]
+    return sentence(" and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names))
+
+
+def look_at_both(first: Scene, second: Scene) -> str:
+    """For two pictures of one thing each."""
+    shown = (f"{article(str(s.things[0]))} {PLACES[s.things[0].place]} on {s.background}"
+             for s in (first, second))  # fmt: skip
+    return "The first shows {}, the second {}.".format(*shown)
 
 
 def ask_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
@@ -135,11 +152,13 @@ def ask_place(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     if rng.random() < 0.3:  # the other way round: what is at this place?
         place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
         there = [str(thing) for thing in scene.things if thing.place == place]
-        return f"What is {PLACES[place]}?", sentence(article(there[0])) if there else "Nothing."
+        answer = sentence(article(there[0])) if there else "Nothing."
+        return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing)
     wordings = "Where is the {}?", "Where do you see the {}?"
-    return name and (pick(rng, wordings).format(name), sentence(PLACES[thing.place]))
+    answer = f"{look(scene)} {sentence(PLACES[thing.place])}"
+    return name and (pick(rng, wordings).format(name), answer)
 
 
 def ask_background(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
@@ -163,8 +182,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
 
 
 def ask_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """Half of the answers are yes, and say where; a no shares a colour or a shape with the scene
-    when it can."""
+    """Half of the answers are yes; a no shares a colour or a shape with the scene when it can."""
     fields = pick(rng, (("colour",), ("shape",), ("colour", "shape"), ("colour", "shape")))
     thing, wanted = pick(rng, scene.things), bool(rng.random() < 0.5)
     named = {field: getattr(thing, field) for field in fields}
@@ -174,8 +192,7 @@ def ask_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         named[field] = pick(rng, COLOURS if field == "colour" else SHAPES)
     wordings = "Is there {}?", "Do you see {}?", "Is there {} in the picture?", "Can you see {}?"
     question = pick(rng, wordings).format(article(phrase(rng, **named)))
-    where = [PLACES[t.place] for t in scene.things if matches(t, **named)]
-    return question, f"Yes, {' and '.join(where)}." if where else "No."
+    return question, f"{look(scene)} {'Yes' if wanted else 'No'}."
 
 
 def relate(rng: np.random.Generator, scene: Scene) -> tuple[Thing, Thing, tuple[str, str]]:
@@ -200,12 +217,15 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
         return None
     kind = pick(rng, ("which", "yes", "no", "what"))
     if kind == "what" and len(scene.things) == 2:
+        question = f"What is {words[0]} the {names[1]}?"
         answer = article(f"{first.colour} {first.shape}")
-        return f"What is {words[0]} the {names[1]}?", sentence(answer)
-    if kind in ("which", "what"):
+    elif kind in ("which", "what"):
         either = " or ".join(words if rng.random() < 0.5 else words[::-1])
-        return f"Is the {names[0]} {either} the {names[1]}?", sentence(words[0].removesuffix(" of"))
-    return f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?", sentence(kind)
+        question = f"Is the {names[0]} {either} the {names[1]}?"
+        answer = words[0].removesuffix(" of")
+    else:
+        question, answer = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?", kind
+    return question, f"{look(scene)} {sentence(answer)}"
 
 
 QUESTIONS = {
@@ -248,9 +268,7 @@ def ask_both(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str
         "What do these images show?", "What do you see in these pictures?",
         "Describe both images.", "What is in each picture?",
     )  # fmt: skip
-    shown = (f"{article(str(s.things[0]))} {PLACES[s.things[0].place]} on {s.background}"
-             for s in (first, second))  # fmt: skip
-    return pick(rng, wordings), "The first shows {}, the second {}.".format(*shown)
+    return pick(rng, wordings), look_at_both(first, second)
 
 
 def ask_common(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str]:
@@ -261,7 +279,8 @@ def ask_common(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[s
         "What is the same in both images?",
     )  # fmt: skip
     words = [a.colour] * (a.colour == b.colour) + [a.shape + "s"] * (a.shape == b.shape)
-    return pick(rng, wordings), f"Both are {' '.join(words)}." if words else "Nothing."
+    answer = f"Both are {' '.join(words)}." if words else "Nothing."
+    return pick(rng, wordings), f"{look_at_both(first, second)} {answer}"
 
 
 def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str] | None:
@@ -278,16 +297,17 @@ def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[st
         there = not any(matches(t, **named) for t in other.things)
         words = article(phrase(rng, **named))
     wordings = "Which image has {}?", "Which picture shows {}?", "Which of the two has {}?"
-    answer = "The first." if chosen is first else "The second."
+    answer = f"{look_at_both(first, second)} The {'first' if chosen is first else 'second'}."
     return (pick(rng, wordings).format(words), answer) if there else None
 
 
-def ask_difference(rng: np.random.Generator, change: str) -> tuple[str, str]:
+def ask_difference(rng: np.random.Generator, first: Scene, second: Scene,
+                   change: str) -> tuple[str, str]:
     wordings = (
         "What is different?", "What changed?", "What is the difference between these images?",
         "What is different in the second image?",
     )  # fmt: skip
-    return pick(rng, wordings), f"The {change}."
+    return pick(rng, wordings), f"{look_at_both(first, second)} The {change}."
 
 
 def ask_edit(rng: np.random.Generator, after: Scene, change: str) -> str:

@@ -2,7 +2,7 @@
 
     pixels --encoder--> z --nearest code--> zq --decoder--> reconstruction
                         |                                        |
-                        +-- commitment loss     weighted L1 + L2 + against the pixels
+                        +-- commitment loss            weighted L1 + L2 to the pixels
                         +-- moving averages -> code vectors
 
 Letters: B pictures, S = h * w patches of a picture, K codes, E their width, N patches of a batch.
@@ -26,17 +26,17 @@ from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 # Ours, then the released model's.
 VQ = ChameleonVQVAEConfig(
-    resolution=world.SIDE,  # 512: here 6 x 6 = 36 codes instead of 1024
+    resolution=world.SIDE,  # 512: here 9 x 9 = 81 codes instead of 1024
     num_embeddings=512,  # 8192
     embed_dim=32,  # 256
     latent_channels=64,  # 256
     base_channels=64,  # 128; 32 would make GroupNorm's 32 groups an instance norm: wrong colours
-    channel_multiplier=(1, 1, 1, 1),  # (1, 1, 2, 2, 4)
+    channel_multiplier=(1, 1, 1),  # (1, 1, 2, 2, 4); patches of 4 pixels instead of 16
     num_res_blocks=1,  # 2
     attn_type="none",  # "vanilla": without attention a code depends on what is near it only
 )
-BATCH = 4  # pictures a step
-STEPS = 8000
+BATCH = 6  # pictures a step
+STEPS = 6000
 LEARNING_RATE, WARM_UP, BETAS, CLIP = 1e-3, 100, (0.9, 0.99), 1.0
 AUTO_ENCODER = 0.08  # share of the steps before the codebook is there
 FROZEN = 0.9  # share of the steps after which the codebook stands still
@@ -127,8 +127,8 @@ class Codebook(nn.Module):
         self.pool = torch.cat((self.pool, z[thing]))[-2000:]
 
     @torch.no_grad()
-    def revive(self, retire: bool) -> int:
-        """Gives dead and duplicate codes to things; `retire` moves them out of reach instead."""
+    def revive(self, retire: bool) -> None:
+        """Gives dead and duplicate codes to things; `retire` only moves duplicates out of reach."""
         duplicate = self.plain.sum(0) > 0.9 * self.uses
         duplicate[self.plain[self.plain.sum(1) > 0].argmax(1)] = False  # one for each background
         dead = duplicate | (self.uses == 0)
@@ -142,13 +142,14 @@ class Codebook(nn.Module):
             self.e[dead], self.sum[dead] = new, new * self.count[dead, None]
         self.uses.zero_()
         self.plain.zero_()
-        return n
 
 
 def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Tensor, dict, tuple]:
     """-> loss, curves, and (z, codes, thing, level) for Codebook.update
 
-        loss = mean of w (|x' - x| + (x' - x)^2) + beta |z - sg[e]|^2,    w = 6 on things, else 1
+        loss = mean of w (|x' - x| + (x' - x)^2) + beta |z - sg[e]|^2
+
+    w is 6 on things and two pixels around them, else 1, divided by its mean.
     """
     thing = foreground(pixels)  # (B, 1, H, W)
     w = 1 + 5 * F.max_pool2d(thing, 5, stride=1, padding=2)  # with two pixels around the outline
@@ -159,7 +160,7 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     codes, loss, curves = None, 0.0, {}
     if quantized:
         # Without codebook loss: Codebook.update moves the code vectors.
-        z_e, (z, codes, losses) = z, vq.quantize(z)  # z now carries codes forward, z_e's gradient
+        z_e, (z, codes, losses) = z, vq.quantize(z)  # z: the code vectors, straight-through
         loss = VQ.beta * losses.commitment
         curves["code_perplexity"] = losses.perplexity.item()
     with torch.autocast(pixels.device.type, torch.bfloat16):

@@ -37,7 +37,7 @@ PLACES = {
     (1, 0): "on the left", (1, 1): "in the middle", (1, 2): "on the right",
     (2, 0): "in the bottom left", (2, 1): "at the bottom", (2, 2): "in the bottom right",
 }  # fmt: skip
-SIDE = 48  # pixels: each place is 16 x 16, exactly 2 x 2 patches of a VQ-VAE that divides by 8
+SIDE = 36  # pixels: each place is 12 x 12, exactly 3 x 3 patches of a VQ-VAE that divides by 4
 HELD_OUT = frozenset({("purple", "star"), ("green", "triangle")})
 JITTER = 1 / 192  # how far a thing strays from its place, in picture widths
 # The outer radius of each shape relative to the circle's, so that all four look equally large.
@@ -83,7 +83,9 @@ def sample_thing(rng: np.random.Generator, place: tuple[int, int], held_out: boo
 def sample_scene(
     rng: np.random.Generator, count: int | None = None, held_out: bool = False
 ) -> Scene:
-    """A random scene of `count` things (one to three), no two alike in both colour and shape.
+    """A random scene of `count` things, by default one to three.
+
+    No two are alike in both colour and shape.
 
     held_out: the first thing drawn is a HELD_OUT composition (the others are ordinary).
     """
@@ -147,7 +149,7 @@ def coverage(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndar
         d = np.maximum(abs(x), abs(y)) - radius
     else:
         # A regular n-gon or n-star is 2n mirrored wedges; in each the outline is one straight
-        # line, from the tip (r, angle 0) to the notch (inner, angle pi / n).
+        # line, from the tip (radius, angle 0) to the notch (inner * radius, angle pi / n).
         n, inner = (3, 0.5) if shape == "triangle" else (5, 0.42)
         r, angle = np.hypot(x, y), np.arctan2(x, -y)  # angle from the upward tip
         angle = abs((angle + np.pi / n) % (2 * np.pi / n) - np.pi / n)  # folded into one wedge
@@ -184,7 +186,7 @@ def render(scene: Scene, height: int = SIDE, width: int | None = None) -> np.nda
 def thing_centre(thing: Thing, height: int, width: int) -> tuple[float, float]:
     """The centre (y, x) of a thing in pixels."""
     side = min(height, width)
-    # A triangle's middle lies below its centre of rotation by an eighth of its height.
+    # A triangle's middle lies above the centre it is drawn around, by a quarter of its radius.
     drop = 0.25 * SIZES[thing.size] * REACH["triangle"] if thing.shape == "triangle" else 0.0
     y = (2 * thing.place[0] + 1) / 6 + thing.dy + drop
     x = (2 * thing.place[1] + 1) / 6 + thing.dx
@@ -239,7 +241,7 @@ def read_place(difference: np.ndarray, place: tuple[int, int], background: float
         if best is None or rest < best[0]:
             best = rest, name, alpha
     _, colour, alpha = best
-    if alpha.sum() < 0.5 * (SIZES["small"] * side) ** 2:  # the smallest shape covers about twice
+    if alpha.sum() < 0.5 * (SIZES["small"] * side) ** 2:  # a small star covers 3.5 times as much
         return None
     y = np.arange(alpha.shape[0])[:, None] + 0.5  # (h, 1)
     x = np.arange(alpha.shape[1])[None] + 0.5  # (1, w)
