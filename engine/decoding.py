@@ -37,7 +37,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 
 import torch
@@ -293,7 +293,9 @@ class Decoder:
         native = (rows == 1 and not self.compiled and self.model.device.type == "cpu"
                   and native_is_faster(self.model.dtype))
         enabled = torch.backends.mkldnn.enabled and not native
-        with onednn(enabled), torch._dynamo.config.patch(recompile_limit=64):
+        # Not to be named where nothing is compiled: its import takes a second.
+        limit = torch._dynamo.config.patch(recompile_limit=64) if self.compiled else nullcontext()
+        with onednn(enabled), limit:
             yield
 
     def product(self, layer: nn.Module) -> Callable:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,6 +309,14 @@ def test_a_disk_that_cannot_be_written_is_one_line(run, monkeypatch):
     monkeypatch.setattr(module, "save_picture", full)
     code, out, err = run("--prompt", "a", "--mode", "image")
     assert code == 2 and out == "" and "No space left" in err and err.count("\n") == 1
+
+
+def test_the_first_answer_does_not_wait_for_the_compiler_to_be_imported(untrained_folder):
+    script = ("import sys, generate; generate.main(sys.argv[1:]); "
+              "sys.exit('torch._dynamo' in sys.modules)")
+    command = [sys.executable, "-c", script, "--model", str(untrained_folder), "--device", "cpu",
+               "--prompt", "a", "--max-new-tokens", "3", "--stats"]
+    subprocess.run(command, cwd=Path(module.__file__).parent, check=True, capture_output=True)
 
 
 def test_a_reader_that_goes_away_is_no_error(untrained_folder):
