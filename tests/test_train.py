@@ -123,6 +123,13 @@ def test_what_an_answer_concludes_weighs_as_much_as_its_length_forbids(corpus, t
     assert set(weights[-last:]) == {max(1.0, documents.DECISION / last)}
 
 
+def test_statements_without_a_question_weigh_the_same_everywhere(corpus):
+    scene = corpus.pictures.singles[0]
+    document = corpus.writer.branches((scene,), [("", "A star. No."), ("Is it?", "No.")], 0.0, 500)
+    branches = {n: [w for w, b in zip(document.weight, document.branch) if b == n] for n in (1, 2)}
+    assert set(branches[1]) == {1.0} and max(branches[2]) > 1.0
+
+
 def test_visible_by_hand():
     document = torch.tensor([[0, 0, 0, 0, 1]])
     branch = torch.tensor([[0, 1, 1, 2, 0]])

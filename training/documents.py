@@ -88,21 +88,23 @@ class Writer:
         last = 1 + len(self.tokenizer.encode(text.rsplit(". ", 1)[-1]))
         return ids, [1.0] * (len(ids) - last) + [max(1.0, DECISION / last)] * last
 
-    def question(self, prompt: Sequence, answer: str) -> Document:
-        """One question about pictures, one answer; loss on the answer."""
+    def asked(self, prompt: Sequence) -> Document:
+        """A prompt and the end of its turn, without loss: what an answer is added to."""
         document = Document()
         document.add(self.bos, 0.0)
         self.write(document, prompt, 0.0, 0.0)
         document.add(self.turn, 0.0)
+        return document
+
+    def question(self, prompt: Sequence, answer: str) -> Document:
+        """One question about pictures, one answer; loss as `answer` weighs it."""
+        document = self.asked(prompt)
         document.add(*self.answer(answer))
         return document
 
     def chat(self, prompt: Sequence, answer: Sequence) -> Document:
-        """One prompt, one answer; loss on the answer and the final </s>."""
-        document = Document()
-        document.add(self.bos, 0.0)
-        self.write(document, prompt, 0.0, 0.0)
-        document.add(self.turn, 0.0)
+        """One prompt, one answer of text and pictures; loss on the answer and the final </s>."""
+        document = self.asked(prompt)
         self.write(document, answer, 1.0, IMAGE_WEIGHT)
         document.add(self.eos, 1.0)
         return document
@@ -128,6 +130,8 @@ class Writer:
         for branch, (question, answer) in enumerate(turns, start=1):
             question = self.tokenizer.encode(question) + self.turn if question else []
             answer, weight = self.answer(answer)
+            if not question:
+                weight = 1.0
             if len(document.ids) + len(question) + len(answer) > room:
                 break
             document.add(question, 0.0, branch)
@@ -214,8 +218,8 @@ class Corpus:
     # --- sft: prompt and answer
 
     def sft(self, room: int) -> Document:
-        """One of six kinds. The shares are of documents; of the tokens, a third each goes to the
-        trees of questions, to drawing, and to the rest."""
+        """One of six kinds. The shares are of documents; of the tokens, 31 % go to trees of
+        questions, 33 to two pictures, 25 to drawings and edits; of the loss's weight 53, 22, 19."""
         kind = self.rng.random()
         if kind < 0.22:
             scene = self.busy_scene()

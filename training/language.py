@@ -103,7 +103,7 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 # such question. Where an answer could be guessed, the answer is drawn first.
 #
 # Where things have to be compared, the answer says what is there before it concludes. Asked for a
-# bare yes or no, a model of this size stays at chance for thousands of steps; what it has written
+# bare yes or no, this small model stayed at chance for thousands of steps; what it has written
 # itself it can look up.
 
 
