@@ -65,7 +65,8 @@ from engine.decoding import Decoder  # noqa: E402
 from engine.quantize import quantize_model  # noqa: E402
 from engine.strips import in_strips  # noqa: E402
 from generate import OneLineParser, exit_code  # noqa: E402
-from sampling import picture_ids, stream  # noqa: E402
+from modality import picture_ids  # noqa: E402
+from sampling import stream  # noqa: E402
 from vqvae import ChameleonVQVAE  # noqa: E402
 
 TOY_VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=16, resolution=32,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from sampling import picture_ids
+from modality import picture_ids
 from tokenizer import image_token_name
 
 

@@ -4,6 +4,8 @@ import random
 
 import torch
 
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+
 VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=24, resolution=32, base_channels=32,
           channel_multiplier=[1, 1, 2], num_res_blocks=2)
 K, S, V = 64, 64, 160  # codes, image tokens of a 32x32 picture, vocabulary
@@ -40,14 +42,27 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 p.copy_(noise * 1.5 * p.shape[-1] ** -0.5)
 
 
+def small_model(**changes) -> ChameleonForConditionalGeneration:
+    """A randomized model of SIZES and VQ, or of other values."""
+    values = SIZES | dict(vocabulary_map=scrambled_vocabulary(), vq_config=VQ) | changes
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**values)).eval()
+    randomize(model)
+    return model
+
+
+def left_padded(rows: list[list[int]]) -> dict:
+    """Rows of ids as one batch, with its mask."""
+    T = max(map(len, rows))
+    return dict(
+        input_ids=torch.tensor([[1] * (T - len(r)) + r for r in rows]),
+        attention_mask=torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows]),
+    )
+
+
 def batch_with_pictures(seed: int = 0):
     """Two rows, the second left-padded: one picture in each, text around them."""
     g = torch.Generator().manual_seed(seed)
     text = lambda n: torch.randint(74, V, (n,), generator=g).tolist()  # noqa: E731
     image = [71] + [73] * S + [70]
     rows = [[0] + text(5) + image + text(9) + [72], [0] + text(3) + image + text(2) + [72]]
-    T = max(map(len, rows))
-    input_ids = torch.tensor([[1] * (T - len(r)) + r for r in rows])
-    attention_mask = torch.tensor([[0] * (T - len(r)) + [1] * len(r) for r in rows])
-    pixels = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
-    return dict(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixels)
+    return left_padded(rows) | dict(pixel_values=torch.rand(2, 3, 32, 32, generator=g) * 2 - 1)

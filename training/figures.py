@@ -34,7 +34,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from engine.explain import Names, code_colour
-from generate import OneLineParser, contact_sheet, enlarge, exit_code, generate, there_and_back
+from engine.sheets import contact_sheet, enlarge, there_and_back
+from generate import OneLineParser, exit_code, generate
 from generate import main as command
 from image_processor import ChameleonImageProcessor, load_image
 from sampling import check_seeds, decode_pictures, pieces, stream

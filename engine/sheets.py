@@ -1,0 +1,125 @@
+"""Pictures and pages to look at: sheets of drawings, codes as a grid, an interleaved document.
+
+    pictures --contact_sheet--> one picture          text and pictures --write_document--> a folder
+    pixels (N, 3, H, W) --there_and_back--> each picture, its codes, and what the codes say
+"""
+
+import base64
+import colorsys
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from engine.checkpoint import write_atomically
+from engine.parallel import writes
+from image_processor import ChameleonImageProcessor
+
+GAP = 4  # pixels between pictures of a sheet
+
+
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Writes the whole picture or nothing; the format is that of the file's name."""
+    kind = picture_format(path)
+    if writes():
+        write_atomically(path, lambda part: image.save(part, format=kind))
+
+
+def picture_format(path: Path) -> str:
+    """"out.png" -> "PNG". ValueError if the folder is missing or the ending is no picture's."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} does not end like a picture: name it .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} of {path.name} does not exist: make it first")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file")
+    return kind
+
+
+def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size, row by row on a light ground; as square as it gets by default."""
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].size
+    rows = math.ceil(len(pictures) / columns)
+    size = columns * (width + GAP) + GAP, rows * (height + GAP) + GAP
+    sheet = Image.new("RGB", size, "lightgray")
+    for n, picture in enumerate(pictures):
+        row, column = divmod(n, columns)
+        sheet.paste(picture, (column * (width + GAP) + GAP, row * (height + GAP) + GAP))
+    return sheet
+
+
+def there_and_back(model, pixels: torch.Tensor, side: int,
+                   columns: int = 3) -> tuple[Image.Image, int, float]:
+    """pixels (N, 3, H, W) -> a sheet of each picture, its codes, and what the codes say, each at
+    most `side` pixels wide; codes a side; PSNR in dB.
+    """
+    codes = model.model.vqmodel.encode(pixels)  # (N, S)
+    decoded = model.model.vqmodel.decode(codes)  # (N, 3, H, W)
+    seen, again = map(ChameleonImageProcessor.postprocess, (pixels, decoded))
+    edge, panels = math.isqrt(codes.shape[1]), []
+    for original, grid, picture in zip(seen, codes.view(-1, edge, edge).tolist(), again):
+        original, picture = enlarge(original, side), enlarge(picture, side)
+        panels += [original, code_grid(grid, original.width).resize(original.size), picture]
+    error = (pixels.clamp(-1, 1) - decoded.clamp(-1, 1)).square().mean()
+    return contact_sheet(panels, columns), edge, 10 * math.log10(4 / error.item())
+
+
+def code_grid(codes: Sequence[Sequence[int]], side: int) -> Image.Image:
+    """Codes (h, w) -> a picture about `side` pixels wide; equal codes have equal colours."""
+    from engine.explain import code_hue
+
+    rows, columns = len(codes), len(codes[0])
+    cell = max(1, side // columns)
+    grid = Image.new("RGB", (columns * cell, rows * cell))
+    pen = ImageDraw.Draw(grid)
+    for y, row in enumerate(codes):
+        for x, code in enumerate(row):
+            hue = code_hue(code) / 360
+            colour = tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, 0.75, 0.6))
+            box = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
+            pen.rectangle(box, fill=colour)
+            if cell >= 24:  # else the number would not be legible
+                middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+                pen.text(middle, str(code), fill="black", anchor="mm", font_size=cell * 0.36)
+    return grid
+
+
+def enlarge(picture: Image.Image, side: int) -> Image.Image:
+    """By a whole factor to at most `side` pixels a side, each pixel a square: nothing invented."""
+    factor = max(1, side // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+
+
+def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
+    """Text and pictures in order -> 1.png, 2.png ..., document.md, and document.html, which holds
+    the pictures inside itself and reads well in light and dark.
+    """
+    if not writes():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown, body, n = [], [], 0
+    for part in parts:
+        if isinstance(part, str):
+            markdown.append(part)
+            body.append(f"<p>{html.escape(part)}</p>")
+            continue
+        n += 1
+        save_picture(part, folder / f"{n}.png")
+        markdown.append(f"![picture {n}]({n}.png)")
+        data = base64.b64encode((folder / f"{n}.png").read_bytes()).decode()
+        body.append(f'<p><img alt="picture {n}" src="data:image/png;base64,{data}"></p>')
+    page = (
+        '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        "<title>Chameleon</title><style>body{font:1.1rem/1.5 serif;max-width:40rem;margin:2rem "
+        "auto}p{white-space:pre-wrap}img{min-width:12rem;image-rendering:pixelated}</style>\n"
+        + "\n".join(body) + "\n"
+    )
+    for name, text in (("document.md", "\n\n".join(markdown) + "\n"), ("document.html", page)):
+        write_atomically(
+            folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8")
+        )

@@ -1,0 +1,209 @@
+"""The modality grammar and guidance: for any logits, any batch, against separate forward passes."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import SIZES, VQ, V, left_padded, scrambled_vocabulary, small_model
+
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from modality import Grammar, guidance_streams, picture_ids
+from sampling import decode_pictures, generate
+from tokenizer import image_token_name
+
+SMALL_S = 4  # codes of an 8x8 picture
+BEGIN, END = 71, 70
+DRAWER = small_model(vq_config=VQ | dict(resolution=8), max_position_embeddings=200)
+CODES = set(DRAWER.model.code_to_id.tolist())
+
+
+def with_any_logits(seed: int, scale: float, begin: float) -> ChameleonForConditionalGeneration:
+    """Random logits at every step, those of begin-image raised so that pictures are frequent."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        DRAWER.lm_head.weight.copy_(torch.randn(DRAWER.lm_head.weight.shape, generator=g) * scale)
+        hidden = DRAWER.model(torch.tensor([[0, 80]])).last_hidden_state[0, -1]
+        DRAWER.lm_head.weight[BEGIN] += begin * hidden / hidden.norm()
+    return DRAWER
+
+
+def pictures_of(ids: list[int]) -> list[list[int]]:
+    """The ids between each begin-image and the next end-image; fails on marks out of order."""
+    pictures, inside = [], None
+    for i in ids:
+        if i == BEGIN:
+            assert inside is None
+            inside = []
+        elif i == END:
+            pictures.append(inside)
+            inside = None
+        elif inside is not None:
+            inside.append(i)
+        else:
+            assert i not in CODES
+    assert inside is None  # none is left unfinished
+    return pictures
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 3), room=st.integers(1, 40),
+       scale=st.floats(0.01, 3.0), begin=st.floats(0, 30), sample=st.booleans(),
+       guidance=st.sampled_from([(1.0, 1.0), (3.0, 1.0), (2.0, 1.5)]))
+def test_every_picture_has_exactly_s_codes_and_the_grammar_never_ends_dead(
+        seed, B, room, scale, begin, sample, guidance):
+    model = with_any_logits(seed, scale, begin)
+    prompt = torch.tensor([[0, 80]] * B)
+    ids = generate(model, prompt, mode="interleaved", max_new_tokens=room, do_sample=sample,
+                   seed=seed, eos_token_id=[], guidance_text=guidance[0],
+                   guidance_image=guidance[1])
+    assert ids.shape == (B, 2 + room) and ids.min() >= 0 and ids.max() < V
+    for row in ids[:, 2:].tolist():
+        assert all(len(p) == SMALL_S and set(p) <= CODES for p in pictures_of(row))
+        assert 73 not in row  # the placeholder is never made
+
+
+def test_pictures_do_occur_and_need_room_for_all_their_codes():
+    model = with_any_logits(0, 0.01, 1000.0)  # begins a picture whenever it may
+    prompt = torch.tensor([[0, 80]])
+    options = dict(mode="interleaved", eos_token_id=[])
+    for room in range(1, 20):
+        ids = generate(model, prompt, max_new_tokens=room, **options)[0, 2:].tolist()
+        assert len(pictures_of(ids)) == room // (SMALL_S + 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 3))
+def test_image_mode_draws_exactly_one_picture_at_once(seed, B):
+    model = with_any_logits(seed, 1.0, 0.0)
+    ids = generate(model, torch.tensor([[0, 80]] * B), mode="image", seed=seed)[:, 2:]
+    assert ids.shape == (B, SMALL_S + 2)
+    assert (ids[:, 0] == BEGIN).all() and (ids[:, -1] == END).all()
+    assert all(len(pictures_of(row)) == 1 for row in ids.tolist())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), scales=st.tuples(st.floats(0, 5), st.floats(0, 5)),
+       lengths=st.lists(st.integers(1, 6), min_size=2, max_size=3), sample=st.booleans())
+def test_rows_in_text_and_rows_in_pictures_share_a_batch(seed, scales, lengths, sample):
+    model = with_any_logits(seed, 0.3, 8.0)
+    g = torch.Generator().manual_seed(seed)
+    rows = [[0] + torch.randint(74, V, (n,), generator=g).tolist() for n in lengths]
+    options = dict(
+        mode="interleaved", max_new_tokens=18, do_sample=sample, temperature=1.5,
+        image_temperature=float(sample), guidance_text=scales[0], guidance_image=scales[1],
+        eos_token_id=[80, 90, 100])
+    batch = generate(model, **left_padded(rows), seed=seed, **options)
+    for b, row in enumerate(rows):
+        single = generate(model, torch.tensor([row]), seed=seed + b, **options)[0, len(row) :]
+        assert torch.equal(batch[b, max(lengths) + 1 :][: len(single)], single)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), image_first=st.booleans())
+def test_the_cache_across_modality_switches_equals_the_full_forward(seed, image_first):
+    """Each greedy id is the best allowed one of a forward pass over everything before it."""
+    model = with_any_logits(seed, 0.3, 10.0)
+    prompt = [0, 80] + ([BEGIN, *sorted(CODES)[:SMALL_S], END] if image_first else [])
+    ids = generate(model, torch.tensor([prompt]), mode="interleaved", max_new_tokens=20,
+                   image_temperature=0.0, eos_token_id=[])[0]
+    grammar = Grammar(model, "interleaved")
+    with torch.no_grad():
+        logits = model(ids[None], mask_image_logits=False).logits[0]
+    for t in range(len(prompt), len(ids)):
+        drawn = grammar.codes_so_far(ids[None, :t])
+        allowed = grammar.allowed(drawn, len(prompt) + 20 - t)[0]
+        best = logits[t - 1].masked_fill(~allowed, float("-inf"))
+        assert best.max() - best[ids[t]] < 1e-4
+
+
+def reference_guidance(model, row: list[int], text: float, image: float) -> torch.Tensor:
+    """Meta's three streams, each its own full forward pass, for the next code after `row`."""
+    start = max(i for i, x in enumerate(row) if x == BEGIN)
+    full = row
+    pictures = [row[0]] + [i for i in row[1:] if i in CODES or i in (BEGIN, END)]
+    nothing = [row[0]] + row[start:]
+    with torch.no_grad():
+        f, i, u = (model(torch.tensor([ids]), mask_image_logits=False).logits[0, -1]
+                   for ids in (full, pictures, nothing))
+    return u + image * (i - u) + text * (f - i)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), text=st.sampled_from([0.0, 1.0, 3.0]),
+       image=st.sampled_from([0.0, 1.0, 1.2]), shown=st.booleans(),
+       mode=st.sampled_from(["image", "interleaved", "begun"]))
+def test_guidance_equals_three_separate_forward_passes(seed, text, image, shown, mode):
+    model = with_any_logits(seed, 0.3, 12.0)
+    prompt = [0, 80] + ([BEGIN, *sorted(CODES)[:SMALL_S], END, 81] if shown else [])
+    if mode == "begun":  # the prompt itself ends inside a picture
+        prompt, mode = prompt + [BEGIN, sorted(CODES)[0]], "interleaved"
+    ids = generate(model, torch.tensor([prompt]), mode=mode, image_temperature=0.0,
+                   guidance_text=text, guidance_image=image, eos_token_id=[],
+                   max_new_tokens=20)[0].tolist()
+    code_ids = sorted(CODES)
+    for t in range(len(prompt), len(ids)):
+        if ids[t] in CODES:
+            logits = reference_guidance(model, ids[:t], text, image)[code_ids]
+            assert logits.max() - logits[code_ids.index(ids[t])] < 1e-3
+
+
+def test_scales_of_one_are_no_guidance_and_a_dropped_prompt_is_its_own():
+    assert guidance_streams(1.0, 1.0, "interleaved", True) == ["full"]
+    model = with_any_logits(3, 1.0, 0.0)
+    empty = torch.tensor([[0]])
+    plain = generate(model, empty, mode="image", seed=5)
+    assert torch.equal(generate(model, empty, mode="image", seed=5, guidance_text=4.0), plain)
+
+
+def test_the_repetition_penalty_never_acts_inside_a_picture():
+    model = with_any_logits(1, 1.0, 0.0)
+    prompt = torch.tensor([[0, 80]])
+    plain = generate(model, prompt, mode="image", image_temperature=0.0)
+    assert torch.equal(
+        generate(model, prompt, mode="image", image_temperature=0.0, repetition_penalty=9.0), plain
+    )
+
+
+@pytest.mark.parametrize("model, options, message", [
+    (DRAWER, dict(mode="video"), "mode 'video' is none of text, image, interleaved"),
+    (DRAWER, dict(mode="image", image_temperature=-1.0), "image_temperature must be"),
+    (DRAWER, dict(mode="image", image_top_p=0.0), "image_top_p must be"),
+    (DRAWER, dict(mode="image", guidance_text=-1.0), "guidance_text must be"),
+    (small_model(vocabulary_map=None), dict(mode="image"), "no image tokens"),
+    (small_model(max_position_embeddings=40), dict(mode="image"), "a picture takes 66"),
+])
+def test_drawing_that_cannot_work_is_one_clear_line(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor([[0, 80]]), **options)
+
+
+def test_weights_without_vq_decoder_say_so_before_drawing():
+    values = SIZES | dict(vocabulary_map=scrambled_vocabulary(), vq_config=VQ)
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**values), with_vq_decoder=False)
+    with pytest.raises(ValueError, match="no VQ-VAE decoder"):
+        generate(model, torch.tensor([[0, 80]]), mode="image")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), temperature=st.floats(0.1, 5.0), sample=st.booleans())
+def test_text_never_contains_a_pictures_id(seed, temperature, sample):
+    forbidden = set(picture_ids(DRAWER.model.vocabulary))
+    assert len(forbidden) == VQ["num_embeddings"] + 3
+    ids = generate(DRAWER, torch.tensor([[0, 80]]), max_new_tokens=20, do_sample=sample, seed=seed,
+                   temperature=temperature, eos_token_id=[])
+    assert not forbidden & set(ids[0, 2:].tolist()) and ids.shape == (1, 22)
+
+
+@pytest.mark.slow
+def test_a_picture_of_the_real_size_is_drawn_by_an_untrained_model():
+    """1024 codes of 8192 and 512x512 pixels, behind a small decoder, with guidance."""
+    names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<eoss>": 8196, "<racm3:break>": 8197,
+             "<reserved08706>": 8198, "<image>": 8199}
+    names |= {image_token_name(code): code + 4 for code in range(8192)}
+    config = ChameleonConfig(**(SIZES | dict(
+        vocab_size=8300, vocabulary_map=names, max_position_embeddings=1100)))
+    model = ChameleonForConditionalGeneration(config).eval()
+    ids = generate(model, torch.tensor([[0, 8250, 8198]]), mode="image", guidance_text=3.0)
+    assert ids.shape == (1, 3 + 1026) and ids[0, 3] == 8197 and ids[0, -1] == 8196
+    picture = decode_pictures(model, ids[:, 4:-1])[0]
+    assert picture.size == (512, 512)
