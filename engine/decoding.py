@@ -55,6 +55,8 @@ from chameleon import (
 )
 from engine.quantize import Int8Linear
 
+AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few
+
 
 def in_memory(x: Tensor) -> Tensor:
     """x as it is. torch.compile would compute it anew wherever it is used, which for a vector that
@@ -82,12 +84,34 @@ def one_query_attention(
     return (F.dropout(weights, dropout) @ v).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
 
 
+def one_query_loops(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
+) -> tuple[Tensor, None]:
+    """`one_query_attention` for torch.compile on a CPU: the same, but better loops come of it.
+
+    The query is made fp32 once, not once for each key. And AT_ONCE columns of v are summed in each
+    round: one column a round would wait for the sum before it, at two thirds of the speed.
+    """
+    q32 = in_memory(q.float().squeeze(2).unflatten(1, (k.shape[1], -1)))  # (B, Hkv, H/Hkv, Dh)
+    scores = q32 @ k.float().mT * q.shape[-1] ** -0.5  # (B, Hkv, H/Hkv, L)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = in_memory(F.dropout(torch.softmax(scores, dim=-1), dropout))
+    weights = weights.unflatten(-1, (-1, AT_ONCE))[..., None]  # (B, Hkv, H/Hkv, L/8, 8, 1)
+    columns = v.float().unflatten(2, (-1, AT_ONCE)).unsqueeze(2)  # (B, Hkv, 1, L/8, 8, Dh)
+    y = (weights * columns).sum(-2).sum(-2)  # (B, Hkv, H/Hkv, Dh)
+    return y.to(q.dtype).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
+
+
 def auto_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, None]:
     """The form for one query; for many the fused kernel that torch picks."""
-    attend = one_query_attention if q.shape[2] == 1 else sdpa_attention
-    return attend(q, k, v, mask, dropout)
+    if q.shape[2] > 1:
+        return sdpa_attention(q, k, v, mask, dropout)
+    loops = (torch.compiler.is_compiling() and k.device.type == "cpu"
+             and k.shape[2] % AT_ONCE == 0)  # so is every cache of modality.py
+    return (one_query_loops if loops else one_query_attention)(q, k, v, mask, dropout)
 
 
 BACKENDS = {

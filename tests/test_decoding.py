@@ -3,18 +3,20 @@
 import pytest
 import torch
 from small import S as BIG_S
-from small import batch_with_pictures
-from test_sampling import SMALL_S, left_padded, small_model, with_any_logits
+from small import batch_with_pictures, left_padded, small_model
+from test_modality import SMALL_S, with_any_logits
 
 from chameleon import KVCache, eager_attention, sdpa_attention
 from engine import decoding
 from engine.decoding import (
+    AT_ONCE,
     Decoder,
     RowProduct,
     auto_attention,
     check_attention,
     check_compile,
     one_query_attention,
+    one_query_loops,
     only,
     set_attention,
     with_row_products,
@@ -52,13 +54,15 @@ def traced(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_query_attends_as_the_readable_form_does(H, Hkv, masked):
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, heads, L, 16, generator=g) for heads, L in
-               ((H, 1), (Hkv, 9), (Hkv, 9)))
-    mask = torch.rand(3, 1, 1, 9, generator=g) < 0.6 if masked else None
+    L = 2 * AT_ONCE
+    q, k, v = (torch.randn(3, heads, n, 16, generator=g) for heads, n in
+               ((H, 1), (Hkv, L), (Hkv, L)))
+    mask = torch.rand(3, 1, 1, L, generator=g) < 0.6 if masked else None
     if masked:
-        mask[..., 8] = True
+        mask[..., -1] = True
     expected = eager_attention(q, k, v, mask, 0.0)[0]
-    for attend in (one_query_attention, auto_attention, sdpa_attention, only("math")):
+    ways = one_query_attention, one_query_loops, auto_attention, sdpa_attention, only("math")
+    for attend in ways:
         torch.testing.assert_close(attend(q, k, v, mask, 0.0)[0], expected, atol=1e-6, rtol=1e-5)
 
 

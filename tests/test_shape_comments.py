@@ -216,6 +216,8 @@ def fast_steps() -> None:
     for rows in (prompts, prompts[:1]):
         options = dict(attention_mask=(rows != 1).long(), max_new_tokens=3)
         list(stream(model, rows, decoder=decoding.Decoder(model, compiled=True), **options))
+    q, k = torch.rand(2, 4, 1, 16), torch.rand(2, 2, 8, 16)
+    decoding.one_query_loops(q, k, k, None, 0.0)  # what a compiler sees in place of the other
     vq = in_strips(ChameleonVQVAE(ChameleonVQVAEConfig(**VQ)).eval())
     vq.decode(vq.encode(torch.rand(2, 3, 32, 32)))
 
