@@ -116,7 +116,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--attention", default="auto", choices=ATTENTIONS,
         help="the kernel: eager is the readable one, sdpa torch's, the others kinds of it")
     add("--stats", action="store_true", help="how fast it was, and how fast it could have been")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
+    return options
+
+
+# What --reconstruct and --explain read. And what only text, or only pictures, know.
+WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
+RECONSTRUCT = {"reconstruct", *WEIGHTS}
+EXPLAIN = {"explain", "prompt", "completion", *WEIGHTS}
+OF_TEXT = {"temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"}
+OF_PICTURES = {"image_temperature", "image_top_k", "image_top_p", "guidance_text",
+               "guidance_image"}
+
+
+def check_unused(options: argparse.Namespace) -> None:
+    """ValueError for an option that would be ignored without a word."""
+    unused, why = set(), f"--mode {options.mode} makes no use of it"
+    if options.explain:
+        unused, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
+    elif options.reconstruct:
+        unused = set(options.given) - RECONSTRUCT
+        why = "--reconstruct only sends pictures through the VQ-VAE"
+    elif options.mode != "interleaved":
+        unused = OF_PICTURES if options.mode == "text" else OF_TEXT
+    for name in options.given:
+        option = "--" + name.replace("_", "-")
+        if name in unused:
+            raise ValueError(f"{why}: leave {option} out")
+        prefix = name.removesuffix("top_k").removesuffix("top_p")
+        if name.endswith(("top_k", "top_p")) and not vars(options)[prefix + "temperature"]:
+            raise ValueError(f"{option} is for sampling, but temperature 0 takes the most likely "
+                             f"token: add --{prefix.replace('_', '-')}temperature 1")
 
 
 def sampling_options(options: argparse.Namespace) -> dict:
@@ -141,8 +172,6 @@ def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that could not be written, before anything is computed."""
     if options.explain:
         return check_page(options)
-    if options.reconstruct:
-        check_reconstruct(options)
     if options.count < 1 or (options.count > 1 and options.mode != "image"):
         raise ValueError("--count is a number of pictures, for --mode image")
     if options.out is None:
@@ -181,12 +210,6 @@ def numbered_names(options: argparse.Namespace) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{n}") for n in range(1, count + 1)] if count > 1 else []
 
 
-def check_reconstruct(options: argparse.Namespace) -> None:
-    if options.mode != "text" or options.prompt or options.stats or options.compile:
-        raise ValueError("--reconstruct only sends pictures through the VQ-VAE: leave --mode, "
-                         "--prompt, --stats and --compile out")
-
-
 def check_place(options: argparse.Namespace) -> None:
     """Tries to write where --out says, the last thing before the weights: OSError, ValueError."""
     out = options.out
@@ -211,12 +234,8 @@ def check_place(options: argparse.Namespace) -> None:
 
 def check_page(options: argparse.Namespace) -> None:
     """As `check_output`, for --explain."""
-    if options.stats or options.compile:
-        raise ValueError("--explain looks at one step in slow motion: leave --stats and --compile "
-                         "out")
-    if options.mode != "text" or options.reconstruct or options.count != 1 or ranks() > 1:
-        raise ValueError("--explain shows one prompt on one device: leave --mode, --count, "
-                         "--reconstruct and torchrun out")
+    if ranks() > 1:
+        raise ValueError("--explain shows one prompt on one device: leave torchrun out")
     if len(options.prompt) > 1:
         raise ValueError("--explain walks one prompt: give one --prompt")
     if options.out is not None and options.out.suffix.lower() not in (".html", ".htm"):
@@ -254,6 +273,7 @@ def answer(options: argparse.Namespace) -> None:
     sampling = sampling_options(options)
     check_options(options.max_new_tokens, **sampling)
     check_seeds(options.seed, options.count * len(options.prompt))
+    check_unused(options)
     check_output(options)
     config = read_config(options.model)
     processor = load_processor(options.model)

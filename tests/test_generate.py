@@ -241,7 +241,15 @@ BAD = {
     "a seed too large": (("--prompt", "a", "--seed", str(2**63)), "below 2^63"),
     "reconstruct a document": (("--reconstruct", "--image", "red.png", "--mode", "interleaved"),
                                "leave --mode"),
-    "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --stats"),
+    "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --compile out"),
+    "reconstruct by sampling": (("--reconstruct", "--image", "red.png", "--image-top-k", "5"),
+                                "leave --image-top-k out"),
+    "guided text": (("--prompt", "a", "--guidance-text", "3"), "leave --guidance-text out"),
+    "a long picture": (("--prompt", "a", "--mode", "image", "--max-new-tokens", "9"),
+                       "leave --max-new-tokens out"),
+    "greedy nucleus": (("--prompt", "a", "--top-p", "0.9"), "add --temperature 1"),
+    "greedy codes": (("--prompt", "a", "--mode", "image", "--image-top-k", "5",
+                      "--image-temperature", "0"), "add --image-temperature 1"),
     "weak guidance": (("--prompt", "a", "--mode", "image", "--guidance-text", "-1"),
                       "guidance_text must be"),
 }
@@ -292,7 +300,8 @@ def test_of_several_processes_only_the_first_writes(run, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     before = sorted(tmp_path.iterdir())
     for mode, out in (("image", "a.png"), ("interleaved", "d")):
-        code, _, _ = run("--prompt", "Draw", "--mode", mode, "--out", out, "--max-new-tokens", "3")
+        short = ("--max-new-tokens", "3") if mode == "interleaved" else ()
+        code, _, _ = run("--prompt", "Draw", "--mode", mode, "--out", out, *short)
         assert code == 0 and sorted(tmp_path.iterdir()) == before
 
 
