@@ -15,11 +15,15 @@ changing shapes       A cache that grows is another shape in each step, and woul
                       device, and a mask hides what is not yet written. Nothing depends on the step.
 attention             For one query, softmax(q k^T) v as it stands in the textbook beats the fused
                       kernels on a CPU, which are made for many queries.
-matrix times vector   The libraries for matrix products are made for many rows. For one, a plain
-                      loop over the weights is twice as fast: torch.compile writes it, for float
-                      and for int8 weights; without, torch has one of its own for bf16 on a CPU.
+matrix times vector   The libraries for matrix products are made for many rows. For a few (one, or
+                      those of a guided picture), a plain loop over the weights is twice as fast:
+                      torch.compile writes it, for float and for int8 weights; without, torch has
+                      one of its own for one row in bf16 on a CPU.
 waiting               Reading an id makes the host wait for CUDA. So ids are read one step behind,
                       while the next step already runs; inside a picture nothing else is read.
+
+Not done: joining q, k, v and gate, up into one matrix each. Compiled, a block is one function
+anyway; else it saves 2 % of the time that these products take.
 
 One block is compiled, and its code serves all N, since they differ in their tensors only: a sixth
 of the time that compiling the whole step takes, at the same speed.
@@ -55,6 +59,7 @@ from chameleon import (
 )
 from engine.quantize import Int8Linear
 
+FEW = 4  # rows of x whose product with a matrix is a loop; from 6 on the libraries are faster
 AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few
 
 
@@ -176,11 +181,12 @@ def set_attention(model: ChameleonForConditionalGeneration,
 
 
 class RowProduct(nn.Module):
-    """A linear layer for torch.compile: with ONE row of x its product becomes a plain loop.
+    """A linear layer for torch.compile: with FEW rows of x its product becomes a plain loop.
 
-        y_o = s_o * sum_i w_oi x_i + b_o        s_o: the scale of int8 weights, else 1
+        y_no = s_o * sum_i w_oi x_ni + b_o        s_o: the scale of int8 weights, else 1
 
-    Sums in fp32. Reads each weight once, as it is stored, and writes nothing but y.
+    Sums in fp32. One sum for each row n, which torch.compile joins into one loop: it reads each
+    weight once, as it is stored, and writes nothing but y.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -188,13 +194,14 @@ class RowProduct(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > x.shape[-1]:
+        rows = x.flatten(0, -2)  # (n, I)
+        if len(rows) > (FEW if x.device.type == "cpu" else 1):
             return self.layer(x)
-        x32 = in_memory(x.float()).unsqueeze(-2)  # (..., 1, I)
-        y = (x32 * self.layer.weight.float()).sum(-1)  # (..., O)
+        weight = self.layer.weight.float()  # (O, I)
+        y = torch.stack([(in_memory(row.float()) * weight).sum(-1) for row in rows])  # (n, O)
         if isinstance(self.layer, Int8Linear):
             y = y * self.layer.scale
-        y = y.to(x.dtype)
+        y = y.to(x.dtype).unflatten(0, x.shape[:-1])  # (..., O)
         return y if self.layer.bias is None else y + self.layer.bias
 
 

@@ -10,6 +10,7 @@ from chameleon import KVCache, eager_attention, sdpa_attention
 from engine import decoding
 from engine.decoding import (
     AT_ONCE,
+    FEW,
     Decoder,
     RowProduct,
     auto_attention,
@@ -202,7 +203,7 @@ def test_a_row_product_is_the_layers_own(kind, bias):
         quantize_model(model, kind)
     twin = with_row_products(model)
     assert isinstance(twin[0], RowProduct) and not isinstance(model[0], RowProduct)
-    for shape in ((1, 64), (1, 1, 64), (3, 64)):
+    for shape in ((1, 64), (1, 1, 64), (FEW, 1, 64), (FEW + 1, 64)):
         x = torch.randn(shape)
         torch.testing.assert_close(twin(x), model(x), atol=1e-5, rtol=1e-5)
 
