@@ -1,8 +1,8 @@
 """The decoder of Chameleon: one Llama-like transformer over text AND image tokens.
 
-    text ------tokenizer.py----------> ids --+
-    picture --vqvae.py--> codes --name--> ids +--> ids (B,T) --embed--> x (B,T,D)
-                                     x --N layers--> --norm--> --lm_head--> logits (B,T,V)
+    text ------tokenizer.py-----------> ids --+
+    picture --vqvae.py--> codes --names--> ids +--> ids (B,T) --embed--> x (B,T,D)
+                                        x --layers--> --norm--> --lm_head--> logits (B,T,V)
 
     one layer (7B)      h = x + attention(norm(x))        out = h + mlp(norm(h))
     one layer (34B)     h = x + norm(attention(x))        out = h + norm(mlp(h))
@@ -95,7 +95,7 @@ def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor,
 
     Computed anew in each call from the config alone: nothing to store, nothing to round to bf16.
     linear:   p is divided by the factor.
-    dynamic:  past max_position_embeddings, theta grows with the length of the call.
+    dynamic:  past max_position_embeddings, theta grows with the highest position, cache included.
     DIFFERS: transformers remembers the longest call so far, so a long prompt changes the answers
     to later ones. Here the table depends on this call's positions only. (As there, keys already
     in a cache keep the theta they were made with.)
@@ -335,7 +335,7 @@ class ChameleonModel(nn.Module):
         return ChameleonForConditionalGeneration.from_pretrained(folder, **options).model
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Pictures, pixels in [-1, 1] (N, 3, H, W) -> vocabulary ids (N, S) in raster order."""
+        """Pixels in [-1, 1] (N, 3, height, width) -> vocabulary ids (N, S) in raster order."""
         if not len(self.code_to_id):
             raise ValueError("this config has no vocabulary_map with IMGIMG... names, so pictures "
                              "have no ids: take the config.json of the checkpoint")
@@ -344,8 +344,8 @@ class ChameleonModel(nn.Module):
     def replace_image_placeholders(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
         """input_ids (B, T) with `<image>` placeholders -> ids (B, T) with the pictures' own ids.
 
-        Pictures (N, 3, H, W) fill the placeholders in order, row after row. ValueError if there
-        are not exactly N * S placeholders. Feeding the result is the same as feeding pictures.
+        Pictures (N, 3, height, width) fill the placeholders in order, row after row. ValueError if
+        there are not exactly N * S of them. Feeding the result is the same as feeding pictures.
         """
         image_ids = self.get_image_tokens(pixel_values)  # (N, S)
         if self.vocabulary.image_token_id is None:
@@ -359,7 +359,7 @@ class ChameleonModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
-        pixel_values: Tensor | None = None,  # (N, 3, H, W), N pictures over all rows
+        pixel_values: Tensor | None = None,  # (N, 3, height, width), N pictures over all rows
         attention_mask: Tensor | None = None,  # (B, L), 1 for real tokens; or bool (B, T, L)
         position_ids: Tensor | None = None,  # (B, T)
         past_key_values: KVCache | None = None,  # filled in place

@@ -5,9 +5,9 @@
     python generate.py --prompt "Draw a blue star, then say what it is." --mode interleaved --out d
     python generate.py --reconstruct --image examples/shapes.png
 
-Answers stream to stdout; everything else goes to stderr. How the sampling works is in sampling.py;
-here are the options, the checks that come before any weight is read, and what is written to disk.
-As a library, this file gives `generate` and `stream`.
+Answers stream to stdout; everything else goes to stderr. How the sampling works is in sampling.py
+and modality.py; here are the options, the checks that come before any weight is read, and what is
+written to disk. As a library, this file gives `generate` and `stream`.
 """
 
 import argparse

@@ -7,14 +7,16 @@ Guidance compares what the model expects with and without the prompt, and enlarg
 Contexts holds the versions of the prompt that it compares, as one batch behind one cache.
 
 What happens at a switch: only what may come next changes. The cache stays as it is, as all tokens
-share one model; in text the codes' logits are masked, in a picture all but the codes'; and every
-row of a batch switches when it likes.
+share one model; in text the codes' logits are masked, in a picture only the codes' are computed;
+and every row of a batch switches when it likes.
 
 Letter  meaning
 B, T    rows of the batch, tokens of a row so far
 V, K    vocabulary; codes of the codebook
 S       codes of a picture, vq_config.codes_per_image
 G       guidance streams: 1, 2 or 3 versions of each row's context in one batch
+D, L    width of a hidden state; columns of the cache so far
+N       pictures, (N, 3, height, width) as pixels
 """
 
 import torch
@@ -33,7 +35,7 @@ CACHE_STEP = 256  # the KV cache is a multiple of it, so that few shapes need to
 
 
 class Grammar:
-    """The modality grammar: which ids may come next, as one function of the ids so far.
+    """The modality grammar: which ids may come next, from where a row stands and the room left.
 
     `mode` is "text": no id of a picture at all; "image": one picture, at once; "interleaved":
     text, and a picture wherever the model begins one. ValueError if these weights cannot draw.
@@ -76,8 +78,8 @@ class Grammar:
         else:
             begun = [False] * len(drawn) if min(drawn) >= 0 else (chosen == self.begin).tolist()
         after_text = [0 if begins else -1 for begins in begun]
-        return [text if n < 0 else n + 1 if n < self.S else -1
-                for n, text in zip(drawn, after_text)]
+        return [start if n < 0 else n + 1 if n < self.S else -1
+                for n, start in zip(drawn, after_text)]
 
     def allowed(self, drawn: list[int], room: int) -> Tensor:
         """`codes_so_far` of B rows, places left for new ids -> bool (B, V).
@@ -132,11 +134,12 @@ def guidance_streams(text: float, image: float, mode: str, has_pictures: bool) -
 
 
 def guide(logits: Tensor, text: float, image: float) -> Tensor:
-    """Logits of the G streams (G, B, V) -> guided logits (B, V). On raw logits, before any filter.
+    """Logits of the G streams (G, B, K) -> guided logits (B, K). On raw logits, before any filter.
 
         nothing + image (pictures - nothing) + text (full - pictures)
 
-    written so that the third term falls away with the third stream.
+    written as pictures + text (full - pictures) + (image - 1) (pictures - nothing): without the
+    third stream the last term is left out.
     """
     full, *others = logits
     if not others:
@@ -144,7 +147,7 @@ def guide(logits: Tensor, text: float, image: float) -> Tensor:
     guided = others[0] + text * (full - others[0])
     if len(others) == 2:
         guided = guided + (image - 1) * (others[0] - others[1])
-    return guided  # (B, V)
+    return guided  # (B, K)
 
 
 class Contexts:

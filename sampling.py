@@ -11,7 +11,7 @@ grammar and guidance, which a Llama does not need, are in modality.py, with what
 
 Rows of a batch are independent: each has its own positions, its own modality, its own end, its own
 random numbers. So each gives what it would give alone, as long as the longest prompt leaves it the
-same room.
+same room. (Not with dynamic RoPE, whose theta follows the longest row.)
 """
 
 from collections.abc import Iterator
@@ -112,7 +112,7 @@ def check_options(max_new_tokens: int | None, **options: float | None) -> None:
 
 
 def check_seeds(seeds: int | list[int], rows: int) -> list[int]:
-    """-> a seed for each row; ValueError if there are too few, or one is too large."""
+    """-> a seed for each row; ValueError if their number is another, or one is too large."""
     seeds = [seeds + b for b in range(rows)] if isinstance(seeds, int) else seeds
     if len(seeds) != rows or not all(abs(s) < 2**63 for s in seeds):
         raise ValueError(f"{len(seeds)} seeds for {rows} rows: give one below 2^63 each")
@@ -176,7 +176,7 @@ def rows_of(head: nn.Module, ids: Tensor) -> nn.Module:
 
 
 class Picker:
-    """Hidden states of all streams -> each row's next id: head, guidance, grammar, filters."""
+    """Hidden states of all guidance streams -> each row's next id: head, guidance, filters."""
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
                  guidance: tuple[float, float], repetition_penalty: float, text: dict, image: dict,
@@ -244,10 +244,10 @@ def stream(
     eos_token_id: int | list[int] | None = None,
     decoder=None,  # an engine.decoding.Decoder: the same ids, sooner
 ) -> Iterator[Tensor]:
-    """Yields the next id of every row, (B,), until all have ended or the context is full.
+    """Yields the next id of every row, (B,), until all have ended or the limit is reached.
 
-    A row that has ended yields padding. Text is greedy by default. ValueError, at once and not at
-    the first id, for options or prompts that cannot work.
+    A row that has ended yields padding. Text is greedy by default. ValueError at once for options
+    and prompts that cannot work; a wrong number of pictures shows at the first id.
     """
     text = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     image = dict(temperature=image_temperature, top_k=image_top_k, top_p=image_top_p)
@@ -327,8 +327,8 @@ def generate(model: ChameleonForConditionalGeneration, input_ids: Tensor, attent
 
     Options are those of `stream`; greedy text by default. Equals transformers' model.generate,
     where `model.generate(**inputs, ...)` is written `generate(model, **inputs, ...)`.
-    DIFFERS: draws, if asked to; ends at end of turn, too; in text never yields begin-image or
-    end-image (transformers masks the codes only); top_k defaults to none, not 50.
+    DIFFERS: makes pictures, if asked to; ends at end of turn, too; in text never yields
+    begin-image or end-image (transformers masks the codes only); top_k defaults to none, not 50.
     """
     new = list(stream(model, input_ids, attention_mask, pixel_values, **options))
     new = torch.stack(new, dim=1).to(input_ids.device)  # (B, new)

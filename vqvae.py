@@ -142,7 +142,7 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One name for each step's result, so that each step frees the map before it.
+        # Always the same name, so that each step frees the map before it.
         h = swish(self.norm1(x))
         h = self.conv1(h)  # (B, C_out, H, W)
         h = swish(self.norm2(h))
@@ -297,7 +297,7 @@ class Decoder(nn.Module):
 
 
 class VQLosses(NamedTuple):
-    """What training the codebook needs; each a scalar tensor. Equation 3 of the VQ-VAE paper."""
+    """What training the codebook needs. VQ-VAE paper, equation 3; | |^2 here: mean of squares."""
 
     codebook: Tensor  # | sg[z] - e |^2 : moves the code vectors to the encoder's outputs
     commitment: Tensor  # | z - sg[e] |^2 : keeps the encoder's outputs near their codes
@@ -397,7 +397,7 @@ class ChameleonVQVAE(nn.Module):
                 f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which changes codes: "
                 "load with from_pretrained(dtype=...), which leaves them in float32"
             )
-        # No reduced precision by a side door either: bf16 autocast, or TF32 convolutions on CUDA.
+        # Nor bf16 by autocast, nor TF32 convolutions on CUDA. (TF32 products: the caller's choice.)
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # Same numbers, other order in memory: convolutions then need no reordered copies.

@@ -1,7 +1,7 @@
 """Fast steps: what makes writing one token after the other quick, all of it outside the model.
 
     prompt (B,T) --model, as it is--> KVCache, filled to column t
-    ids (B,1) --embed--> x (B,1,D) --block 1 .. block N, each compiled--> --norm--> hidden (B,D)
+    ids (B,1) --embed--> x (B,1,D) --N blocks, one compiled code--> --norm--> hidden (B,D)
                               every block writes column t in place and reads all L columns
 
 A step at batch 1 reads each weight once and does two operations with it: it can take no less than
@@ -349,8 +349,8 @@ class Decoder:
                  cache: KVCache) -> Tensor:
         """One more column: ids (B, 1) -> hidden states (B, D).
 
-        `mask` (B, L) is 1 where a column is real, the new one included, 0 behind it; `positions`
-        (B, 1). Both None: nothing is padded.
+        `mask` (B, L) is 1 where a row sees a column, the new one too unless its guidance stream
+        skips it, 0 behind; `positions` (B, 1). Both None: nothing is padded.
         """
         with self.kernels(len(new)):
             if self.compiled:
