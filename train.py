@@ -42,7 +42,8 @@ from image_processor import ChameleonImageProcessor
 from processor import ChameleonProcessor
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
 from training import language, world
-from training.documents import Corpus, OwnData, Pictures, Rows, Writer, read_examples
+from training.documents import Corpus, Pictures, Rows, Writer
+from training.own_data import OwnData, read_examples
 from training.run import Run, shard, whole
 from training.vqvae_stage import VQ, train_vqvae
 from vqvae import ChameleonVQVAE
@@ -66,7 +67,7 @@ DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfi
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3}  # 1e-4, 1e-5
 WARM_UP = {"pretrain": 150, "sft": 100}  # 4000, not given
 STEPS = {"pretrain": 2500, "sft": 23_500}  # 2^23 tokens a step, 4.4e12 in all
-ROWS = 8  # 2048, of 4096 tokens
+ROWS = 6  # 2048, of 4096 tokens
 PICTURES = 80_000  # 1.4 billion
 
 

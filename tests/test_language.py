@@ -24,8 +24,15 @@ def test_every_answer_is_true():
         for kind in ("colour", "shape", "size"):
             turn = QUESTIONS[kind](generator, scene)
             if turn:
-                word = turn[1].rstrip(".").lower().removeprefix("a ")
-                assert word in {getattr(thing, kind) for thing in scene.things}
+                said = conclusion(turn[1], language.look(scene)).rstrip(".")
+                name, word = said.removeprefix("The ").split(" is ")
+                assert f"the {name}" in turn[0]
+                named = set(turn[0].rstrip("?").split())
+                assert word.removeprefix("a ") in {
+                    getattr(thing, kind) for thing in scene.things
+                    if named & set(COLOURS) <= {thing.colour}
+                    and named & set(world.SHAPES) <= {thing.shape}
+                }
         question, answer = language.ask_count(generator, scene)
         words = question.rstrip("?.").split()
         fitting = [
@@ -33,7 +40,8 @@ def test_every_answer_is_true():
             if (t.colour in words or not set(COLOURS) & set(words))
             and (t.shape + "s" in words or "shapes" in words or "objects" in words)
         ]  # fmt: skip
-        assert answer == language.NUMBERS[len(fitting)] + "."
+        number = language.NUMBERS[len(fitting)] + "."
+        assert answer == f"{language.look(scene)} {number}"
         question, answer = language.ask_existence(generator, scene)
         words = question.rstrip("?").split()
         fitting = [
@@ -63,11 +71,13 @@ def conclusion(answer: str, seen: str) -> str:
 
 
 def test_relations_follow_the_places():
-    generator, seen = rng(6), set()
+    generator, seen, answers = rng(6), set(), set()
     for _ in range(300):
         turn = language.ask_relation(generator, TWO)
         if turn:
-            seen.add((turn[0], conclusion(turn[1], language.look(TWO))))
+            answers.add(conclusion(turn[1], language.look(TWO)))
+            seen.add((turn[0], turn[1].split(". ")[-1]))
+    assert ("The red circle is at the top and the blue square is at the bottom. Yes.") in answers
     assert ("Is the red circle above the blue square?", "Yes.") in seen
     assert ("Is the red circle below the blue square?", "No.") in seen
     assert all("left" not in question for question, _ in seen)  # both are in the middle column
@@ -100,6 +110,13 @@ def test_a_request_with_a_relation_is_not_fulfilled_upside_down():
         Thing("blue", "square", "large", (0, 1)), Thing("red", "circle", "small", (2, 1)),
     ))  # fmt: skip
     assert language.fulfils(TWO, request) and not language.fulfils(below, request)
+    request = language.Request("", ({"colour": "red"}, {"colour": "blue"}),
+                               relation="to the left of")
+    places = {"left": (1, 0), "right": (1, 2), "above": (0, 1), "below": (2, 1)}
+    for where, place in places.items():
+        things = (Thing("red", "circle", "small", place), Thing("blue", "square", "large", (1, 1)))
+        scene = Scene("white", tuple(sorted(things, key=lambda thing: thing.place)))
+        assert language.fulfils(scene, request) == (where == "left")
 
 
 def words_of(scene: Scene) -> set[str]:

@@ -21,7 +21,7 @@ from engine.quantize import quantize_model
 from engine.strips import in_strips
 from image_processor import ChameleonImageProcessor
 from sampling import stream
-from training import documents, evaluate, figures, vqvae_stage, world
+from training import documents, evaluate, figures, own_data, vqvae_stage, world
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,11 +167,12 @@ def commands(folder: Path, out: Path) -> None:
     Image.new("RGB", (20, 30), "red").save(out / "red.png")
     picture = ["--image", str(out / "red.png")]
     image, page = ["--out", str(out / "out.png")], ["--out", str(out / "out.html")]
-    for arguments in (["--prompt", "a", *picture], ["--reconstruct", *picture, *image],
+    for arguments in (["--prompt", "a", *picture, "--max-new-tokens", "3"],
+                      ["--reconstruct", *picture, *image],
                       ["--prompt", "a", "--mode", "image", *image],
                       ["--explain", "--prompt", "a<image>", *picture, *page],
                       ["--prompt", "a", "--vqgan", str(folder / "model.safetensors")]):
-        common = ["--model", str(folder), "--device", "cpu", "--max-new-tokens", "3"]
+        common = ["--model", str(folder), "--device", "cpu"]
         assert generate.main([*common, *arguments]) == 0
 
 
@@ -203,7 +204,7 @@ def training(folder: Path) -> None:
     star = str(ROOT / "examples" / "star.png")
     line = {"prompt": "What?<image>", "images": [star], "answer": "A star."}
     (folder / "own.jsonl").write_text(json.dumps(line))
-    documents.OwnData(documents.read_examples(folder), model, processor, rng)
+    own_data.OwnData(own_data.read_examples(folder), model, processor, rng)
     evaluate.accuracy(model, processor, "colour", 2)
     evaluate.drawn_right(model, processor, "edit", 2)
     evaluate.survival(model.model.vqmodel, 1)

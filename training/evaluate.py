@@ -1,11 +1,11 @@
-"""Questions a checkpoint about pictures it has never seen, and prints the table of the README.
+"""Questions a checkpoint about freshly drawn pictures, and prints the table of the README.
 
     seed -> scene -> picture --processor--> ids --generate, greedy--> text ?= the one right answer
 
 An answer counts only if it is right to the letter; a drawing only if the rule-based reader finds
 every named colour, shape, size, place and background, and nothing more. Everything is asked twice:
-about ordinary pictures, new to the model but of known (colour, shape) pairs, and about pictures
-that contain a pair from world.HELD_OUT, which training never showed. Seeds are fixed and far from
+about ordinary pictures, of (colour, shape) pairs that training showed, and about pictures that
+contain a pair from world.HELD_OUT, which training never showed. Seeds are fixed and far from
 those of training.
 """
 
@@ -98,8 +98,8 @@ def picture(scene: Scene) -> Image.Image:
 def answer(model, processor, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
     """Greedy answers to a batch of prompts; pictures in the order of their <image> places."""
     inputs = processor(text=prompts, images=pictures or None, padding=True).to(model.device)
-    with torch.inference_mode():
-        ids = generate(model, **inputs, max_new_tokens=48)  # (B, T + new)
+    with torch.inference_mode():  # the longest answer: three things, then two of them again
+        ids = generate(model, **inputs, max_new_tokens=96)  # (B, T + new)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
 
 

@@ -4,7 +4,7 @@
     rng, Scene -> state       -> a true statement, for pretraining
     rng, Scene -> ask_drawing -> Request              words, and what a drawing must show for them
 
-Every sentence is one of several wordings, and every answer follows from the Scene alone.
+Most questions have several wordings; every answer follows from the scenes alone.
 """
 
 from dataclasses import dataclass
@@ -102,9 +102,11 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 # Questions about one picture: (rng, scene) -> (question, answer), or None if the scene has no
 # such question. Where an answer could be guessed, the answer is drawn first.
 #
-# Where things have to be compared, the answer says what is there before it concludes. Asked for a
-# bare yes or no, this small model stayed at chance for thousands of steps; what it has written
-# itself it can look up.
+# Where a thing has to be found or compared, the answer says what is there before it concludes.
+# Asked for a bare yes or no, this small model stayed at chance for thousands of steps; what it has
+# written itself it can look up, and that can be practised without pictures (Corpus.practice). And
+# "Where is the star?" "At the top." stayed at chance until the answer began with the words that
+# have to be found again: "The star is" - what followed them there, follows here.
 
 
 def look(scene: Scene) -> str:
@@ -128,14 +130,16 @@ def ask_colour(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing, hide="colour")
     wordings = "What colour is the {}?", "Which colour is the {}?", "What is the colour of the {}?"
-    return name and (pick(rng, wordings).format(name), sentence(thing.colour))
+    answer = f"{look(scene)} The {name} is {thing.colour}."
+    return name and (pick(rng, wordings).format(name), answer)
 
 
 def ask_shape(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing, hide="shape")
     wordings = "What shape is the {}?", "Which shape does the {} have?", "What is the {}?"
-    return name and (pick(rng, wordings).format(name), sentence(article(thing.shape)))
+    answer = f"{look(scene)} The {name} is {article(thing.shape)}."
+    return name and (pick(rng, wordings).format(name), answer)
 
 
 def ask_size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
@@ -145,19 +149,20 @@ def ask_size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
         "Is the {} small or large?", "Is the {} large or small?", "What size is the {}?",
         "How large is the {}?",
     )  # fmt: skip
-    return name and (pick(rng, wordings).format(name), sentence(thing.size))
+    answer = f"{look(scene)} The {name} is {thing.size}."
+    return name and (pick(rng, wordings).format(name), answer)
 
 
 def ask_place(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     if rng.random() < 0.3:  # the other way round: what is at this place?
         place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
         there = [str(thing) for thing in scene.things if thing.place == place]
-        answer = sentence(article(there[0])) if there else "Nothing."
+        answer = sentence(f"{PLACES[place]} is {article(there[0]) if there else 'nothing'}")
         return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing)
     wordings = "Where is the {}?", "Where do you see the {}?"
-    answer = f"{look(scene)} {sentence(PLACES[thing.place])}"
+    answer = f"{look(scene)} The {name} is {PLACES[thing.place]}."
     return name and (pick(rng, wordings).format(name), answer)
 
 
@@ -178,7 +183,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
     number = pick(rng, groups)
     words = phrase(rng, **pick(rng, groups[number])) + "s"
     wordings = "How many {} are there?", "How many {} do you see?", "Count the {}."
-    return pick(rng, wordings).format(words), NUMBERS[number] + "."
+    return pick(rng, wordings).format(words), f"{look(scene)} {NUMBERS[number]}."
 
 
 def ask_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
@@ -216,8 +221,9 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
     if None in names:
         return None
     kind = pick(rng, ("which", "yes", "no", "what"))
+    found = [f"the {name} is {PLACES[t.place]}" for name, t in zip(names, (first, second))]
     if kind == "what" and len(scene.things) == 2:
-        question = f"What is {words[0]} the {names[1]}?"
+        question, found = f"What is {words[0]} the {names[1]}?", found[1:]  # the other is asked for
         answer = article(f"{first.colour} {first.shape}")
     elif kind in ("which", "what"):
         either = " or ".join(words if rng.random() < 0.5 else words[::-1])
@@ -225,7 +231,7 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
         answer = words[0].removesuffix(" of")
     else:
         question, answer = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?", kind
-    return question, f"{look(scene)} {sentence(answer)}"
+    return question, f"{look(scene)} {sentence(' and '.join(found))} {sentence(answer)}"
 
 
 QUESTIONS = {
@@ -333,7 +339,7 @@ def ask_edit(rng: np.random.Generator, after: Scene, change: str) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What a drawing must show; an empty string or None is left to the painter."""
+    """What a drawing must show; what is empty or not named is left to the painter."""
 
     text: str  # "a small red circle above a blue square on a white background"
     things: tuple[dict, ...]  # the named fields of each thing
@@ -370,6 +376,8 @@ def fulfils(scene: Scene, request: Request) -> bool:
         return False
     for things in permutations(scene.things):
         named = all(matches(t, **wanted) for t, wanted in zip(things, request.things))
-        if named and (not request.relation or request.relation == relation(*things)):
+        in_order = things[0].place < things[-1].place  # what `relation` is about
+        if named and (not request.relation
+                      or (in_order and request.relation == relation(*things))):
             return True
     return False

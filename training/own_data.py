@@ -1,0 +1,98 @@
+"""Your own data: a folder with a .jsonl file, one {"prompt", "images", "answer"} a line.
+
+    folder --read_examples--> (where, prompt, answer) a line --OwnData--> Document, one a line
+
+All that can be wrong is found, with file and line, before any weight is read.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from chameleon import ChameleonForConditionalGeneration
+from image_processor import load_image
+from processor import ChameleonProcessor
+from training.documents import Document, Writer
+
+
+def read_examples(folder: Path) -> list[tuple[str, list, list]]:
+    """-> for each line (where it stands, prompt parts, answer parts); pictures are their Paths.
+
+    Prompt and answer are text; each `<image>` in them stands for the next file of "images", a
+    path relative to the folder. ValueError names the file, the line and what is wrong with it.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
+    examples = []
+    for file in files:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is no text in UTF-8") from None
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{file} line {number}"
+                try:
+                    examples.append((where, *read_example(json.loads(line), folder)))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: not JSON ({error})") from None
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+    if not examples:
+        raise ValueError(f"{folder}: its .jsonl files are empty")
+    return examples
+
+
+def read_example(line: object, folder: Path) -> tuple[list, list]:
+    """One line -> prompt parts, answer parts; ValueError says what is wrong with it."""
+    if not isinstance(line, dict):
+        raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
+    unknown = sorted(set(line) - {"prompt", "images", "answer"})
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r}: the keys are prompt, images, answer")
+    for key in ("prompt", "answer"):
+        if not isinstance(line.get(key), str) or not line[key]:
+            raise ValueError(f"{key!r} must be a text that is not empty")
+    images = line.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise ValueError("'images' must be a list of file names")
+    places = (line["prompt"] + line["answer"]).count("<image>")
+    if places != len(images):
+        raise ValueError(f"{places} <image> but {len(images)} file(s) in 'images'")
+    paths = iter([folder / name for name in images])
+    parts = []
+    for key in ("prompt", "answer"):
+        pieces = line[key].split("<image>")
+        parts.append([pieces[0]])
+        for piece in pieces[1:]:
+            parts[-1] += [next(paths), piece]
+    for path in (part for some in parts for part in some if isinstance(part, Path)):
+        load_image(path)  # a ValueError now is better than one after an hour
+    return parts[0], parts[1]
+
+
+class OwnData:
+    """Draws the user's documents, each as often as any other."""
+
+    def __init__(
+        self, examples: list[tuple[str, list, list]], model: ChameleonForConditionalGeneration,
+        processor: ChameleonProcessor, rng: np.random.Generator,
+    ) -> None:  # fmt: skip
+        paths = {part for _, *both in examples for parts in both for part in parts}
+        codes = {}
+        for path in sorted(part for part in paths if isinstance(part, Path)):
+            image = processor.image_processor(load_image(path), return_tensors="pt")
+            pixels = image["pixel_values"].to(model.device)  # (1, 3, H, W)
+            codes[path] = model.model.vqmodel.encode(pixels)[0].cpu().numpy()  # (S,)
+        writer, self.rng = Writer(processor.tokenizer, codes), rng
+        self.documents = [writer.chat(prompt, answer) for _, prompt, answer in examples]
+        self.row_tokens = max(len(document.ids) for document in self.documents)
+        limit = model.config.max_position_embeddings
+        for (where, *_), document in zip(examples, self.documents):
+            if len(document.ids) > limit:
+                raise ValueError(f"{where}: {len(document.ids)} tokens, the model holds {limit}")
+
+    def sft(self, room: int) -> Document:
+        return self.documents[int(self.rng.integers(len(self.documents)))]
