@@ -132,14 +132,16 @@ OF_PICTURES = {"image_temperature", "image_top_k", "image_top_p", "guidance_text
 
 def check_unused(options: argparse.Namespace) -> None:
     """ValueError for an option that would be ignored without a word."""
-    unused, why = set(), f"--mode {options.mode} makes no use of it"
+    unused, why = set(), ""
     if options.explain:
         unused, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
     elif options.reconstruct:
         unused = set(options.given) - RECONSTRUCT
         why = "--reconstruct only sends pictures through the VQ-VAE"
-    elif options.mode != "interleaved":
-        unused = OF_PICTURES if options.mode == "text" else OF_TEXT
+    elif options.mode == "text":
+        unused, why = OF_PICTURES, "--mode text draws nothing"
+    elif options.mode == "image":
+        unused, why = OF_TEXT, "--mode image writes no text"
     for name in options.given:
         option = "--" + name.replace("_", "-")
         if name in unused:
