@@ -77,6 +77,10 @@ def test_relations_follow_the_places():
         if turn:
             answers.add(conclusion(turn[1], language.look(TWO)))
             seen.add((turn[0], turn[1].split(". ")[-1]))
+            if turn[0].startswith("What is"):  # names what the question names, not what it asks
+                found = conclusion(turn[1], language.look(TWO)).split(". ")[0]
+                name, place = found.removeprefix("The ").split(" is ")
+                assert name in turn[0] and " and " not in place
     assert ("The red circle is at the top and the blue square is at the bottom. Yes.") in answers
     assert ("Is the red circle above the blue square?", "Yes.") in seen
     assert ("Is the red circle below the blue square?", "No.") in seen
