@@ -59,7 +59,7 @@ from chameleon import (
 )
 from engine.quantize import Int8Linear
 
-FEW = 4  # rows of x whose product with a matrix is a loop; from 6 on the libraries are faster
+FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
 AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few
 
 
