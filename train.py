@@ -66,7 +66,9 @@ Z_LOSS = 1e-5  # 1e-5
 DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3}  # 1e-4, 1e-5
 WARM_UP = {"pretrain": 150, "sft": 100}  # 4000, not given
-STEPS = {"pretrain": 2500, "sft": 23_500}  # 2^23 tokens a step, 4.4e12 in all
+STEPS = {"pretrain": 2500, "sft": 24_000}  # 2^23 tokens a step, 4.4e12 in all
+# Until which part of sft: the shares of practice and of lists among its documents (Corpus.sft).
+PRACTICE = ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05)))
 ROWS = 6  # 2048, of 4096 tokens
 PICTURES = 80_000  # 1.4 billion
 
@@ -183,6 +185,11 @@ def rate(stage: str, step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
 
 
+def practice_shares(step: int, steps: int) -> tuple[float, float]:
+    """The shares of practice and of lists, see PRACTICE."""
+    return next(shares for end, shares in PRACTICE if step < end * steps)
+
+
 def decoder_loss(
     model: ChameleonForConditionalGeneration, batch: dict[str, Tensor], z_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
@@ -261,6 +268,8 @@ def train_decoder(stage: str, run: Run) -> None:
     for step in run.progress(range(start, steps), stage):
         # The last fifth of pretraining is its second stage: half of it better data (2.2).
         late = stage == "sft" or (step >= 0.8 * steps and step % 2)
+        if stage == "sft":
+            corpus.shares = practice_shares(step, steps)
         batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
         loss, curves = decoder_loss(model, run.share(batch), z_weight)
         for group in optimizer.param_groups:

@@ -77,17 +77,38 @@ def test_relations_follow_the_places():
         if turn:
             answers.add(conclusion(turn[1], language.look(TWO)))
             seen.add((turn[0], turn[1].split(". ")[-1]))
-            if turn[0].startswith("What is"):  # names what the question names, not what it asks
+            if turn[0].startswith("What is"):  # finds what the question names, not what it asks
+                above = turn[0].startswith("What is above")
                 found = conclusion(turn[1], language.look(TWO)).split(". ")[0]
-                name, place = found.removeprefix("The ").split(" is ")
-                assert name in turn[0] and " and " not in place
-    assert ("The red circle is at the top and the blue square is at the bottom. Yes.") in answers
+                assert found == "I see the " + (
+                    "large blue square at the bottom" if above else "small red circle at the top"
+                )
+    both = "the small red circle at the top and the large blue square at the bottom"
+    assert f"I see {both}. Yes." in answers
     assert ("Is the red circle above the blue square?", "Yes.") in seen
     assert ("Is the red circle below the blue square?", "No.") in seen
     assert all("left" not in question for question, _ in seen)  # both are in the middle column
     assert {answer for question, answer in seen if question.startswith("What is above")} == {
         "A red circle."
     }
+
+
+def test_a_place_is_that_of_the_thing_asked_for():
+    generator, answers = rng(13), set()
+    red = "I see the small red circle at the top."
+    blue = "I see the large blue square at the bottom."
+    for _ in range(300):
+        question, answer = language.ask_place(generator, TWO)
+        said = conclusion(answer, language.look(TWO))
+        words = set(question.rstrip("?").split())
+        if words & {"red", "circle", "small", "top"} and not words & {"left", "right"}:
+            assert said == red
+        elif words & {"blue", "square", "large", "bottom"} and not words & {"left", "right"}:
+            assert said == blue
+        else:
+            assert said == f"I see nothing {question.removeprefix('What is ').rstrip('?')}."
+        answers.add(said)
+    assert {red, blue, "I see nothing on the left."} <= answers
 
 
 def test_yes_and_no_are_equally_frequent():
@@ -146,7 +167,7 @@ def test_pairs_share_what_they_say():
             assert conclusion(turn[1], seen) == ("The first." if first_fits else "The second.")
 
 
-def test_no_training_sentence_names_a_held_out_pair():
+def test_no_sentence_about_a_training_picture_names_a_held_out_pair():
     """Not even to deny it."""
     pairs = [f"{colour} {shape}" for colour, shape in world.HELD_OUT]
     generator = rng(12)

@@ -53,6 +53,7 @@ def test_held_out_compositions_appear_only_when_asked_for():
 
     assert not pairs(scenes(2000)) & HELD_OUT
     assert all(pairs([scene]) & HELD_OUT for scene in scenes(100, held_out=True))
+    assert pairs(scenes(500, held_out=None)) > HELD_OUT  # what the VQ-VAE learns from: all
     generator = rng()
     for _ in range(500):
         a, b, _ = world.sample_pair(generator)

@@ -28,8 +28,8 @@ from training import language, world
 from training.world import Scene
 from vqvae import ChameleonVQVAE
 
-IMAGE_WEIGHT = 0.4  # of a picture's token in the loss, relative to a text token's; the paper: 1
-DECISION = 16.0  # of an answer's last sentence as a whole: often one word, but the one that counts
+IMAGE_WEIGHT = 0.6  # of a picture's token in the loss, relative to a text token's; the paper: 1
+DECISION = 12.0  # of an answer's last sentence as a whole: often one word, but the one that counts
 EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance
 
 
@@ -152,6 +152,7 @@ class Corpus:
     """Draws documents about a fixed set of pictures, whose codes are computed once."""
 
     row_tokens = 384  # the paper: 4096
+    shares = (0.14, 0.18)  # of practice and of lists in sft; train.PRACTICE changes them on the way
 
     def __init__(self, writer: Writer, pictures: "Pictures", rng: np.random.Generator) -> None:
         self.writer, self.pictures, self.rng = writer, pictures, rng
@@ -192,52 +193,56 @@ class Corpus:
     # --- pretraining: statements, no turns
 
     def statements(self, scene: Scene, n: int) -> list[str]:
-        caption = language.caption(scene)
-        return [caption] + [language.state(self.rng, scene) for _ in range(n - 1)]
+        both = [language.caption(scene), language.look(scene)]
+        return (both + [language.state(self.rng, scene) for _ in range(n)])[:n]
 
     def pretrain(self, room: int) -> Document:
         rng, writer, kind = self.rng, self.writer, self.rng.random()
         scene = self.scene()
-        if kind < 0.40:  # picture first: many statements, each read off the picture alone
+        if kind < 0.35:  # picture first: many statements, each read off the picture alone
             turns = [("", text) for text in self.statements(scene, 12)]
             return writer.branches((scene,), turns, IMAGE_WEIGHT, room)
-        if kind < 0.50:  # picture, then its caption and one more statement
+        if kind < 0.45:  # picture, then its caption and one more statement
             return writer.completion(scene, " ".join(self.statements(scene, 2)))
-        if kind < 0.80:  # caption first
+        if kind < 0.77:  # caption first
             words = language.caption(scene) if self.chance(0.5) else None
             words = words or language.sentence(language.ask_drawing(rng, scene).text)
             prompt = () if self.chance(EMPTY_PROMPT) else (language.vary(rng, words),)
             return writer.completion(*prompt, scene)
-        if kind < 0.90:  # interleaved
+        if kind < 0.85:  # interleaved
             other = self.scene()
             return writer.completion(
                 language.caption(scene), scene, language.caption(other), other
             )
-        return writer.completion(" ".join(self.statements(scene, 4)))  # text alone
+        if kind < 0.88:  # text alone
+            return writer.completion(" ".join(self.statements(scene, 4)))
+        return writer.completion(" ".join(self.again()))
 
     # --- sft: prompt and answer
 
     def sft(self, room: int) -> Document:
-        """One of seven kinds. The shares are of documents; of the tokens, 37 % go to practice, 21
-        to two pictures, 22 to drawings and edits, 20 to one picture; of the loss's weight 57, 10,
-        12, 21.
+        """One of eight kinds. The shares are of documents, but practice fills rows: at a share of
+        0.14 / 0.28 / 0.10 it is 31 / 45 / 23 % of all tokens, and drawings are 16 / 13 / 19 %.
         """
-        kind = self.rng.random()
-        if kind < 0.25:
+        kind, (practice, lists) = self.rng.random(), self.shares
+        if kind < practice:
             return self.practice(room)
-        if kind < 0.35:
+        if kind < practice + lists:
+            return self.lists()
+        kind = (kind - practice - lists) / (1 - practice - lists)  # 0..1 among the others
+        if kind < 0.14:
             scene = self.busy_scene()
             turns = [self.question(scene) for _ in range(14)]
             gap = self.one_of(GAPS)
             turns = [(gap + question, answer) for question, answer in turns]
             return self.writer.branches((scene,), turns, 0.0, room)
-        if kind < 0.44:
+        if kind < 0.23:
             scene = self.busy_scene()
             question, answer = self.question(scene)
             return self.writer.question(self.place_pictures(question, (scene,)), answer)
-        if kind < 0.70:
+        if kind < 0.67:
             return self.drawing()
-        if kind < 0.88:
+        if kind < 0.86:
             return self.two_pictures(room)
         if kind < 0.98:
             before, after, change = self.one_of(self.pictures.edits)
@@ -259,7 +264,8 @@ class Corpus:
         in_order, kind = self.chance(0.35), rng.random()
         while len(turns) < (12 if in_order else 30):
             if in_order or not turns:  # one scene for all, or for each its own
-                scene = world.sample_scene(rng, int(rng.choice((1, 2, 3), p=(0.1, 0.4, 0.5))))
+                count = int(rng.choice((1, 2, 3), p=(0.1, 0.4, 0.5)))
+                scene = world.sample_scene(rng, count, held_out=None)
                 pair, edit = world.sample_pair(rng), world.sample_edit(rng)
             share = rng.random()
             if kind < 0.6:
@@ -279,6 +285,22 @@ class Corpus:
         seen = turns[0][1].split(". ")[0] + "."
         turns = [(question, answer.removeprefix(seen + " ")) for question, answer in turns]
         return self.writer.branches((seen,), turns, 0.0, room)
+
+    def again(self) -> tuple[str, str]:
+        """Many things in words, and each of them again, in another order.
+
+        The same skill in its purest form: once colour and shape are said, the place can only be
+        looked up, and with up to eight things a guess is seldom right.
+        """
+        scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), held_out=None)
+        said = [language.found(thing) for thing in scene.things]
+        order = self.rng.permutation(len(said))
+        return language.look(scene), " ".join(said[i] for i in order)
+
+    def lists(self) -> Document:
+        """What `again` says, as a conversation."""
+        words, found = self.again()
+        return self.writer.chat((words,), (found,))
 
     def drawing(self) -> Document:
         scene = self.scene()

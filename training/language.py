@@ -105,14 +105,20 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 # Where a thing has to be found or compared, the answer says what is there before it concludes.
 # Asked for a bare yes or no, this small model stayed at chance for thousands of steps; what it has
 # written itself it can look up, and that can be practised without pictures (Corpus.practice). And
-# "Where is the star?" "At the top." stayed at chance until the answer began with the words that
-# have to be found again: "The star is" - what followed them there, follows here.
+# a conclusion repeats the words that have to be found again: "A small red star at the top. I see
+# the small red star", and what followed these words there, follows here. After "Where is the star?"
+# a bare "At the top." stayed at chance.
 
 
 def look(scene: Scene) -> str:
     """All there is, with the places: "A small red circle at the top and a ... on the left." """
     names = [f"{article(str(thing))} {PLACES[thing.place]}" for thing in scene.things]
     return sentence(" and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names))
+
+
+def found(*things: Thing) -> str:
+    """Things of a picture again, with their places: "I see the large blue square on the left." """
+    return "I see " + " and ".join(f"the {thing} {PLACES[thing.place]}" for thing in things) + "."
 
 
 def look_at_both(first: Scene, second: Scene) -> str:
@@ -156,13 +162,13 @@ def ask_size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
 def ask_place(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
     if rng.random() < 0.3:  # the other way round: what is at this place?
         place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
-        there = [str(thing) for thing in scene.things if thing.place == place]
-        answer = sentence(f"{PLACES[place]} is {article(there[0]) if there else 'nothing'}")
+        there = [thing for thing in scene.things if thing.place == place]
+        answer = found(*there) if there else f"I see nothing {PLACES[place]}."
         return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing)
     wordings = "Where is the {}?", "Where do you see the {}?"
-    answer = f"{look(scene)} The {name} is {PLACES[thing.place]}."
+    answer = f"{look(scene)} {found(thing)}"
     return name and (pick(rng, wordings).format(name), answer)
 
 
@@ -221,9 +227,9 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
     if None in names:
         return None
     kind = pick(rng, ("which", "yes", "no", "what"))
-    found = [f"the {name} is {PLACES[t.place]}" for name, t in zip(names, (first, second))]
+    needed = (first, second)
     if kind == "what" and len(scene.things) == 2:
-        question, found = f"What is {words[0]} the {names[1]}?", found[1:]  # the other is asked for
+        question, needed = f"What is {words[0]} the {names[1]}?", (second,)  # the other is asked
         answer = article(f"{first.colour} {first.shape}")
     elif kind in ("which", "what"):
         either = " or ".join(words if rng.random() < 0.5 else words[::-1])
@@ -231,7 +237,7 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
         answer = words[0].removesuffix(" of")
     else:
         question, answer = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?", kind
-    return question, f"{look(scene)} {sentence(' and '.join(found))} {sentence(answer)}"
+    return question, f"{look(scene)} {found(*needed)} {sentence(answer)}"
 
 
 QUESTIONS = {

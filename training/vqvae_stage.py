@@ -190,7 +190,7 @@ def codebook_sample(
     z, weight = [], []
     with torch.no_grad():
         for _ in range(0, pictures, 16):
-            scenes = [world.sample_scene(rng, 3) for _ in range(16)]
+            scenes = [world.sample_scene(rng, 3, None) for _ in range(16)]
             pixels = torch.from_numpy(world.render_pixels(scenes)).to(device)
             z.append(flatten_patches(vq.quant_conv(vq.encoder(pixels))))
             weight.append(F.max_pool2d(foreground(pixels), VQ.downsampling).flatten() + 0.02)
@@ -213,7 +213,7 @@ def train_vqvae(run: Run) -> None:
             codebook.start(*codebook_sample(vq, rng, run.device, 16 * min(75, steps)))
         # Crowded pictures are quick to learn from, sparse ones are what GroupNorm must get used to.
         counts = rng.choice((1, 2, 3, 5, 8), BATCH, p=(0.15, 0.2, 0.25, 0.2, 0.2))
-        scenes = [world.sample_scene(rng, int(n)) for n in counts]
+        scenes = [world.sample_scene(rng, int(n), None) for n in counts]
         pixels = torch.from_numpy(world.render_pixels(scenes)).to(run.device)
         loss, curves, patches = vqvae_loss(vq, pixels, quantized=step >= begin)
         for group in optimizer.param_groups:

@@ -8,8 +8,10 @@ Everything random comes from the one numpy Generator that is passed in, so a see
     Thing    one coloured shape: colour, shape, size, place (and a little jitter)
     Scene    a plain background with one to three things, listed in reading order
 
-A few (colour, shape) pairs never occur in training, HELD_OUT: a model that names or draws them
-has learned the colour and the shape, not the picture.
+A few (colour, shape) pairs are HELD_OUT: no picture that the decoder learns from shows them, and no
+sentence about a picture names them. The VQ-VAE, which learns pixels and no words, sees them, and
+sentences without a picture name them, as people have heard of what they never saw. A model that
+names or draws them has learned the colour and the shape, not the picture.
 """
 
 import sys
@@ -39,7 +41,7 @@ PLACES = {
 }  # fmt: skip
 SIDE = 36  # pixels: each place is 12 x 12, exactly 3 x 3 patches of a VQ-VAE that divides by 4
 HELD_OUT = frozenset({("purple", "star"), ("green", "triangle")})
-JITTER = 1 / 192  # how far a thing strays from its place, in picture widths
+JITTER = 1 / 48  # how far a thing strays from its place, in picture widths
 # The outer radius of each shape relative to the circle's, so that all four look equally large.
 REACH = {"circle": 1.0, "square": 0.90, "triangle": 1.22, "star": 1.2}
 BLOB = 0.25  # the reader's limit: squared error of the best rendering, per covered pixel
@@ -70,36 +72,40 @@ def pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def sample_thing(rng: np.random.Generator, place: tuple[int, int], held_out: bool = False) -> Thing:
-    """One thing at `place`; its (colour, shape) is in HELD_OUT exactly when `held_out`."""
+def sample_thing(
+    rng: np.random.Generator, place: tuple[int, int], held_out: bool | None = False
+) -> Thing:
+    """One thing at `place`; its (colour, shape) is in HELD_OUT or not; None: it may be either."""
     while True:
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
-        if ((colour, shape) in HELD_OUT) == held_out:
+        if held_out is None or ((colour, shape) in HELD_OUT) == held_out:
             break
     dy, dx = rng.uniform(-JITTER, JITTER, 2)
     return Thing(colour, shape, str(rng.choice(list(SIZES))), place, float(dy), float(dx))
 
 
 def sample_scene(
-    rng: np.random.Generator, count: int | None = None, held_out: bool = False
+    rng: np.random.Generator, count: int | None = None, held_out: bool | None = False
 ) -> Scene:
     """A random scene of `count` things, by default one to three.
 
     No two are alike in both colour and shape.
 
-    held_out: the first thing drawn is a HELD_OUT composition (the others are ordinary).
+    held_out: the first thing drawn is a HELD_OUT composition (the others are ordinary); None: any
+    thing may be.
     """
     count = count or int(rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25)))
     places = sorted(PLACES)
     things = []
     for place in rng.permutation(len(places))[:count]:
         while True:
-            thing = sample_thing(rng, places[place], held_out and not things)
+            thing = sample_thing(rng, places[place], held_out and not things)  # None stays None
             if all((t.colour, t.shape) != (thing.colour, thing.shape) for t in things):
                 break
         things.append(thing)
     background = str(rng.choice(list(BACKGROUNDS)))
     return Scene(background, tuple(sorted(things, key=lambda t: t.place)))
+
 
 def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene, str]:
     """Two pictures of one thing each, and what they share: colour, shape, both or nothing."""
