@@ -67,7 +67,7 @@ DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfi
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3}  # 1e-4, 1e-5
 WARM_UP = {"pretrain": 150, "sft": 100}  # 4000, not given
 STEPS = {"pretrain": 2500, "sft": 24_000}  # 2^23 tokens a step, 4.4e12 in all
-# Until which part of sft: the shares of practice and of lists among its documents (Corpus.sft).
+# (until this part of sft's steps, (share of practice, share of lists)), see Corpus.sft.
 PRACTICE = ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05)))
 ROWS = 6  # 2048, of 4096 tokens
 PICTURES = 80_000  # 1.4 billion

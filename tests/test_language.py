@@ -1,4 +1,4 @@
-"""The English of the toy world: every sentence is true, and none names what is held out."""
+"""The English of the toy world: what is said of a picture is true and names nothing held out."""
 
 from test_world import TWO, rng, scenes
 

@@ -132,7 +132,8 @@ def test_statements_without_a_question_weigh_the_same_everywhere(corpus):
 
 def test_conclusions_are_practised_without_the_sentence_that_nobody_could_know(corpus, tokenizer):
     # In the order of a real answer nothing is shared but <s>; that is a third of the documents.
-    document = next(d for d in iter(lambda: corpus.practice(384), None) if d.branch.count(0) == 1)
+    drawn = [corpus.practice(384) for _ in range(50)]
+    document = next(document for document in drawn if document.branch.count(0) == 1)
     assert max(document.branch) >= 5
     codes = set(corpus.writer.code_to_id.tolist())
     assert not codes & set(document.ids)
@@ -168,6 +169,7 @@ def test_practice_and_lists_are_as_frequent_as_asked_for(corpus, monkeypatch, sh
 
 
 def test_a_list_names_every_thing_again(corpus, tokenizer):
+    orders = set()
     for _ in range(20):
         document = corpus.lists()
         turn = document.ids.index(tokenizer.vocabulary.end_of_turn_id)
@@ -178,6 +180,18 @@ def test_a_list_names_every_thing_again(corpus, tokenizer):
         assert all(thing.removeprefix("I see the ") in given for thing in things)
         assert len(things) == given.count(" in the ") + given.count(" at the ") + (
             given.count(" on the "))  # fmt: skip
+        where = [given.index(thing.removeprefix("I see the ")) for thing in things]
+        orders.add(where == sorted(where))
+    assert False in orders
+
+
+@pytest.mark.parametrize("draw", ["practice", "lists"])
+def test_sentences_without_a_picture_name_what_no_picture_shows(corpus, tokenizer, draw):
+    room = (384,) if draw == "practice" else ()
+    said = " ".join(tokenizer.decode(getattr(corpus, draw)(*room).ids) for _ in range(60))
+    assert "purple star" in said and "green triangle" in said
+    shown = {(t.colour, t.shape) for scene in corpus.pictures.scenes() for t in scene.things}
+    assert not shown & world.HELD_OUT
 
 
 def test_the_shares_of_practice_by_hand():
@@ -528,13 +542,14 @@ def tiny():
     return evaluate.load(TINY)
 
 
-# What each row of the table must reach on 100 questions, about ten points under what it measured.
-FLOORS = {  # ordinary and held-out, of 100 questions each
+# What each row of the table must reach on 100 questions, ordinary and held-out: a few points less
+# than it did.
+FLOORS = {
     "caption of one thing": (0.97, 0.91), "caption of two": (0.97, 0.79),
     "caption of three": (0.94, 0.77), "colour": (0.96, 0.83), "shape": (0.96, 0.82),
     "count": (0.80, 0.64), "background": (0.97, 0.97), "existence": (0.76, 0.66),
     "relation": (0.79, 0.62), "size": (0.95, 0.83), "place": (0.83, 0.72),
-    "two pictures: in common": (0.69, 0.58), "two pictures: difference": (0.96, 0.93),
+    "two pictures: in common": (0.69, 0.58), "two pictures: difference": (0.96, 0.79),
     "two pictures: which": (0.87, 0.73),
 }  # fmt: skip
 DRAWN = {"drawing of one thing": 0.90, "drawing of two": 0.82}  # sampled once

@@ -59,6 +59,9 @@ def test_held_out_compositions_appear_only_when_asked_for():
         a, b, _ = world.sample_pair(generator)
         c, d, _ = world.sample_edit(generator)
         assert not pairs([a, b, c, d]) & HELD_OUT
+        a, _, _ = world.sample_pair(generator, held_out=True)
+        c, _, _ = world.sample_edit(generator, held_out=True)
+        assert pairs([a]) | pairs([c]) <= HELD_OUT
 
 
 def test_a_wide_picture_shows_the_scene_in_its_centred_square():

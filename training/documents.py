@@ -152,7 +152,7 @@ class Corpus:
     """Draws documents about a fixed set of pictures, whose codes are computed once."""
 
     row_tokens = 384  # the paper: 4096
-    shares = (0.14, 0.18)  # of practice and of lists in sft; train.PRACTICE changes them on the way
+    shares = (0.14, 0.18)  # of practice and of lists in sft, until train.PRACTICE changes them
 
     def __init__(self, writer: Writer, pictures: "Pictures", rng: np.random.Generator) -> None:
         self.writer, self.pictures, self.rng = writer, pictures, rng
@@ -202,7 +202,7 @@ class Corpus:
         if kind < 0.35:  # picture first: many statements, each read off the picture alone
             turns = [("", text) for text in self.statements(scene, 12)]
             return writer.branches((scene,), turns, IMAGE_WEIGHT, room)
-        if kind < 0.45:  # picture, then its caption and one more statement
+        if kind < 0.45:  # picture, then its caption and where things are
             return writer.completion(scene, " ".join(self.statements(scene, 2)))
         if kind < 0.77:  # caption first
             words = language.caption(scene) if self.chance(0.5) else None
@@ -221,8 +221,8 @@ class Corpus:
     # --- sft: prompt and answer
 
     def sft(self, room: int) -> Document:
-        """One of eight kinds. The shares are of documents, but practice fills rows: at a share of
-        0.14 / 0.28 / 0.10 it is 31 / 45 / 23 % of all tokens, and drawings are 16 / 13 / 19 %.
+        """One of eight kinds. The shares are of documents. A practice document fills what is left
+        of its row, so that shares of 0.14 / 0.28 / 0.10 make 31 / 45 / 23 % of all tokens.
         """
         kind, (practice, lists) = self.rng.random(), self.shares
         if kind < practice:
@@ -256,7 +256,7 @@ class Corpus:
         """Conclusions alone, from a description in words, as if it had been read off a picture.
 
         To describe a picture is learned long before, but to find one of its things again in the
-        description takes some hundred thousand examples, and a picture costs as many tokens as six
+        description takes some ten million tokens of practice, and a picture costs as many as six
         of these: <s> description -+- question <reserved08706> conclusion </s>, and so on. A third
         is in the order of a real answer, with the question in front.
         """
@@ -289,8 +289,8 @@ class Corpus:
     def again(self) -> tuple[str, str]:
         """Many things in words, and each of them again, in another order.
 
-        The same skill in its purest form: once colour and shape are said, the place can only be
-        looked up, and with up to eight things a guess is seldom right.
+        Finding again, as in `practice`, in its purest form: once colour and shape are said, the
+        place can only be looked up, and with up to eight things a guess is seldom right.
         """
         scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), held_out=None)
         said = [language.found(thing) for thing in scene.things]

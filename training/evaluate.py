@@ -4,9 +4,9 @@
 
 An answer counts only if it is right to the letter; a drawing only if the rule-based reader finds
 every named colour, shape, size, place and background, and nothing more. Everything is asked twice:
-about ordinary pictures, of (colour, shape) pairs that training showed, and about pictures that
-contain a pair from world.HELD_OUT, which training never showed. Seeds are fixed and far from
-those of training.
+about ordinary pictures, and about pictures with a (colour, shape) pair from world.HELD_OUT, which
+the decoder never saw (of two pictures the first, of an edit the one to be changed, shows it). Seeds
+are fixed and far from those of training.
 """
 
 from collections.abc import Callable

@@ -104,10 +104,10 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 #
 # Where a thing has to be found or compared, the answer says what is there before it concludes.
 # Asked for a bare yes or no, this small model stayed at chance for thousands of steps; what it has
-# written itself it can look up, and that can be practised without pictures (Corpus.practice). And
-# a conclusion repeats the words that have to be found again: "A small red star at the top. I see
-# the small red star", and what followed these words there, follows here. After "Where is the star?"
-# a bare "At the top." stayed at chance.
+# written itself it can look up, and that can be practised without pictures (Corpus.practice). A
+# conclusion about a place first repeats the words that have to be found again: "A small red star at
+# the top. I see the small red star", and what followed them there, follows here. After "Where is
+# the star?" a bare "At the top." stayed at chance.
 
 
 def look(scene: Scene) -> str:

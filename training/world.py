@@ -124,11 +124,14 @@ def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
 
 
 def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene, str]:
-    """A picture of one thing, the same with one thing changed, and the name of the change."""
-    before = sample_scene(rng, 1)
+    """A picture of one thing, the same with one field changed, and the field's name.
+
+    held_out: the first picture shows a HELD_OUT composition; else neither does.
+    """
+    before = sample_scene(rng, 1, held_out)
     field = pick(rng, ("colour", "shape", "size", "place", "background"))
     while True:
-        other = sample_scene(rng, 1, held_out).things[0]
+        other = sample_scene(rng, 1).things[0]
         after = replace(before, background=pick(rng, BACKGROUNDS))
         if field != "background":
             thing = replace(before.things[0], **{field: getattr(other, field)})
