@@ -69,6 +69,13 @@ def test_stages_of_the_curves_follow_each_other(tmp_path):
     assert curves["image_loss"] == [(0, 5.0), (20, 3.0)]  # the VQ-VAE's own is another loss
 
 
+def test_steps_that_a_resumed_run_did_again_count_once(tmp_path):
+    file = tmp_path / "curves.csv"
+    file.write_text(CURVES + "sft,0,0.9,,,\nsft,20,0.4,,,\nsft,40,0.3,,,\n")
+    later = [(20, 0.9), (40, 0.4), (60, 0.3)]
+    assert figures.read_curves(file)["text_loss"] == [(0, 4.0), (20, 2.0), *later]
+
+
 def test_smoothing_is_a_mean_over_what_is_there():
     smooth = figures.smooth([1.0, 3.0, 5.0, 7.0], 2)
     assert smooth.tolist() == [1.0, 2.0, 4.0, 6.0]

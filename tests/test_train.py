@@ -254,6 +254,9 @@ def test_cached_codes_are_used_only_if_they_are_those_of_this_vqvae(tmp_path):
     assert np.array_equal(first[scene], again[scene])
     fresh = documents.encode_scenes(other, [scene], cpu)[0]
     assert np.array_equal(changed[scene], fresh) and not np.array_equal(first[scene], fresh)
+    cache.write_bytes(cache.read_bytes()[:-9])  # the disk was full: computed anew
+    assert np.array_equal(Pictures.sample(0, 30).encode(one, cpu, cache).codes[scene], first[scene])
+    assert list(tmp_path.iterdir()) == [cache] and len(np.load(cache)) == len(first)
 
 
 # --- loss, optimizer, schedule
@@ -360,6 +363,22 @@ def test_duplicates_of_a_background_are_given_to_things():
     codebook.revive(retire=False)  # code 1; code 0 is used more often and stays
     assert torch.allclose(codebook.e[0], z[0], atol=1e-5)
     assert (codebook.e[1] - z[thing[:K]]).abs().sum(1).min() < 1e-5
+
+
+def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
+    """It learns pixels, no words; without them it would not know the colours of these shapes."""
+    seen, render = {}, world.render_pixels
+
+    def watch(scenes):
+        things = seen.setdefault(len(scenes), set())  # 6 a step, 16 where the codebook starts
+        things |= {(t.colour, t.shape) for scene in scenes for t in scene.things}
+        return render(scenes)
+
+    monkeypatch.setattr(world, "render_pixels", watch)
+    monkeypatch.setattr(evaluate, "survival", lambda *_: (1.0, 1))  # slow, and not asked here
+    arguments = ["vqvae", "--steps", "4", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
+    assert train.main(arguments) == 0
+    assert seen[vqvae_stage.BATCH] >= world.HELD_OUT and seen[16] >= world.HELD_OUT
 
 
 # --- the run

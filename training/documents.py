@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.checkpoint import write_atomically
 from tokenizer import Tokenizer
 from training import language, world
 from training.world import Scene
@@ -410,15 +411,22 @@ class Pictures:
 
     def encode(self, vq: ChameleonVQVAE, device: torch.device, cache: Path) -> "Pictures":
         """Fills `codes`, once for all: the VQ-VAE does not change any more. `cache` keeps them."""
-        scenes, codes = self.scenes(), []
-        if cache.is_file():
+        scenes = self.scenes()
+        try:
             codes = list(np.load(cache))  # N times (S,)
+        except (OSError, ValueError, EOFError):  # none there, or damaged
+            codes = []
         # A cache of other pictures or of another VQ-VAE would teach the decoder nonsense.
         first = encode_scenes(vq, scenes[:20], device)  # (20, S)
         if len(codes) != len(scenes) or not np.array_equal(codes[:20], first):
             starts = range(0, len(scenes), 50)
             codes = [c for n in starts for c in encode_scenes(vq, scenes[n : n + 50], device)]
-            np.save(cache, np.stack(codes))
+
+            def write(part: Path) -> None:
+                with open(part, "wb") as file:  # to a name np.save would add .npy
+                    np.save(file, np.stack(codes))
+
+            write_atomically(cache, write)
         self.codes = dict(zip(scenes, codes))
         return self
 

@@ -33,8 +33,9 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from engine.checkpoint import write_atomically
 from engine.explain import Names, code_colour
-from engine.sheets import contact_sheet, enlarge, there_and_back
+from engine.sheets import contact_sheet, enlarge, save_picture, there_and_back
 from generate import OneLineParser, exit_code, generate
 from generate import main as command
 from image_processor import ChameleonImageProcessor, load_image
@@ -190,7 +191,10 @@ def readme_commands() -> dict[str, list[str]]:
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """curves.csv -> {column: [(step, value)]}; the steps of sft go on behind those of pretrain."""
+    """curves.csv -> {column: [(step, value)]}; the steps of sft go on behind those of pretrain.
+
+    A run that was resumed went through the steps after its last save twice: the later one counts.
+    """
     curves, offset, last = {}, 0, {}
     try:
         with open(path, newline="") as file:
@@ -204,14 +208,17 @@ def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
                 for name, value in row.items():
                     if value:
                         place = step + (offset if stage == "sft" else 0)
-                        curves.setdefault(name, []).append((place, float(value)))
+                        curves.setdefault(name, {})[stage, place] = float(value)
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is no curves.csv of train.py: {error}") from None
     if not curves:
         raise ValueError(f"{path} has no steps of pretrain or sft yet")
     if max(last.values()) > 2**53:
         raise ValueError(f"{path} has a step of {len(str(max(last.values())))} digits")
-    return curves
+    return {
+        name: [(place, value) for (_, place), value in sorted(points.items())]
+        for name, points in curves.items()
+    }
 
 
 def smooth(values: Sequence[float], over: int) -> Tensor:
@@ -258,7 +265,8 @@ def draw_curves(runs: dict[str, Path], out: Path) -> None:
         if len(curves) > 1:
             axes.flat[0].legend(frameon=False)
         figure.tight_layout()
-        figure.savefig(out, transparent=True, metadata={"Date": None})
+        how = {"transparent": True, "metadata": {"Date": None}, "format": out.suffix[1:]}
+        write_atomically(out, lambda part: figure.savefig(part, **how))
         pyplot.close(figure)
 
 
@@ -287,15 +295,16 @@ def draw_all(options: argparse.Namespace) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     question = "What do you see in this image?<image>"
     svg = token_stream(model, processor, question, load_image(ROOT / "examples" / "shapes.png"))
-    (options.out / "stream.svg").write_text(svg, encoding="utf-8")
-    reconstructions(model).save(options.out / "codes.png")
-    growing(model, processor, options.draw, seed=options.seed).save(options.out / "growing.png")
-    drawings(model, processor).save(options.out / "drawings.png")
+    write_atomically(options.out / "stream.svg", lambda part: part.write_text(svg, "utf-8"))
+    save_picture(reconstructions(model), options.out / "codes.png")
+    steps = growing(model, processor, options.draw, seed=options.seed)
+    save_picture(steps, options.out / "growing.png")
+    save_picture(drawings(model, processor), options.out / "drawings.png")
     commands = readme_commands()
     for out, made, file in (("circle.png", "circle.png", "drawn.png"),
                             ("story", "story/1.png", "story.png")):  # fmt: skip
         arguments = [*commands[out], "--model", str(options.model)]
-        drawn_by(arguments, made).save(options.out / file)
+        save_picture(drawn_by(arguments, made), options.out / file)
 
 
 def main(arguments: list[str] | None = None) -> int:
