@@ -3,18 +3,19 @@
     world --pictures--> vqvae ---------> codes for every picture ---+
              --sentences-> tokenizer --> ids for every sentence ----+--> documents, packed in rows
                                                                               |
-                     tiny/ <-- sft <-- pretrain (all tokens, then better data) <
-                              (questions, drawing; answers only)
+            tiny/ <-- refine <-- sft <-- pretrain (all tokens, then better data) <
+                      (questions, drawing; answers only)
 
-    python train.py all --out tiny          the four stages one after the other, then the table
+    python train.py all --out tiny          the five stages one after the other, then the table
     python train.py sft --out tiny          one stage; all of them resume where they stopped
 
 Letters: B rows, T tokens of a row, V vocabulary, S codes of a picture, K codes of the codebook,
 D width of the decoder's residual stream, H heads of width Dh.
 
 What is in the loss: in `pretrain` every token, a picture's with the weight IMAGE_WEIGHT; in `sft`
-the answers only, which may be text or a drawing, never a picture given in a prompt. In the last
-fifth of `pretrain` every second batch is as in `sft`.
+and `refine` the answers only, which may be text or a drawing, never a picture given in a prompt. In
+the last fifth of `pretrain` every second batch is as in `sft`. `refine` is `sft` once more with a
+lower rate, as one goes on where a first run was not enough.
 What is masked: documents packed in one row do not see each other, nor do several questions that
 share a picture (`visible`): an answer is read off the picture, not off an earlier answer.
 
@@ -42,9 +43,10 @@ from image_processor import ChameleonImageProcessor
 from processor import ChameleonProcessor
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
 from training import language, world
-from training.documents import Corpus, Pictures, Rows, Writer
+from training.documents import Corpus, Rows, Writer
 from training.own_data import OwnData, read_examples
-from training.run import Run, shard, whole
+from training.pictures import Pictures
+from training.run import Run, autocast, fast_bf16, shard, whole
 from training.vqvae_stage import VQ, train_vqvae
 from vqvae import ChameleonVQVAE
 
@@ -64,11 +66,13 @@ WEIGHT_DECAY = 0.1  # 0.1, here on matrices only
 CLIP = 1.0  # 1.0
 Z_LOSS = 1e-5  # 1e-5
 DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
-LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3}  # 1e-4, 1e-5
-WARM_UP = {"pretrain": 150, "sft": 100}  # 4000, not given
-STEPS = {"pretrain": 2500, "sft": 24_000}  # 2^23 tokens a step, 4.4e12 in all
-# (until this part of sft's steps, (share of practice, share of lists)), see Corpus.sft.
-PRACTICE = ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05)))
+LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4, 1e-5, no such stage
+WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # 4000, not given
+STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 7000}  # 2^23 tokens a step, 4.4e12 in all
+PRACTICE = {  # (until this part of the steps, (share of practice, share of lists)), see Corpus.sft
+    "sft": ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05))),
+    "refine": ((0.3, (0.20, 0.06)), (0.8, (0.36, 0.04)), (1.0, (0.14, 0.04))),
+}
 ROWS = 6  # 2048, of 4096 tokens
 PICTURES = 80_000  # 1.4 billion
 
@@ -175,7 +179,7 @@ def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
 
 
 def rate(stage: str, step: int, steps: int) -> float:
-    """Learning rate relative to its peak: warm-up, then down to 0.3 (pretrain) or 0.02 (sft)."""
+    """Learning rate relative to its peak: warm-up, then down to 0.3 (pretrain) or 0.02 (others)."""
     done = step / max(1, steps)
     if stage == "pretrain":
         shape = 0.3**done  # the paper decays to 0; sft goes on from here
@@ -185,9 +189,9 @@ def rate(stage: str, step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
 
 
-def practice_shares(step: int, steps: int) -> tuple[float, float]:
+def practice_shares(stage: str, step: int, steps: int) -> tuple[float, float]:
     """The shares of practice and of lists, see PRACTICE."""
-    return next(shares for end, shares in PRACTICE if step < end * steps)
+    return next(shares for end, shares in PRACTICE[stage] if step < end * steps)
 
 
 def decoder_loss(
@@ -201,9 +205,9 @@ def decoder_loss(
     cannot hold the logits; the z-loss keeps log Z near 0. Both on the same positions, in fp32.
     """
     ids, weight = batch["ids"], batch["weight"][:, 1:]  # targets: shifted by one
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    with autocast(ids.device):
         hidden = model.model(
-            ids, attention_mask=batch["mask"], position_ids=batch["position"]
+            batch["read"], attention_mask=batch["mask"], position_ids=batch["position"]
         ).last_hidden_state  # (B, T, D)
         counted = weight > 0
         logits = model.lm_head(hidden[:, :-1][counted]).float()  # (N, V), what counts only
@@ -245,14 +249,14 @@ class QueryNorm:
 
 
 def train_decoder(stage: str, run: Run) -> None:
-    """pretrain or sft: from the last saved step to the last step, then the checkpoint."""
+    """pretrain, sft or refine: from the last saved step to the last step, then the checkpoint."""
     options, steps = run.options, stage_steps(stage, run)
     rng = np.random.default_rng((options.seed, list(STEPS).index(stage)))
     if options.data:
         model, processor, corpus = own_data(run, rng)
     else:
         model, processor, corpus = toy_world(stage, run, rng)
-    if run.device.type == "cpu":  # its fused kernels make no use of the bf16 units
+    if run.device.type == "cpu" and fast_bf16(run.device):  # fused kernels do not use these units
         model.set_attention("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
@@ -267,9 +271,9 @@ def train_decoder(stage: str, run: Run) -> None:
     model.train()
     for step in run.progress(range(start, steps), stage):
         # The last fifth of pretraining is its second stage: half of it better data (2.2).
-        late = stage == "sft" or (step >= 0.8 * steps and step % 2)
-        if stage == "sft":
-            corpus.shares = practice_shares(step, steps)
+        late = stage != "pretrain" or (step >= 0.8 * steps and step % 2)
+        if stage in PRACTICE:
+            corpus.shares = practice_shares(stage, step, steps)
         batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
         loss, curves = decoder_loss(model, run.share(batch), z_weight)
         for group in optimizer.param_groups:
@@ -310,11 +314,12 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator):
     tokenizer, vq = trained_tokenizer(run), trained_vqvae(run)
     model = build_model(tokenizer, vq, run.options).to(run.device)
     add_switches(model, run.options)
-    if stage == "sft":
-        model.load_state_dict(run.load("pretrain")["model"])
+    if stage != "pretrain":  # what the stage before has learned
+        before = list(STEPS)[list(STEPS).index(stage) - 1]
+        model.load_state_dict(run.load(before)["model"])
     count = min(PICTURES, 100 * stage_steps(stage, run))
     pictures = Pictures.sample(run.options.seed, count)
-    pictures.encode(vq, run.device, run.state / f"codes-{run.rank}.npy")
+    pictures.encode(vq, run.device, run.state / f"codes-{run.rank}.npy", run.progress)
     corpus = Corpus(Writer(tokenizer, pictures.codes), pictures, rng)
     images = ChameleonImageProcessor(size=VQ.resolution, crop_size=VQ.resolution)
     return model, ChameleonProcessor(images, tokenizer, VQ.codes_per_image), corpus
@@ -359,7 +364,8 @@ def evaluate(run: Run) -> None:
 STAGES = {
     "vqvae": train_vqvae, "tokenizer": train_tokenizer,
     "pretrain": lambda run: train_decoder("pretrain", run),
-    "sft": lambda run: train_decoder("sft", run), "evaluate": evaluate,
+    "sft": lambda run: train_decoder("sft", run),
+    "refine": lambda run: train_decoder("refine", run), "evaluate": evaluate,
 }  # fmt: skip
 
 
@@ -426,7 +432,7 @@ def run_stages(options: argparse.Namespace) -> None:
     for stage in STAGES if options.stage == "all" else [options.stage]:
         torch.manual_seed(options.seed)
         # Everything but the decoder is small: one rank does it, the others wait for the files.
-        if run.rank == 0 or stage in ("pretrain", "sft"):
+        if run.rank == 0 or stage in STEPS:
             STAGES[stage](run)
         if run.world_size > 1:
             torch.distributed.barrier()

@@ -67,6 +67,9 @@ def test_stages_of_the_curves_follow_each_other(tmp_path):
     curves = figures.read_curves(file)
     assert curves["text_loss"] == [(0, 4.0), (20, 2.0), (20, 1.0), (40, 0.5)]
     assert curves["image_loss"] == [(0, 5.0), (20, 3.0)]  # the VQ-VAE's own is another loss
+    file.write_text(CURVES + "refine,0,0.4,,,\nrefine,20,0.3,,,\n")  # r comes before s
+    later = [(40, 0.5), (40, 0.4), (60, 0.3)]
+    assert figures.read_curves(file)["text_loss"] == curves["text_loss"][:-1] + later
 
 
 def test_steps_that_a_resumed_run_did_again_count_once(tmp_path):

@@ -22,6 +22,7 @@ from engine.strips import in_strips
 from image_processor import ChameleonImageProcessor
 from sampling import stream
 from training import documents, evaluate, figures, own_data, vqvae_stage, world
+from training.pictures import Pictures
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +195,7 @@ def training(folder: Path) -> None:
     model, processor = evaluate.load(ROOT / "tiny")
     rng, file = np.random.default_rng(0), folder / "codes.npy"
     encode = model.model.vqmodel, model.device, file
-    drawn = documents.Pictures.sample(0, 24).encode(*encode)
+    drawn = Pictures.sample(0, 24).encode(*encode)
     assert drawn.encode(*encode) is drawn and file.is_file()  # now from the file
     corpus = documents.Corpus(documents.Writer(processor.tokenizer, drawn.codes), drawn, rng)
     rows, norm = documents.Rows(corpus, processor.tokenizer.pad_token_id), train.QueryNorm(model)

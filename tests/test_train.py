@@ -22,7 +22,9 @@ from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from processor import ChameleonProcessor
 from tokenizer import load_tokenizer
 from training import documents, evaluate, own_data, vqvae_stage, world
-from training.documents import Corpus, Document, Pictures, Rows, Writer, visible
+from training.documents import Corpus, Document, Rows, Writer, visible
+from training.pictures import Pictures, encode_scenes
+from training.run import autocast, fast_bf16
 from vqvae import ChameleonVQVAE
 
 ROOT = Path(train.__file__).parent
@@ -81,6 +83,39 @@ def test_a_drawing_is_in_the_loss_and_a_given_picture_is_not(corpus, tokenizer):
     weights = [document.weight[p : p + S + 2] for p in places]
     assert set(weights[0]) == {0.0}
     assert weights[1][0] == 1.0 and set(weights[1][1 : S + 1]) == {documents.IMAGE_WEIGHT}
+
+
+def test_a_drawing_is_read_with_slips_and_learned_without(corpus, tokenizer):
+    """The targets are the picture's own codes; what is read is now and then its twin's."""
+    writer, map_ids = corpus.writer, corpus.writer.code_to_id
+    scene, twin = next(iter(corpus.pictures.twins.items()))
+    begin = tokenizer.vocabulary.begin_image_id
+    slipped = []
+    for _ in range(60):
+        document = writer.chat(("Draw it.",), (corpus.drawn(scene),))
+        assert document.ids == writer.chat(("Draw it.",), (scene,)).ids
+        start = document.ids.index(begin) + 1
+        S = len(writer.codes[scene])
+        read = np.array(document.read[start : start + S])
+        own, other = map_ids[writer.codes[scene]], map_ids[writer.codes[twin]]
+        assert ((read == own) | (read == other)).all()
+        assert document.read[:start] == document.ids[:start]
+        assert document.read[start + S :] == document.ids[start + S :]
+        slipped.append((read != own).mean())
+    few, many = (np.mean([abs(x - share) < 0.08 for x in slipped]) for share in (0.1, 0.3))
+    assert few > 0.1 and many > 0.1 and slipped.count(0.0) >= 8
+
+
+def test_only_what_is_drawn_is_read_with_slips(corpus, tokenizer):
+    rows, slips = Rows(corpus, tokenizer.pad_token_id), 0
+    for _ in range(10):
+        batch = rows.batch(corpus.sft, 4, corpus.row_tokens)
+        wrong = batch["ids"] != batch["read"]
+        slips += wrong.sum().item()
+        assert (batch["weight"][wrong] == documents.IMAGE_WEIGHT).all()
+    assert slips > 100
+    batch = rows.batch(corpus.pretrain, 8, corpus.row_tokens)
+    assert torch.equal(batch["ids"], batch["read"])
 
 
 def test_branches_share_the_picture_and_restart_their_positions(corpus):
@@ -188,17 +223,21 @@ def test_a_list_names_every_thing_again(corpus, tokenizer):
 @pytest.mark.parametrize("draw", ["practice", "lists"])
 def test_sentences_without_a_picture_name_what_no_picture_shows(corpus, tokenizer, draw):
     room = (384,) if draw == "practice" else ()
-    said = " ".join(tokenizer.decode(getattr(corpus, draw)(*room).ids) for _ in range(60))
-    assert "purple star" in said and "green triangle" in said
+    said = [tokenizer.decode(getattr(corpus, draw)(*room).ids) for _ in range(60)]
+    assert "purple star" in " ".join(said) and "green triangle" in " ".join(said)
+    heard = [text for text in said if "purple star" in text or "green triangle" in text]
+    assert len(heard) >= 30  # half of the scenes for sure, what no picture will make up for
     shown = {(t.colour, t.shape) for scene in corpus.pictures.scenes() for t in scene.things}
     assert not shown & world.HELD_OUT
 
 
 def test_the_shares_of_practice_by_hand():
-    shares = [train.practice_shares(step, 100) for step in (0, 45, 46, 74, 75, 99)]
+    shares = [train.practice_shares("sft", step, 100) for step in (0, 45, 46, 74, 75, 99)]
     early, middle, late = (0.14, 0.18), (0.28, 0.12), (0.10, 0.05)
     assert shares == [early, early, middle, middle, late, late]
-    assert train.practice_shares(0, 1) == early  # the shortest run has shares, too
+    assert train.practice_shares("sft", 0, 1) == early  # the shortest run has shares, too
+    shares = [train.practice_shares("refine", step, 100) for step in (0, 29, 30, 79, 80, 99)]
+    assert shares == [(0.20, 0.06)] * 2 + [(0.36, 0.04)] * 2 + [(0.14, 0.04)] * 2
 
 
 def test_visible_by_hand():
@@ -252,25 +291,39 @@ def test_cached_codes_are_used_only_if_they_are_those_of_this_vqvae(tmp_path):
     changed = Pictures.sample(0, 30).encode(other, cpu, cache).codes
     scene = next(iter(first))
     assert np.array_equal(first[scene], again[scene])
-    fresh = documents.encode_scenes(other, [scene], cpu)[0]
+    fresh = encode_scenes(other, [scene], cpu)[0]
     assert np.array_equal(changed[scene], fresh) and not np.array_equal(first[scene], fresh)
     cache.write_bytes(cache.read_bytes()[:-9])  # the disk was full: computed anew
     assert np.array_equal(Pictures.sample(0, 30).encode(one, cpu, cache).codes[scene], first[scene])
-    assert list(tmp_path.iterdir()) == [cache] and len(np.load(cache)) == len(first)
+    assert list(tmp_path.iterdir()) == [cache]
+    assert len(np.load(cache)) == len(Pictures.sample(0, 30).scenes())
 
 
 # --- loss, optimizer, schedule
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_used_only_where_it_is_fast(monkeypatch, fast):
+    """On a CPU that has to imitate it a step took 19 times as long."""
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert fast_bf16(torch.device("cpu")) is fast and fast_bf16(torch.device("cuda"))
+    with autocast(torch.device("cpu")):
+        y = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert y.dtype is (torch.bfloat16 if fast else torch.float32)
 
 
 def test_the_loss_is_weighted_cross_entropy_plus_z_loss(small_model):
     ids = torch.randint(74, V, (2, 9), generator=torch.Generator().manual_seed(1))
     weight = torch.tensor([[0.0] * 4 + [1.0] * 5, [0.0] * 3 + [0.5] * 6])
     mask = torch.ones(2, 9, 9, dtype=torch.bool)
-    batch = dict(ids=ids, weight=weight, mask=mask, position=torch.arange(9).expand(2, 9))
+    read = ids.roll(3, 1)  # what is read need not be what is to be predicted: see Corpus.drawn
+    position = torch.arange(9).expand(2, 9)
+    batch = dict(ids=ids, read=read, weight=weight, mask=mask, position=position)
     with torch.no_grad():
         loss, _ = train.decoder_loss(small_model, batch, z_weight=0.3)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = small_model(ids, mask_image_logits=False).logits[:, :-1].float()
+        with autocast(ids.device):
+            logits = small_model(read, mask_image_logits=False).logits[:, :-1].float()
     log_z = logits.logsumexp(-1)
     nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     w = weight[:, 1:]
@@ -287,7 +340,7 @@ def test_weight_decay_is_on_matrices_only(small_model):
     assert len(matrices["params"]) + len(others["params"]) == len(names)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("stage", train.STEPS)
 def test_the_learning_rate_warms_up_and_never_grows_again(stage):
     rates = [train.rate(stage, step, 1000) for step in range(1000)]
     top = rates.index(max(rates))
@@ -429,12 +482,18 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     assert {"config.json", "model.safetensors", "tokenizer.model", "preprocessor_config.json",
             "processor_config.json"} == names  # fmt: skip
     rows = (tmp_path / "tiny.train" / "curves.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows[1:]] == ["vqvae"] * 3 + ["pretrain"] * 3 + ["sft"] * 3
-    train.main(["sft", "--out", str(out), "--steps", "4"])
+    stages = [row.split(",")[0] for row in rows[1:]]
+    assert stages == [name for name in ("vqvae", "pretrain", "sft", "refine") for _ in range(3)]
+    train.main(["refine", "--out", str(out), "--steps", "4"])
     assert "goes on at step 3" in capsys.readouterr().err
-    saved = torch.load(tmp_path / "tiny.train" / "sft.pt")
+    saved = torch.load(tmp_path / "tiny.train" / "refine.pt")
     rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
-    assert rates == {train.LEARNING_RATE["sft"] * train.rate("sft", 3, 4)}
+    assert rates == {train.LEARNING_RATE["refine"] * train.rate("refine", 3, 4)}
+    for stage, before in (("sft", "pretrain"), ("refine", "sft")):  # each begins where one ended
+        options = train.parse([stage, "--out", str(out), "--steps", "3"])
+        begun = train.toy_world(stage, train.Run(options), rng())[0].state_dict()
+        ended = torch.load(tmp_path / "tiny.train" / f"{before}.pt")["model"]
+        assert all(torch.equal(begun[name], ended[name]) for name in ended)
     assert torch.get_num_threads() == threads
 
 
@@ -564,14 +623,16 @@ def tiny():
 # What each row of the table must reach on 100 questions, ordinary and held-out: a few points less
 # than it did.
 FLOORS = {
-    "caption of one thing": (0.97, 0.91), "caption of two": (0.97, 0.79),
-    "caption of three": (0.94, 0.77), "colour": (0.96, 0.83), "shape": (0.96, 0.82),
-    "count": (0.80, 0.64), "background": (0.97, 0.97), "existence": (0.76, 0.66),
-    "relation": (0.79, 0.62), "size": (0.95, 0.83), "place": (0.83, 0.72),
-    "two pictures: in common": (0.69, 0.58), "two pictures: difference": (0.96, 0.79),
-    "two pictures: which": (0.87, 0.73),
+    "caption of one thing": (0.97, 0.82), "caption of two": (0.97, 0.82),
+    "caption of three": (0.94, 0.81), "colour": (0.96, 0.81), "shape": (0.96, 0.80),
+    "count": (0.92, 0.76), "background": (0.97, 0.97), "existence": (0.92, 0.79),
+    "relation": (0.77, 0.68), "size": (0.95, 0.81), "place": (0.88, 0.75),
+    "two pictures: in common": (0.96, 0.80), "two pictures: difference": (0.96, 0.81),
+    "two pictures: which": (0.88, 0.79),
 }  # fmt: skip
-DRAWN = {"drawing of one thing": 0.90, "drawing of two": 0.82}  # sampled once
+DRAWN = {  # sampled once
+    "drawing of one thing": (0.93, 0.56), "drawing of two": (0.77, 0.48), "edit": (0.82, 0.48),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("row", FLOORS)
@@ -581,12 +642,9 @@ def test_the_shipped_checkpoint_still_answers(tiny, row, held_out):
 
 
 @pytest.mark.parametrize("row", DRAWN)
-def test_the_shipped_checkpoint_still_draws(tiny, row):
-    assert evaluate.drawn_right(*tiny, row, 100) >= DRAWN[row]
-
-
-def test_the_shipped_checkpoint_draws_what_it_never_saw(tiny):
-    assert evaluate.drawn_right(*tiny, "drawing of one thing", 100, True) >= 0.55
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_shipped_checkpoint_still_draws(tiny, row, held_out):
+    assert evaluate.drawn_right(*tiny, row, 100, held_out) >= DRAWN[row][held_out]
 
 
 def test_the_shipped_codes_keep_colour_and_shape(tiny):

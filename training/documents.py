@@ -1,6 +1,6 @@
 """From scenes to training rows: documents in the model's own format, packed side by side.
 
-    Corpus --draws--> Document --Rows packs--> ids, position, weight (B, T) and mask (B, T, T)
+    Corpus --draws--> Document --Rows packs--> ids, read, position, weight (B, T), mask (B, T, T)
 
     document of many questions about one picture, drawn as a tree:
 
@@ -17,21 +17,21 @@ other, and positions of each go on right behind the shared beginning, as they wi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
 from tokenizer import Tokenizer
 from training import language, world
+from training.pictures import Pictures
 from training.world import Scene
-from vqvae import ChameleonVQVAE
 
 IMAGE_WEIGHT = 0.6  # of a picture's token in the loss, relative to a text token's; the paper: 1
 DECISION = 12.0  # of an answer's last sentence as a whole: often one word, but the one that counts
 EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance
+SLIPS = (0.0, 0.1, 0.3)  # share of a drawing's codes that are read wrongly, see Corpus.drawn
 
 
 @dataclass
@@ -42,17 +42,27 @@ class Document:
     weight: list[float] = field(default_factory=list)  # of the loss of predicting THIS token
     branch: list[int] = field(default_factory=list)  # 0: the shared beginning, seen by all
     position: list[int] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)  # what the model reads: `ids`, but for slips
 
-    def add(self, ids: list[int], weight: float | list[float], branch: int = 0) -> None:
+    def add(self, ids: list[int], weight: float | list[float], branch: int = 0,
+            read: list[int] | None = None) -> None:
         """Continues a branch; its first token is placed right behind the shared beginning."""
         if branch and branch not in self.branch[-1:]:
             start = self.branch.count(0)
         else:
             start = self.position[-1] + 1 if self.ids else 0
         self.ids += ids
+        self.read += read or ids
         self.weight += weight if isinstance(weight, list) else [weight] * len(ids)
         self.branch += [branch] * len(ids)
         self.position += range(start, start + len(ids))
+
+
+class Slipped(NamedTuple):
+    """A picture to be drawn, and its codes as the drawer reads them while it draws."""
+
+    scene: Scene
+    codes: np.ndarray  # (S,)
 
 
 class Writer:
@@ -70,14 +80,16 @@ class Writer:
         self.begin, self.end = [v.begin_image_id], [v.end_image_id]
 
     def write(self, document: Document, parts: Sequence, text: float, image: float) -> None:
-        """Appends text (str) and pictures (Scene), with the weight of their tokens."""
+        """Appends text (str) and pictures (Scene, Slipped), with the weight of their tokens."""
         for part in parts:
             if isinstance(part, str):
                 document.add(self.tokenizer.encode(part), text)
-            else:
-                ids = self.code_to_id[self.codes[part]].tolist()
-                weight = [text, *[image] * len(ids), text]  # the two marks count as text does
-                document.add(self.begin + ids + self.end, weight)
+                continue
+            scene = part.scene if isinstance(part, Slipped) else part
+            read = part.codes if isinstance(part, Slipped) else self.codes[scene]
+            ids, read = (self.code_to_id[codes].tolist() for codes in (self.codes[scene], read))
+            weight = [text, *[image] * len(ids), text]  # the two marks count as text does
+            document.add(self.begin + ids + self.end, weight, read=self.begin + read + self.end)
 
     def answer(self, text: str) -> tuple[list[int], list[float]]:
         """An answer to a question -> its ids with </s>, and the weight of each in the loss."""
@@ -144,8 +156,8 @@ class Writer:
 GAPS = ("",) * 6 + (" ", " ", "\n")
 # How often each question is asked in sft: what is learned last is asked most.
 ASKED = {
-    "caption": 1.5, "existence": 2.0, "relation": 3.0, "shape": 3.0, "colour": 3.0,
-    "size": 1.5, "place": 1.5, "count": 2.5, "background": 0.3,
+    "caption": 1.5, "existence": 3.0, "relation": 3.0, "shape": 1.5, "colour": 1.5,
+    "size": 1.0, "place": 2.5, "count": 3.0, "background": 0.3,
 }  # fmt: skip
 
 
@@ -155,7 +167,7 @@ class Corpus:
     row_tokens = 384  # the paper: 4096
     shares = (0.14, 0.18)  # of practice and of lists in sft, until train.PRACTICE changes them
 
-    def __init__(self, writer: Writer, pictures: "Pictures", rng: np.random.Generator) -> None:
+    def __init__(self, writer: Writer, pictures: Pictures, rng: np.random.Generator) -> None:
         self.writer, self.pictures, self.rng = writer, pictures, rng
         names = list(ASKED)
         weights = np.array([ASKED[name] for name in names])
@@ -173,7 +185,7 @@ class Corpus:
     def busy_scene(self) -> Scene:
         """Mostly two or three things: with one, a question is answered without being read."""
         scene = self.scene()
-        while len(scene.things) == 1 and self.chance(0.8):
+        while len(scene.things) == 1 and self.chance(0.5):
             scene = self.scene()
         return scene
 
@@ -241,14 +253,14 @@ class Corpus:
             scene = self.busy_scene()
             question, answer = self.question(scene)
             return self.writer.question(self.place_pictures(question, (scene,)), answer)
-        if kind < 0.67:
+        if kind < 0.62:
             return self.drawing()
-        if kind < 0.86:
+        if kind < 0.81:
             return self.two_pictures(room)
         if kind < 0.98:
             before, after, change = self.one_of(self.pictures.edits)
             request = language.vary(self.rng, language.ask_edit(self.rng, after, change))
-            return self.writer.chat(self.place_pictures(request, (before,)), (after,))
+            return self.writer.chat(self.place_pictures(request, (before,)), (self.drawn(after),))
         question = self.one_of(language.SMALL_TALK)
         answer = language.SMALL_TALK[question]
         return self.writer.chat((language.vary(self.rng, question),), (answer,))
@@ -265,19 +277,22 @@ class Corpus:
         in_order, kind = self.chance(0.35), rng.random()
         while len(turns) < (12 if in_order else 30):
             if in_order or not turns:  # one scene for all, or for each its own
-                count = int(rng.choice((1, 2, 3), p=(0.1, 0.4, 0.5)))
-                scene = world.sample_scene(rng, count, held_out=None)
-                pair, edit = world.sample_pair(rng), world.sample_edit(rng)
+                count = int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
+                scene = world.sample_scene(rng, count, self.heard_of())
+                pair = world.sample_pair(rng, self.chance(0.3))
+                while pair[2] in ("colour", "both") and self.chance(0.6):
+                    pair = world.sample_pair(rng, self.chance(0.3))  # equal shapes are found last
+                edit = world.sample_edit(rng, self.chance(0.3))
             share = rng.random()
-            if kind < 0.6:
+            if kind < 0.5:
                 turn = self.question(scene)
-            elif kind < 0.8:
+            elif kind < 0.7:
                 first, second, change = edit
                 turn = language.ask_difference(rng, first, second, change)
                 if share < 0.6:
                     turn = language.ask_which(rng, first, second)
             else:
-                ask = language.ask_common if share < 0.3 else language.ask_which
+                ask = language.ask_common if share < 0.6 else language.ask_which
                 turn = ask(rng, *pair[:2])
             if turn and ". " in turn[1]:  # more than a description
                 turns.append((language.vary(rng, turn[0]), turn[1]))
@@ -287,13 +302,17 @@ class Corpus:
         turns = [(question, answer.removeprefix(seen + " ")) for question, answer in turns]
         return self.writer.branches((seen,), turns, 0.0, room)
 
+    def heard_of(self) -> bool | None:
+        """Half of the scenes in words have a HELD_OUT pair for sure: pictures never will."""
+        return True if self.chance(0.5) else None
+
     def again(self) -> tuple[str, str]:
         """Many things in words, and each of them again, in another order.
 
         Finding again, as in `practice`, in its purest form: once colour and shape are said, the
         place can only be looked up, and with up to eight things a guess is seldom right.
         """
-        scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), held_out=None)
+        scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), self.heard_of())
         said = [language.found(thing) for thing in scene.things]
         order = self.rng.permutation(len(said))
         return language.look(scene), " ".join(said[i] for i in order)
@@ -309,11 +328,25 @@ class Corpus:
             return self.writer.completion(scene)
         wanted = language.ask_drawing(self.rng, scene).text
         request = self.one_of(language.DRAW_PROMPTS).format(wanted)
-        answer = (scene,)
+        answer = (self.drawn(scene),)
         if self.chance(0.1):
             request = request.rstrip(".?") + self.one_of(language.THEN_SAY)
             answer = (scene, language.caption(scene))
         return self.writer.chat((language.vary(self.rng, request),), answer)
+
+    def drawn(self, scene: Scene) -> Scene | Slipped:
+        """A picture as an answer: some of its codes are read as those of its twin.
+
+        A twin has other colours or shapes at the same places. What was drawn so far cannot be
+        trusted then, and each code has to be found from the words. Else a purple tip is always
+        continued as a purple triangle, for it is never that of a star.
+        """
+        twin = self.pictures.twins.get(scene)
+        slips = self.one_of(SLIPS)
+        if twin is None or not slips:
+            return scene
+        codes, other = self.writer.codes[scene], self.writer.codes[twin]
+        return Slipped(scene, np.where(self.rng.random(len(codes)) < slips, other, codes))
 
     def two_pictures(self, room: int) -> Document:
         """Two pictures and several questions, or one question on either side of them."""
@@ -358,17 +391,20 @@ class Rows:
         return documents
 
     def batch(self, draw: Callable[[int], Document], B: int, T: int) -> dict[str, Tensor]:
-        """-> ids, position, weight (B, T) and mask (B, T, T): who may see whom, causality aside"""
+        """-> ids, read, position, weight (B, T), mask (B, T, T): who may see whom, causality aside
+
+        ids are the targets; the model reads `read`, which is the same but for slips.
+        """
         arrays = {
-            "ids": np.full((B, T), self.pad), "position": np.zeros((B, T), np.int64),
-            "weight": np.zeros((B, T), np.float32), "branch": np.zeros((B, T), np.int64),
-            "document": np.full((B, T), -1),
+            "ids": np.full((B, T), self.pad), "read": np.full((B, T), self.pad),
+            "position": np.zeros((B, T), np.int64), "branch": np.zeros((B, T), np.int64),
+            "document": np.full((B, T), -1), "weight": np.zeros((B, T), np.float32),
         }  # fmt: skip
         for b in range(B):
             start = 0
             for n, document in enumerate(self.row(draw, T)):
                 place = b, slice(start, start + len(document.ids))
-                for name in ("ids", "position", "weight", "branch"):
+                for name in ("ids", "read", "position", "weight", "branch"):
                     arrays[name][place] = getattr(document, name)
                 arrays["document"][place] = n
                 start += len(document.ids)
@@ -384,54 +420,3 @@ def visible(document: Tensor, branch: Tensor) -> Tensor:
     """
     same = document[:, :, None] == document[:, None]  # (B, T, T)
     return same & ((branch[:, None] == 0) | (branch[:, :, None] == branch[:, None]))
-
-
-@dataclass
-class Pictures:
-    """The scenes of the training set and the codes of their pictures."""
-
-    singles: list[Scene]
-    pairs: list[tuple[Scene, Scene, str]]  # and what they share
-    edits: list[tuple[Scene, Scene, str]]  # before, after, and what changed
-    codes: dict[Scene, np.ndarray]
-
-    @classmethod
-    def sample(cls, seed: int, count: int) -> "Pictures":
-        """`count` pictures: a half alone, a quarter in pairs, a quarter in edits."""
-        rng = np.random.default_rng(seed)
-        return cls(
-            [world.sample_scene(rng) for _ in range(count // 2)],
-            [world.sample_pair(rng) for _ in range(count // 8)],
-            [world.sample_edit(rng) for _ in range(count // 8)],
-            {},
-        )
-
-    def scenes(self) -> list[Scene]:
-        return self.singles + [s for a, b, _ in self.pairs + self.edits for s in (a, b)]
-
-    def encode(self, vq: ChameleonVQVAE, device: torch.device, cache: Path) -> "Pictures":
-        """Fills `codes`, once for all: the VQ-VAE does not change any more. `cache` keeps them."""
-        scenes = self.scenes()
-        try:
-            codes = list(np.load(cache))  # N times (S,)
-        except (OSError, ValueError, EOFError):  # none there, or damaged
-            codes = []
-        # A cache of other pictures or of another VQ-VAE would teach the decoder nonsense.
-        first = encode_scenes(vq, scenes[:20], device)  # (20, S)
-        if len(codes) != len(scenes) or not np.array_equal(codes[:20], first):
-            starts = range(0, len(scenes), 50)
-            codes = [c for n in starts for c in encode_scenes(vq, scenes[n : n + 50], device)]
-
-            def write(part: Path) -> None:
-                with open(part, "wb") as file:  # to a name np.save would add .npy
-                    np.save(file, np.stack(codes))
-
-            write_atomically(cache, write)
-        self.codes = dict(zip(scenes, codes))
-        return self
-
-
-def encode_scenes(vq: ChameleonVQVAE, scenes: list[Scene], device: torch.device) -> np.ndarray:
-    """B scenes -> codes (B, S)"""
-    pixels = torch.from_numpy(world.render_pixels(scenes)).to(device)  # (B, 3, H, W)
-    return vq.to(device).encode(pixels).cpu().numpy()

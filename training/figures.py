@@ -191,32 +191,32 @@ def readme_commands() -> dict[str, list[str]]:
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """curves.csv -> {column: [(step, value)]}; the steps of sft go on behind those of pretrain.
+    """curves.csv -> {column: [(step, value)]}; a stage's steps go on behind those of the last.
 
     A run that was resumed went through the steps after its last save twice: the later one counts.
     """
-    curves, offset, last = {}, 0, {}
+    curves, begin, last = {}, {}, {}
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 stage, step = row.pop("stage"), int(row.pop("step"))
                 if stage == "vqvae":
                     continue
-                if stage == "sft" and "sft" not in last:
-                    offset = last.get("pretrain", 0)
+                if stage not in begin:
+                    begin[stage] = max((begin[s] + last[s] for s in begin), default=0)
                 last[stage] = step
+                place = begin[stage] + step, list(begin).index(stage)
                 for name, value in row.items():
                     if value:
-                        place = step + (offset if stage == "sft" else 0)
-                        curves.setdefault(name, {})[stage, place] = float(value)
+                        curves.setdefault(name, {})[place] = float(value)
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is no curves.csv of train.py: {error}") from None
     if not curves:
-        raise ValueError(f"{path} has no steps of pretrain or sft yet")
+        raise ValueError(f"{path} has no steps of pretrain, sft or refine yet")
     if max(last.values()) > 2**53:
         raise ValueError(f"{path} has a step of {len(str(max(last.values())))} digits")
     return {
-        name: [(place, value) for (_, place), value in sorted(points.items())]
+        name: [(place, value) for (place, _), value in sorted(points.items())]
         for name, points in curves.items()
     }
 

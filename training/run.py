@@ -12,6 +12,7 @@ import argparse
 import csv
 import os
 import pickle
+import platform
 import sys
 import time
 
@@ -134,6 +135,20 @@ class Run:
             if new:
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Does it multiply bf16 in hardware? A CPU that has to imitate it takes 20 times as long."""
+    if device.type != "cpu":
+        return True
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def autocast(device: torch.device):
+    """Matrix products in bf16 with fp32 master weights, or all in fp32 where bf16 is slow."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
 
 
 def shard(layers: nn.ModuleList, head: nn.Module, rest: nn.Module, frozen: nn.Module) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import world
-from training.run import Run
+from training.run import Run, autocast
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 # Ours, then the released model's.
@@ -154,7 +154,7 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     thing = foreground(pixels)  # (B, 1, H, W)
     w = 1 + 5 * F.max_pool2d(thing, 5, stride=1, padding=2)  # with two pixels around the outline
     w = w / w.mean()
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with autocast(pixels.device):
         z = vq.quant_conv(vq.encoder(pixels))  # (B, E, h, w)
     z = z.float()
     codes, loss, curves = None, 0.0, {}
@@ -163,7 +163,7 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
         z_e, (z, codes, losses) = z, vq.quantize(z)  # z: the code vectors, straight-through
         loss = VQ.beta * losses.commitment
         curves["code_perplexity"] = losses.perplexity.item()
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with autocast(pixels.device):
         reconstruction = vq.decoder(vq.post_quant_conv(z))  # (B, 3, H, W)
     error = reconstruction.float() - pixels
     loss = loss + (w * (error.abs() + error.square())).mean()

@@ -141,6 +141,23 @@ def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
             return before, after, field
 
 
+def sample_twin(rng: np.random.Generator, scene: Scene) -> Scene:
+    """The same places, sizes and background with other colours, other shapes or both."""
+    while True:
+        things = []
+        for thing in scene.things:
+            other = sample_thing(rng, thing.place)
+            field = pick(rng, ("colour", "shape", "both"))
+            if field != "shape":
+                thing = replace(thing, colour=other.colour)
+            if field != "colour":
+                thing = replace(thing, shape=other.shape)
+            things.append(thing)
+        twin = replace(scene, things=tuple(things))
+        if twin != scene and not HELD_OUT & {(t.colour, t.shape) for t in things}:
+            return twin
+
+
 # ---------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------
