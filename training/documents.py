@@ -235,7 +235,7 @@ class Corpus:
 
     def sft(self, room: int) -> Document:
         """One of eight kinds. The shares are of documents. A practice document fills what is left
-        of its row, so that shares of 0.14 / 0.28 / 0.10 make 31 / 45 / 23 % of all tokens.
+        of its row, so that a share of 0.14 makes 25 % of all tokens, and one of 0.36 makes 56 %.
         """
         kind, (practice, lists) = self.rng.random(), self.shares
         if kind < practice:
