@@ -313,6 +313,13 @@ def test_bf16_is_used_only_where_it_is_fast(monkeypatch, fast):
     assert y.dtype is (torch.bfloat16 if fast else torch.float32)
 
 
+def test_a_processor_without_onednn_trains_in_fp32(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: 1 / 0, raising=False)
+    assert not fast_bf16(torch.device("cpu"))
+
+
 def test_the_loss_is_weighted_cross_entropy_plus_z_loss(small_model):
     ids = torch.randint(74, V, (2, 9), generator=torch.Generator().manual_seed(1))
     weight = torch.tensor([[0.0] * 4 + [1.0] * 5, [0.0] * 3 + [0.5] * 6])

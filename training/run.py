@@ -143,7 +143,8 @@ def fast_bf16(device: torch.device) -> bool:
         return True
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Where torch is built without oneDNN, the operator does not exist.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(device: torch.device):
