@@ -68,7 +68,7 @@ Z_LOSS = 1e-5  # 1e-5
 DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4, 1e-5, no such stage
 WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # 4000, not given
-STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 7000}  # 2^23 tokens a step, 4.4e12 in all
+STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 14_000}  # 2^23 tokens a step, 4.4e12 in all
 PRACTICE = {  # (until this part of the steps, (share of practice, share of lists)), see Corpus.sft
     "sft": ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05))),
     "refine": ((0.3, (0.20, 0.06)), (0.8, (0.36, 0.04)), (1.0, (0.14, 0.04))),

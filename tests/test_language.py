@@ -84,7 +84,7 @@ def test_relations_follow_the_places():
                     "large blue square at the bottom" if above else "small red circle at the top"
                 )
     both = "the small red circle at the top and the large blue square at the bottom"
-    assert f"I see {both}. Yes." in answers
+    assert f"I see {both}. Above. Yes." in answers
     assert ("Is the red circle above the blue square?", "Yes.") in seen
     assert ("Is the red circle below the blue square?", "No.") in seen
     assert all("left" not in question for question, _ in seen)  # both are in the middle column

@@ -46,6 +46,7 @@ def corpus(tokenizer):
     pictures, generator = Pictures.sample(0, 200), rng()
     S, K = vqvae_stage.VQ.codes_per_image, vqvae_stage.VQ.num_embeddings
     pictures.codes = {scene: generator.integers(0, K, S) for scene in pictures.scenes()}
+    pictures.alike = np.arange(K)[:, None] ^ np.array([1, 2, 3])  # in blocks of four
     return Corpus(Writer(tokenizer, pictures.codes), pictures, generator)
 
 
@@ -106,14 +107,67 @@ def test_a_drawing_is_read_with_slips_and_learned_without(corpus, tokenizer):
     assert few > 0.1 and many > 0.1 and slipped.count(0.0) >= 8
 
 
-def test_only_what_is_drawn_is_read_with_slips(corpus, tokenizer):
-    rows, slips = Rows(corpus, tokenizer.pad_token_id), 0
+def test_a_given_picture_is_read_blurred(corpus):
+    """Some codes of the prompt become similar ones; what is to be learned stays as it is."""
+    writer, before = corpus.writer, corpus.pictures.edits[0][0]
+    own, changed = writer.codes[before], []
+    for _ in range(60):
+        (given,) = corpus.given(before)
+        document = writer.chat((given, "What is this?"), ("A star.",))
+        assert document.ids == writer.chat((before, "What is this?"), ("A star.",)).ids
+        assert (given.read // 4 == own // 4).all()  # one of the codes that look alike
+        assert document.read[2 : 2 + len(own)] == writer.code_to_id[given.read].tolist()
+        changed.append((given.read != own).mean())
+    some, many = (np.mean([abs(x - share) < 0.1 for x in changed]) for share in (0.3, 0.5))
+    assert some > 0.1 and many > 0.1 and changed.count(0.0) >= 8
+
+
+def test_the_picture_to_be_edited_is_read_as_it_is(corpus):
+    """What has to be copied from it, code by code, must be there."""
+    slips = 0
+    for document in (corpus.edit() for _ in range(40)):
+        wrong = np.array(document.ids) != np.array(document.read)
+        assert (np.array(document.weight)[wrong] == documents.IMAGE_WEIGHT).all()
+        slips += wrong.sum()
+    assert slips > 100
+
+
+def test_recoded_pictures_show_the_same_in_other_codes(corpus):
+    """One and the same exchange of codes in both pictures, so that copying still works."""
+    scenes, kept = corpus.pictures.edits[0][:2], []
+    for _ in range(20):
+        pictures, meaning = corpus.recoded(*scenes), {}
+        for scene, (codes, read) in zip(scenes, pictures):
+            own = corpus.writer.codes[scene].tolist()
+            assert read is codes and len(codes) == len(own)
+            for before, now in zip(own, codes.tolist()):
+                assert meaning.setdefault(before, now) == now
+        assert len(set(meaning.values())) == len(meaning)
+        kept.append(np.mean([before == now for before, now in meaning.items()]))
+    assert 0.4 < np.mean(kept) < 0.6
+
+
+def test_codes_alike_are_the_nearest_of_the_codebook(tmp_path):
+    vq = ChameleonVQVAE(vqvae_stage.VQ).eval()
+    pictures = Pictures.sample(0, 30).encode(vq, torch.device("cpu"), tmp_path / "codes.npy")
+    vectors = vq.quantize.embedding.weight.detach()
+    for code in (0, 7, 511):
+        distance = (vectors - vectors[code]).square().sum(1)
+        distance[code] = float("inf")  # not itself
+        assert set(pictures.alike[code]) == set(distance.topk(4, largest=False).indices.tolist())
+
+
+def test_slips_in_drawings_and_blur_in_prompts_and_nothing_else(corpus, tokenizer):
+    rows, slips, blurs = Rows(corpus, tokenizer.pad_token_id), 0, 0
     for _ in range(10):
         batch = rows.batch(corpus.sft, 4, corpus.row_tokens)
         wrong = batch["ids"] != batch["read"]
-        slips += wrong.sum().item()
-        assert (batch["weight"][wrong] == documents.IMAGE_WEIGHT).all()
-    assert slips > 100
+        weight = batch["weight"][wrong]
+        slips += (weight == documents.IMAGE_WEIGHT).sum().item()
+        blurs += (weight == 0).sum().item()
+        assert torch.isin(batch["ids"][wrong], tokenizer.vocabulary.code_to_id).all()
+        assert ((weight == documents.IMAGE_WEIGHT) | (weight == 0)).all()
+    assert slips > 100 and blurs > 100
     batch = rows.batch(corpus.pretrain, 8, corpus.row_tokens)
     assert torch.equal(batch["ids"], batch["read"])
 
@@ -137,15 +191,15 @@ def test_branches_stop_before_the_room_is_full(corpus):
 
 @pytest.mark.parametrize("draw", ["pretrain", "sft"])
 def test_rows_are_full_and_hold_only_what_was_drawn(corpus, tokenizer, draw):
-    rows = Rows(corpus, tokenizer.pad_token_id)
-    filled = 0
+    corpus = Corpus(corpus.writer, corpus.pictures, rng(5))  # whatever other tests have drawn
+    rows, filled = Rows(corpus, tokenizer.pad_token_id), 0
     for _ in range(10):
         batch = rows.batch(getattr(corpus, draw), 4, corpus.row_tokens)
         padding = batch["ids"] == tokenizer.pad_token_id
         assert (batch["weight"][padding] == 0).all()
         assert batch["position"].max() < corpus.row_tokens
         filled += (~padding).float().mean().item() / 10
-    assert filled > 0.85
+    assert filled > 0.8
 
 
 @pytest.mark.parametrize("text", ["No.", "A red star at the top. No.", "A" + " very" * 30 + "."])
@@ -630,15 +684,15 @@ def tiny():
 # What each row of the table must reach on 100 questions, ordinary and held-out: a few points less
 # than it did.
 FLOORS = {
-    "caption of one thing": (0.97, 0.82), "caption of two": (0.97, 0.82),
-    "caption of three": (0.94, 0.81), "colour": (0.96, 0.81), "shape": (0.96, 0.80),
-    "count": (0.92, 0.76), "background": (0.97, 0.97), "existence": (0.92, 0.79),
-    "relation": (0.77, 0.68), "size": (0.95, 0.81), "place": (0.88, 0.75),
-    "two pictures: in common": (0.96, 0.80), "two pictures: difference": (0.96, 0.81),
-    "two pictures: which": (0.88, 0.79),
+    "caption of one thing": (0.97, 0.91), "caption of two": (0.97, 0.93),
+    "caption of three": (0.94, 0.92), "colour": (0.96, 0.92), "shape": (0.96, 0.92),
+    "count": (0.95, 0.88), "background": (0.97, 0.97), "existence": (0.95, 0.91),
+    "relation": (0.92, 0.89), "size": (0.96, 0.93), "place": (0.90, 0.86),
+    "two pictures: in common": (0.97, 0.92), "two pictures: difference": (0.97, 0.93),
+    "two pictures: which": (0.91, 0.89),
 }  # fmt: skip
 DRAWN = {  # sampled once
-    "drawing of one thing": (0.93, 0.56), "drawing of two": (0.77, 0.48), "edit": (0.82, 0.48),
+    "drawing of one thing": (0.93, 0.58), "drawing of two": (0.77, 0.48), "edit": (0.83, 0.55),
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ IMAGE_WEIGHT = 0.6  # of a picture's token in the loss, relative to a text token
 DECISION = 12.0  # of an answer's last sentence as a whole: often one word, but the one that counts
 EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance
 SLIPS = (0.0, 0.1, 0.3)  # share of a drawing's codes that are read wrongly, see Corpus.drawn
+BLUR = (0.0, 0.3, 0.5)  # share of a given picture's codes read as similar ones, see Corpus.given
 
 
 @dataclass
@@ -58,11 +59,11 @@ class Document:
         self.position += range(start, start + len(ids))
 
 
-class Slipped(NamedTuple):
-    """A picture to be drawn, and its codes as the drawer reads them while it draws."""
+class Picture(NamedTuple):
+    """The codes of a picture (S,): those to be learned, and those read in their place."""
 
-    scene: Scene
-    codes: np.ndarray  # (S,)
+    codes: np.ndarray
+    read: np.ndarray
 
 
 class Writer:
@@ -80,14 +81,13 @@ class Writer:
         self.begin, self.end = [v.begin_image_id], [v.end_image_id]
 
     def write(self, document: Document, parts: Sequence, text: float, image: float) -> None:
-        """Appends text (str) and pictures (Scene, Slipped), with the weight of their tokens."""
+        """Appends text (str) and pictures (Scene, Picture), with the weight of their tokens."""
         for part in parts:
             if isinstance(part, str):
                 document.add(self.tokenizer.encode(part), text)
                 continue
-            scene = part.scene if isinstance(part, Slipped) else part
-            read = part.codes if isinstance(part, Slipped) else self.codes[scene]
-            ids, read = (self.code_to_id[codes].tolist() for codes in (self.codes[scene], read))
+            both = part if isinstance(part, Picture) else (self.codes[part], self.codes[part])
+            ids, read = (self.code_to_id[codes].tolist() for codes in both)
             weight = [text, *[image] * len(ids), text]  # the two marks count as text does
             document.add(self.begin + ids + self.end, weight, read=self.begin + read + self.end)
 
@@ -157,7 +157,7 @@ GAPS = ("",) * 6 + (" ", " ", "\n")
 # How often each question is asked in sft: what is learned last is asked most.
 ASKED = {
     "caption": 1.5, "existence": 3.0, "relation": 3.0, "shape": 1.5, "colour": 1.5,
-    "size": 1.0, "place": 2.5, "count": 3.0, "background": 0.3,
+    "size": 1.0, "place": 3.5, "count": 3.0, "background": 0.3,
 }  # fmt: skip
 
 
@@ -248,19 +248,17 @@ class Corpus:
             turns = [self.question(scene) for _ in range(14)]
             gap = self.one_of(GAPS)
             turns = [(gap + question, answer) for question, answer in turns]
-            return self.writer.branches((scene,), turns, 0.0, room)
+            return self.writer.branches(self.given(scene), turns, 0.0, room)
         if kind < 0.23:
             scene = self.busy_scene()
             question, answer = self.question(scene)
-            return self.writer.question(self.place_pictures(question, (scene,)), answer)
+            return self.writer.question(self.place_pictures(question, self.given(scene)), answer)
         if kind < 0.62:
             return self.drawing()
         if kind < 0.81:
             return self.two_pictures(room)
         if kind < 0.98:
-            before, after, change = self.one_of(self.pictures.edits)
-            request = language.vary(self.rng, language.ask_edit(self.rng, after, change))
-            return self.writer.chat(self.place_pictures(request, (before,)), (self.drawn(after),))
+            return self.edit()
         question = self.one_of(language.SMALL_TALK)
         answer = language.SMALL_TALK[question]
         return self.writer.chat((language.vary(self.rng, question),), (answer,))
@@ -334,7 +332,7 @@ class Corpus:
             answer = (scene, language.caption(scene))
         return self.writer.chat((language.vary(self.rng, request),), answer)
 
-    def drawn(self, scene: Scene) -> Scene | Slipped:
+    def drawn(self, scene: Scene) -> Scene | Picture:
         """A picture as an answer: some of its codes are read as those of its twin.
 
         A twin has other colours or shapes at the same places. What was drawn so far cannot be
@@ -346,7 +344,42 @@ class Corpus:
         if twin is None or not slips:
             return scene
         codes, other = self.writer.codes[scene], self.writer.codes[twin]
-        return Slipped(scene, np.where(self.rng.random(len(codes)) < slips, other, codes))
+        return Picture(codes, np.where(self.rng.random(len(codes)) < slips, other, codes))
+
+    def given(self, *scenes: Scene) -> tuple[Picture, ...]:
+        """Pictures in a question: some of their codes are read as others that look alike.
+
+        To the decoder a code is a number; nothing says that 57 and 111 are both purple. Each is
+        learned from the pictures it occurs in, and a tip that only blue stars had will say "blue"
+        on a purple star. Read for each other, codes that decode to nearly the same pixels come to
+        mean the same.
+        """
+        alike, pictures = self.pictures.alike, []
+        for scene in scenes:
+            codes = self.writer.codes[scene]
+            other = alike[codes, self.rng.integers(alike.shape[1], size=len(codes))]  # (S,)
+            blurred = self.rng.random(len(codes)) < self.one_of(BLUR)
+            pictures.append(Picture(codes, np.where(blurred, other, codes)))
+        return tuple(pictures)
+
+    def edit(self) -> Document:
+        before, after, change = self.one_of(self.pictures.edits)
+        request = language.vary(self.rng, language.ask_edit(self.rng, after, change))
+        pictures = before, self.drawn(after)
+        if change == "place" and self.chance(0.5):
+            pictures = self.recoded(before, after)
+        return self.writer.chat(self.place_pictures(request, pictures[:1]), pictures[1:])
+
+    def recoded(self, *scenes: Scene) -> tuple[Picture, ...]:
+        """Pictures in which about half of the codes have changed their meaning with each other.
+
+        They show nothing known, so that a thing can only be moved by copying its codes.
+        """
+        meaning = np.arange(len(self.pictures.alike))  # (K,)
+        changed = self.rng.random(len(meaning)) < 0.5
+        meaning[changed] = self.rng.permutation(meaning[changed])
+        recoded = (meaning[self.writer.codes[scene]] for scene in scenes)
+        return tuple(Picture(codes, codes) for codes in recoded)
 
     def two_pictures(self, room: int) -> Document:
         """Two pictures and several questions, or one question on either side of them."""
@@ -362,9 +395,11 @@ class Corpus:
         turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
         if self.chance(0.7):
             order = self.rng.permutation(len(turns))  # the last ones may find no room
-            return self.writer.branches((first, second), [turns[i] for i in order], 0.0, room)
+            turns = [turns[i] for i in order]
+            return self.writer.branches(self.given(first, second), turns, 0.0, room)
         question, answer = self.one_of(turns)
-        return self.writer.question(self.place_pictures(question, (first, second)), answer)
+        pictures = self.given(first, second)
+        return self.writer.question(self.place_pictures(question, pictures), answer)
 
 
 # ---------------------------------------------------------------------------------------------

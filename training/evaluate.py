@@ -152,7 +152,8 @@ def draw(model, inputs: dict, seed: int, guidance: float) -> tuple[torch.Tensor,
     """One drawing for each prompt -> ids of its codes (B, S), their log-likelihood (B,)."""
     S, T = model.config.vq_config.codes_per_image, inputs["input_ids"].shape[1]
     ids = generate(
-        model, **inputs, mode="image", image_top_p=0.9, guidance_text=guidance, seed=seed
+        model, **inputs, mode="image", image_top_p=0.9, guidance_text=guidance,
+        guidance_image=guidance, seed=seed,
     )  # (B, T + S + 2), with begin-image and end-image
     if "pixel_values" in inputs:
         prompt = model.model.replace_image_placeholders(ids[:, :T], inputs["pixel_values"])

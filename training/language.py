@@ -236,7 +236,9 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
         question = f"Is the {names[0]} {either} the {names[1]}?"
         answer = words[0].removesuffix(" of")
     else:
-        question, answer = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?", kind
+        question = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?"
+        # "To the left. No." How it is, then whether that was asked: at once, it stayed at chance.
+        answer = f"{words[0].removesuffix(' of')}. {sentence(kind).removesuffix('.')}"
     return question, f"{look(scene)} {found(*needed)} {sentence(answer)}"
 
 

@@ -2,7 +2,7 @@
 
     seed --sample--> singles, pairs, edits, twins --encode--> codes (S,) of each, kept in a file
 
-Letters: N pictures, B of them at once, S codes of a picture.
+Letters: N pictures, B of them at once, S codes of a picture, K codes of the codebook.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from training import world
 from training.world import Scene
 from vqvae import ChameleonVQVAE
 
+ALIKE = 4  # how many codes count as looking like a code
+
 
 @dataclass
 class Pictures:
@@ -27,6 +29,7 @@ class Pictures:
     edits: list[tuple[Scene, Scene, str]]  # before, after, and what changed
     codes: dict[Scene, np.ndarray]
     twins: dict[Scene, Scene]  # of what is drawn: other colours or shapes at the same places
+    alike: np.ndarray | None = None  # (K, ALIKE), the codes nearest to each code
 
     @classmethod
     def sample(cls, seed: int, count: int) -> "Pictures":
@@ -44,7 +47,7 @@ class Pictures:
 
     def encode(self, vq: ChameleonVQVAE, device: torch.device, cache: Path,
                progress: Callable = lambda steps, name: steps) -> "Pictures":
-        """Fills `codes`, once for all: the VQ-VAE does not change any more. `cache` keeps them."""
+        """Fills `codes` and `alike`, once for all: the VQ-VAE is finished. `cache` keeps codes."""
         scenes = self.scenes()
         try:
             codes = np.load(cache)  # (N, S)
@@ -65,6 +68,8 @@ class Pictures:
 
             write_atomically(cache, write)
         self.codes = dict(zip(scenes, codes))
+        vectors = vq.quantize.embedding.weight.detach().cpu()  # (K, E)
+        self.alike = torch.cdist(vectors, vectors).argsort(1)[:, 1 : 1 + ALIKE].numpy()
         return self
 
 
