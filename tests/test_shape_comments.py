@@ -201,6 +201,7 @@ def training(folder: Path) -> None:
     rows, norm = documents.Rows(corpus, processor.tokenizer.pad_token_id), train.QueryNorm(model)
     for draw in (corpus.pretrain, corpus.sft):
         train.decoder_loss(model, rows.batch(draw, 2, corpus.row_tokens), 1e-5)
+    corpus.recoded(*drawn.edits[0][:2])
     norm()
     star = str(ROOT / "examples" / "star.png")
     line = {"prompt": "What?<image>", "images": [star], "answer": "A star."}

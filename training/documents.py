@@ -8,7 +8,8 @@
         branch 0, the shared beginning    +- question <reserved08706> answer </s>     branch 2
                                           +- ...
 
-Letters: B rows, T tokens of a row, S codes of a picture. `weight` is that of a token's loss.
+Letters: B rows, T tokens of a row, S codes of a picture, K codes of the codebook. `weight` is that
+of a token's loss.
 
 A picture costs S + 2 tokens, a question and its answer about 35, so one picture serves several.
 But in plain sequence a later answer could be read off an earlier one; so branches do not see each
