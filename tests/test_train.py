@@ -347,6 +347,10 @@ def test_cached_codes_are_used_only_if_they_are_those_of_this_vqvae(tmp_path):
     assert np.array_equal(first[scene], again[scene])
     fresh = encode_scenes(other, [scene], cpu)[0]
     assert np.array_equal(changed[scene], fresh) and not np.array_equal(first[scene], fresh)
+    codes = np.load(cache)
+    np.save(cache, np.concatenate((codes[:-1], codes[-2:-1])))  # made with another last twin
+    again = Pictures.sample(0, 30).encode(other, cpu, cache)
+    assert np.array_equal(again.codes[again.scenes()[-1]], codes[-1])
     cache.write_bytes(cache.read_bytes()[:-9])  # the disk was full: computed anew
     assert np.array_equal(Pictures.sample(0, 30).encode(one, cpu, cache).codes[scene], first[scene])
     assert list(tmp_path.iterdir()) == [cache]

@@ -237,7 +237,7 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
         answer = words[0].removesuffix(" of")
     else:
         question = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?"
-        # "To the left. No." How it is, then whether that was asked: at once, it stayed at chance.
+        # "To the left. No." How it is, then whether that was asked: at once, one in four was wrong.
         answer = f"{words[0].removesuffix(' of')}. {sentence(kind).removesuffix('.')}"
     return question, f"{look(scene)} {found(*needed)} {sentence(answer)}"
 

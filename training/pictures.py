@@ -53,12 +53,13 @@ class Pictures:
             codes = np.load(cache)  # (N, S)
         except (OSError, ValueError, EOFError):  # none there, or damaged
             codes = np.empty((0, 0))
-        # A cache of other pictures or of another VQ-VAE would teach the decoder nonsense.
-        first = encode_scenes(vq, scenes[:20], device)  # (20, S)
-        if len(codes) != len(scenes) or not np.array_equal(codes[:20], first):
+        # A cache of other pictures or of another VQ-VAE would teach the decoder nonsense. Twins,
+        # which come last, may differ where the first pictures do not.
+        ends = encode_scenes(vq, scenes[:10] + scenes[-10:], device)  # (20, S)
+        if len(codes) != len(scenes) or not np.array_equal([*codes[:10], *codes[-10:]], ends):
             # Copied, not kept as they come: small results between the features of large batches
             # would hold the heap apart, and 110,000 pictures took 17 GB.
-            codes = np.empty((len(scenes), first.shape[1]), np.int16)  # (N, S)
+            codes = np.empty((len(scenes), ends.shape[1]), np.int16)  # (N, S)
             for n in progress(range(0, len(scenes), 50), "codes"):
                 codes[n : n + 50] = encode_scenes(vq, scenes[n : n + 50], device)
 
