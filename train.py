@@ -15,7 +15,8 @@ D width of the decoder's residual stream, H heads of width Dh.
 What is in the loss: in `pretrain` every token, a picture's with the weight IMAGE_WEIGHT; in `sft`
 and `refine` the answers only, which may be text or a drawing, never a picture given in a prompt. In
 the last fifth of `pretrain` every second batch is as in `sft`. `refine` is `sft` once more with a
-lower rate, as one goes on where a first run was not enough.
+lower rate, as one goes on where a first run was not enough. While all this is learned, the rows of
+the picture codes in the decoder's tables are computed from the codebook (training/code_rows.py).
 What is masked: documents packed in one row do not see each other, nor do several questions that
 share a picture (`visible`): an answer is read off the picture, not off an earlier answer.
 
@@ -43,6 +44,7 @@ from image_processor import ChameleonImageProcessor
 from processor import ChameleonProcessor
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
 from training import language, world
+from training.code_rows import add_code_rows, bake, has_code_rows
 from training.documents import Corpus, Rows, Writer
 from training.own_data import OwnData, read_examples
 from training.pictures import Pictures
@@ -68,7 +70,7 @@ Z_LOSS = 1e-5  # 1e-5
 DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4, 1e-5, no such stage
 WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # 4000, not given
-STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 14_000}  # 2^23 tokens a step, 4.4e12 in all
+STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 2^23 tokens a step, 4.4e12 in all
 PRACTICE = {  # (until this part of the steps, (share of practice, share of lists)), see Corpus.sft
     "sft": ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05))),
     "refine": ((0.3, (0.20, 0.06)), (0.8, (0.36, 0.04)), (1.0, (0.14, 0.04))),
@@ -312,11 +314,11 @@ def stage_steps(stage: str, run: Run) -> int:
 def toy_world(stage: str, run: Run, rng: np.random.Generator):
     """-> model, processor and corpus of the toy world."""
     tokenizer, vq = trained_tokenizer(run), trained_vqvae(run)
-    model = build_model(tokenizer, vq, run.options).to(run.device)
-    add_switches(model, run.options)
+    model = build_model(tokenizer, vq, run.options)
+    add_code_rows(model)
+    add_switches(model.to(run.device), run.options)
     if stage != "pretrain":  # what the stage before has learned
-        before = list(STEPS)[list(STEPS).index(stage) - 1]
-        model.load_state_dict(run.load(before)["model"])
+        run.take_over(list(STEPS)[list(STEPS).index(stage) - 1], model)
     count = min(PICTURES, 100 * stage_steps(stage, run))
     pictures = Pictures.sample(run.options.seed, count)
     pictures.encode(vq, run.device, run.state / f"codes-{run.rank}.npy", run.progress)
@@ -345,7 +347,12 @@ def export(model: nn.Module, processor: ChameleonProcessor, run: Run) -> None:
     twin = ChameleonForConditionalGeneration(model.config)
     if run.options.no_qk_norm:
         add_switches(twin, run.options)
+    computed = has_code_rows(model)  # a model fine-tuned on own data has plain tables
+    if computed:
+        add_code_rows(twin)
     twin.load_state_dict(weights)
+    if computed:
+        bake(twin)
     twin.to(torch.bfloat16).save_pretrained(run.out)
     processor.save_pretrained(run.out)
 

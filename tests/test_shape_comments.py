@@ -22,6 +22,7 @@ from engine.strips import in_strips
 from image_processor import ChameleonImageProcessor
 from sampling import stream
 from training import documents, evaluate, figures, own_data, vqvae_stage, world
+from training.code_rows import add_code_rows
 from training.pictures import Pictures
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
@@ -203,6 +204,7 @@ def training(folder: Path) -> None:
         train.decoder_loss(model, rows.batch(draw, 2, corpus.row_tokens), 1e-5)
     corpus.recoded(*drawn.edits[0][:2])
     norm()
+    add_code_rows(small_model())
     star = str(ROOT / "examples" / "star.png")
     line = {"prompt": "What?<image>", "images": [star], "answer": "A star."}
     (folder / "own.jsonl").write_text(json.dumps(line))

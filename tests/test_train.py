@@ -22,6 +22,7 @@ from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from processor import ChameleonProcessor
 from tokenizer import load_tokenizer
 from training import documents, evaluate, own_data, vqvae_stage, world
+from training.code_rows import has_code_rows
 from training.documents import Corpus, Document, Rows, Writer, visible
 from training.pictures import Pictures, encode_scenes
 from training.run import autocast, fast_bf16
@@ -559,6 +560,18 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
         begun = train.toy_world(stage, train.Run(options), rng())[0].state_dict()
         ended = torch.load(tmp_path / "tiny.train" / f"{before}.pt")["model"]
         assert all(torch.equal(begun[name], ended[name]) for name in ended)
+    # What is shipped are plain tables, whose rows of codes are those the maps gave at the end.
+    model = train.toy_world("sft", train.Run(options), rng())[0]
+    model.load_state_dict(torch.load(tmp_path / "tiny.train" / "refine.pt")["model"])
+    shipped = ChameleonForConditionalGeneration.from_pretrained(out, torch.float32)
+    assert has_code_rows(model) and not has_code_rows(shipped)
+    rounded = model.lm_head.weight.detach().bfloat16().float()
+    assert torch.equal(shipped.lm_head.weight, rounded)
+    # Another stage's weights of another kind are named, not loaded.
+    capsys.readouterr()
+    assert train.main(["sft", "--no-qk-norm", "--out", str(out), "--steps", "3"]) == 2
+    message = capsys.readouterr().err
+    assert "pretrain.pt was saved with other options" in message and message.count("\n") == 1
     assert torch.get_num_threads() == threads
 
 

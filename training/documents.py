@@ -350,10 +350,9 @@ class Corpus:
     def given(self, *scenes: Scene) -> tuple[Picture, ...]:
         """Pictures in a question: some of their codes are read as others that look alike.
 
-        To the decoder a code is a number; nothing says that 57 and 111 are both purple. Each is
-        learned from the pictures it occurs in, and a tip that only blue stars had will say "blue"
-        on a purple star. Read for each other, codes that decode to nearly the same pixels come to
-        mean the same.
+        A code is learned from the pictures it occurs in, and a tip that only blue stars had will
+        say "blue" on a purple star. Read for each other, codes that decode to nearly the same
+        pixels come to mean the same; code_rows.py is the other means to this end.
         """
         alike, pictures = self.pictures.alike, []
         for scene in scenes:

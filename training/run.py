@@ -96,6 +96,18 @@ class Run:
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
 
+    def take_over(self, stage: str, model: nn.Module) -> None:
+        """Loads the weights that another stage ended with."""
+        weights = self.load(stage)["model"]
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError:
+            raise self.other_options(stage) from None
+
+    def other_options(self, stage: str) -> ValueError:
+        path = self.state / f"{stage}.pt"
+        return ValueError(f"{path} was saved with other options: name another --state")
+
     def resume(self, stage: str, model, optimizer, rng, codebook=None) -> int:
         """Restores what `save` saved -> the step to go on with, 0 if there is nothing."""
         if not (self.state / f"{stage}.pt").is_file():
@@ -106,8 +118,7 @@ class Run:
                 model.load_state_dict(data["model"])
                 optimizer.load_state_dict(data["optimizer"])
             except (RuntimeError, ValueError, KeyError):
-                raise ValueError(f"{self.state / stage}.pt was saved with other options: name "
-                                 "another --state") from None
+                raise self.other_options(stage) from None
         else:
             from torch.distributed.checkpoint import state_dict as dcp
 
