@@ -28,7 +28,7 @@ class CodeRows(nn.Module):
 
     def __init__(self, code_to_id: Tensor, codebook: Tensor, D: int) -> None:
         super().__init__()
-        self.register_buffer("code_to_id", code_to_id.clone(), persistent=False)  # (K,)
+        self.register_buffer("code_to_id", code_to_id, persistent=False)  # (K,)
         self.register_buffer("x", standardize(codebook))  # (K, E), saved: a state is whole
         E = codebook.shape[1]
         self.map = nn.Sequential(
@@ -49,11 +49,11 @@ def standardize(codebook: Tensor) -> Tensor:
 
 
 def add_code_rows(model: ChameleonForConditionalGeneration) -> None:
-    """Makes the rows of the codes depend on the codebook, in the embedding and in the head."""
+    """Computes the rows of the codes in the embedding and in the head; before the model moves."""
     codebook = model.model.vqmodel.quantize.embedding.weight  # (K, E)
     for table in (model.model.embed_tokens, model.lm_head):
         rows = CodeRows(model.model.code_to_id, codebook, model.config.hidden_size)
-        parametrize.register_parametrization(table, "weight", rows.to(codebook.device))
+        parametrize.register_parametrization(table, "weight", rows)
 
 
 def has_code_rows(model: ChameleonForConditionalGeneration) -> bool:
