@@ -31,7 +31,11 @@ Parameter names are those of the Hugging Face checkpoint, so its state dict load
 Attention comes in two forms behind one interface; choose with `model.set_attention(name)`.
 """
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -39,12 +43,170 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import ACTIVATIONS, ChameleonConfig
 from tokenizer import VocabularyMap
-from vqvae import ChameleonVQVAE
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 QK_NORM_EPS = 1e-5  # fixed in the release, whatever rms_norm_eps says
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
+
+
+# ---------------------------------------------------------------------------------------------
+# Config: every size and switch, and the three presets
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "mish": F.mish,
+    "leaky_relu": F.leaky_relu,
+}
+
+
+@dataclass
+class ChameleonConfig:
+    """Sizes and switches; fields and defaults are those documented for transformers'
+    ChameleonConfig (7B). Raises ValueError, naming the field, if a value is impossible.
+    """
+
+    vocab_size: int = 65536
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: one per query head (7B: 32, 34B: 8 of 64)
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True  # a forward pass returns a cache
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1  # transformers' default; really <pad> in the released vocabulary
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"type": "linear" or "dynamic", "factor": 2.0}
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    # How many shards the model was trained in. In the release each shard has ONE q and k norm,
+    # repeated here for each of its heads; the forward pass does not look at this number.
+    model_parallel_size: int = 1
+    swin_norm: bool = False
+    vq_config: ChameleonVQVAEConfig | dict | None = None  # None: the released VQ-VAE
+    vocabulary_map: dict[str, int] | None = None  # token name -> id; finds the image codes
+    mlp_bias: bool = False
+    output_hidden_states: bool = False  # defaults of forward's arguments of the same names
+    output_attentions: bool = False
+    return_dict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if not isinstance(self.vq_config, ChameleonVQVAEConfig):
+            self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
+        self._check_sizes()
+        self._check_choices()
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
+                     "model_parallel_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        D, H, Hkv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if D % (2 * H):
+            raise ValueError(f"hidden_size {D} must be an even multiple of num_attention_heads {H}")
+        if self.rope_type == "dynamic" and D == 2 * H:
+            raise ValueError("rope_scaling dynamic needs a head_dim of at least 4, hidden_size "
+                             f"{D} / num_attention_heads {H} is 2")
+        if H % Hkv:
+            raise ValueError(f"num_key_value_heads {Hkv} must divide num_attention_heads {H}")
+
+    def _check_choices(self) -> None:
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
+        if not (self.rope_theta > 0 and self.rms_norm_eps > 0):
+            raise ValueError("rope_theta and rms_norm_eps must be above 0, got "
+                             f"{self.rope_theta} and {self.rms_norm_eps}")
+        kind, factor = self.rope_type, self.rope_factor
+        if kind not in ("default", "linear", "dynamic"):
+            raise ValueError(f"rope_scaling type {kind!r} is none of default, linear, dynamic")
+        if kind != "default" and not (isinstance(factor, (int, float)) and factor >= 1):
+            raise ValueError(f"rope_scaling needs a factor of at least 1, got {factor!r}")
+        highest = max((self.vocabulary_map or {"": 0}).values())
+        if highest >= self.vocab_size:
+            raise ValueError(f"vocabulary_map names id {highest}, vocab_size is {self.vocab_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_type(self) -> str:
+        scaling = self.rope_scaling or {}
+        return scaling.get("rope_type", scaling.get("type", "default"))
+
+    @property
+    def rope_factor(self) -> float | None:
+        return (self.rope_scaling or {}).get("factor")
+
+    @classmethod
+    def tiny(cls, **changes) -> "ChameleonConfig":
+        """The checkpoint in tiny/: 36x36 pictures of 81 codes, a world of coloured shapes."""
+        vq = ChameleonVQVAEConfig(
+            embed_dim=32, num_embeddings=512, latent_channels=64, resolution=36, attn_type="none",
+            base_channels=64, channel_multiplier=(1, 1, 1), num_res_blocks=1,
+        )
+        sizes = dict(
+            vocab_size=1032, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
+            num_attention_heads=6, max_position_embeddings=1024, vq_config=vq,
+            bos_token_id=0, pad_token_id=1, eos_token_id=2,
+        )
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def chameleon_7b(cls, **changes) -> "ChameleonConfig":
+        return cls(**changes)
+
+    @classmethod
+    def chameleon_34b(cls, **changes) -> "ChameleonConfig":
+        """The larger release, called 30b on disk; sizes as in Hugging Face's converter."""
+        sizes = dict(
+            hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
+            num_attention_heads=64, num_key_value_heads=8, model_parallel_size=4, swin_norm=True,
+        )
+        return cls(**(sizes | changes))
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ChameleonConfig":
+        """Reads a config.json of transformers 4 or 5; keys we do not know are ignored.
+
+        Version 4 says rope_theta and rope_scaling {type, factor}; transformers 5 says
+        rope_parameters {rope_type, rope_theta, factor}.
+        """
+        values = dict(values)
+        rope = values.pop("rope_parameters", None)
+        if rope:
+            values["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                values["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def to_dict(self) -> dict:
+        """The config.json of transformers 4, which every version of transformers reads."""
+        head = {"architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon"}
+        return head | dataclasses.asdict(self) | {"vq_config": self.vq_config.to_dict()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -131,26 +293,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Attention: who may look at whom, and two ways to compute it
 
 
-def allowed_keys(attention_mask: Tensor | None, T: int, past: int, device) -> Tensor | None:
+def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
+                 device: torch.device) -> Tensor | None:
     """The ONE mask rule -> bool (B or 1, 1, T, L), True where query t may look at key j, or None.
 
         allowed[b, t, j] = (j <= past + t) and real[b, j]   or   j == past + t
 
-    The last clause lets padding look at itself: its output is never used, but a row of the
-    softmax with nothing in it would be NaN. `attention_mask` is (B, L), 1 for real tokens, or
-    (B, T, L) for packed documents that must not see each other. None means "causal, all real"
-    when no mask tensor is needed to say so: one query, or no past.
+    `attention_mask` is one of
+        (B, L)         1 for a real token, 0 for padding
+        (B, T, L)      1 where t may look at j, on top of the causal rule: for packed documents
+        (B, 1, T, L)   the whole rule, nothing is added: bool, or fp with 0 for "allowed"
+
+    The last clause lets a padding token look at itself. Its output is never used, but a softmax
+    over no key at all would be NaN.
+
+    None means that the kernels' own causal rule, without a mask tensor, says the same: all tokens
+    are real, and there is one query or no past. To find out whether all are real is one GPU
+    synchronization; it is not done for a single query, nor while torch.compile traces.
     """
     L = past + T
     if attention_mask is not None and attention_mask.shape[-1] != L:
         raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns, but there are "
                          f"{L} tokens ({past} cached + {T} new)")
-    if attention_mask is not None and attention_mask.ndim == 2 and T > 1 and attention_mask.all():
+    j = torch.arange(L, device=device)  # (L,)
+    t = torch.arange(past, L, device=device)[:, None]  # (T, 1), as places among the keys
+    if attention_mask is not None and attention_mask.ndim == 4:
+        additive = attention_mask.is_floating_point()
+        return (attention_mask == 0 if additive else attention_mask.bool()) | (j == t)
+    asks = T > 1 and not torch.compiler.is_compiling()
+    if attention_mask is not None and attention_mask.ndim == 2 and asks and attention_mask.all():
         attention_mask = None  # the processor always sends a mask; most often nothing is padded
     if attention_mask is None and (T == 1 or past == 0):
         return None
-    j = torch.arange(L, device=device)  # (L,)
-    t = torch.arange(past, L, device=device)[:, None]  # (T, 1), as places among the keys
     allowed = (j <= t)[None]  # (1, T, L)
     if attention_mask is not None:
         real = attention_mask.bool()
@@ -195,13 +369,15 @@ ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
 class KVCache:
     """Keys and values of all past tokens, so that each new token costs one column, not a matrix.
 
-    Allocated once at its full size, (B, Hkv, max_length, Dh) for each layer; `length` columns are
-    filled. Memory: 2 * layers * Hkv * Dh * bytes per token = 512 KiB a token for 7B in bf16.
+    With `max_length`, one buffer (B, Hkv, max_length, Dh) for k and one for v is allocated for each
+    layer, and `length` of its columns are filled. Without, the cache grows: each call copies what
+    is there, which is simple, and slower for long answers.
+    Memory: 2 * layers * Hkv * Dh * bytes per token = 512 KiB a token for 7B in bf16.
     """
 
-    def __init__(self, config: ChameleonConfig, batch_size: int, max_length: int,
+    def __init__(self, config: ChameleonConfig, batch_size: int = 1, max_length: int | None = None,
                  dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (batch_size, config.num_key_value_heads, max_length or 0, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
@@ -211,8 +387,15 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, Hkv, T, Dh) behind the filled columns -> all filled (B, Hkv, L, Dh).
 
-        Writes in place: the views returned now change when a later call overwrites the columns.
+        With `max_length` it writes in place: the views returned now change when a later call
+        overwrites the columns. ValueError for another batch, or when the buffer is full.
         """
+        if self.max_length is None:
+            if self.length:
+                k = torch.cat((self.k[layer], k), dim=2)  # (B, Hkv, L, Dh)
+                v = torch.cat((self.v[layer], v), dim=2)  # (B, Hkv, L, Dh)
+            self.k[layer], self.v[layer] = k, v
+            return k, v
         end = self.length + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"the KV cache holds {self.max_length} tokens, {end} are needed: "
@@ -220,6 +403,12 @@ class KVCache:
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]  # (B, Hkv, L, Dh)
+
+    def check_batch(self, B: int) -> None:
+        """ValueError for a batch that is not the cache's own."""
+        if (self.length or self.max_length) and len(self.k[0]) != B:
+            raise ValueError(f"the KV cache holds {len(self.k[0])} rows, the input has {B}: "
+                             "make a cache for each batch")
 
 
 class ChameleonAttention(nn.Module):
@@ -300,32 +489,79 @@ class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
         return x + self.post_attention_layernorm(self.mlp(x)), weights
 
 
-@dataclass
-class ChameleonOutput:
-    """What a forward pass gives; a field is None where it was not asked for or does not apply."""
+class ModelOutput:
+    """What a forward pass gives, by attribute, name or index, as transformers' ModelOutput:
+    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `dict(**output)`.
+    A field that was not asked for is None; names and indices leave it out.
+    """
 
-    loss: Tensor | None = None  # scalar, mean over the labels that count
-    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
+    def keys(self) -> list[str]:
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) is not None]
+
+    def to_tuple(self) -> tuple:
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, key: str | int | slice) -> object:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+@dataclass
+class ChameleonModelOutput(ModelOutput):
+    """Equals transformers' BaseModelOutputWithPast."""
+
     last_hidden_state: Tensor | None = None  # (B, T, D), after the final norm
     past_key_values: KVCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
     attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
 
 
+@dataclass
+class ChameleonOutput(ModelOutput):
+    """Equals transformers' CausalLMOutputWithPast."""
+
+    loss: Tensor | None = None  # scalar, mean over the labels that count
+    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
+    past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # as in ChameleonModelOutput
+    attentions: tuple[Tensor, ...] | None = None
+
+
 class ChameleonModel(nn.Module):
-    """Everything but the head. Equals transformers' ChameleonModel."""
+    """Everything but the head. Equals transformers' ChameleonModel. Weights start random, with a
+    standard deviation of `initializer_range` and a row of zeros for padding.
+    """
 
     def __init__(self, config: ChameleonConfig, with_vq_decoder: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         layer_class = ChameleonSwinDecoderLayer if config.swin_norm else ChameleonDecoderLayer
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = ChameleonRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.vqmodel = ChameleonVQVAE(config.vq_config, with_vq_decoder)
-        self.vocabulary = VocabularyMap(config.vocabulary_map)
-        # A copy that follows the weights to their device; names, not numbers, define the ids.
-        self.register_buffer("code_to_id", self.vocabulary.code_to_id.clone(), persistent=False)
+        self.vocabulary = VocabularyMap(config.vocabulary_map)  # codes <-> ids, by name
+        self.embed_tokens.apply(self.init_weights)
+        self.layers.apply(self.init_weights)
+
+    def init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx].detach())
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options) -> "ChameleonModel":
@@ -336,73 +572,113 @@ class ChameleonModel(nn.Module):
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Pixels in [-1, 1] (N, 3, height, width) -> vocabulary ids (N, S) in raster order."""
-        if not len(self.code_to_id):
+        if not self.vocabulary.num_codes:
             raise ValueError("this config has no vocabulary_map with IMGIMG... names, so pictures "
                              "have no ids: take the config.json of the checkpoint")
-        return self.code_to_id[self.vqmodel.encode(pixel_values)]  # (N, S)
+        return self.vocabulary.code_to_id[self.vqmodel.encode(pixel_values)]  # (N, S)
 
-    def replace_image_placeholders(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+    def replace_image_placeholders(self, input_ids: Tensor,
+                                   pixel_values: Tensor | None) -> Tensor:
         """input_ids (B, T) with `<image>` placeholders -> ids (B, T) with the pictures' own ids.
 
-        Pictures (N, 3, height, width) fill the placeholders in order, row after row. ValueError if
-        there are not exactly N * S of them. Feeding the result is the same as feeding pictures.
+        Pictures (N, 3, height, width) fill the placeholders in order, row after row. Feeding the
+        result is the same as feeding pictures. ValueError if there are not exactly N * S
+        placeholders (none without pictures). The check is a GPU synchronization, so a single
+        token is not checked, nor anything while torch.compile traces.
         """
+        placeholder = self.vocabulary.image_token_id
+        checks = not torch.compiler.is_compiling() and input_ids.shape[1] > 1
+        if pixel_values is None:
+            if checks and placeholder is not None and (input_ids == placeholder).any():
+                raise ValueError("the prompt has <image> placeholders but there are no "
+                                 "pixel_values: pass the pictures that the processor prepared")
+            return input_ids
         image_ids = self.get_image_tokens(pixel_values)  # (N, S)
-        if self.vocabulary.image_token_id is None:
+        if placeholder is None:
             raise ValueError("this vocabulary has no <image>: put the pictures' ids into input_ids")
-        here = input_ids == self.vocabulary.image_token_id  # (B, T)
-        if here.sum() != image_ids.numel():
+        here = input_ids == placeholder  # (B, T)
+        if checks and here.sum() != image_ids.numel():
             raise ValueError(f"{len(image_ids)} pictures are {image_ids.numel()} image tokens, but "
                              f"the prompt has {here.sum()} <image> placeholders")
         return input_ids.masked_scatter(here, image_ids.to(input_ids.dtype))
+
+    def embed_pictures(self, inputs_embeds: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """inputs_embeds (B, T, D) -> the same, with the pictures in place of `<image>`."""
+        mark = self.vocabulary.image_token_id
+        if pixel_values is None or mark is None:
+            return inputs_embeds
+        here = (inputs_embeds == self.embed_tokens.weight[mark]).all(-1)  # (B, T)
+        ids = torch.where(here, mark, 0)  # (B, T), any other id where there is no picture
+        ids = self.replace_image_placeholders(ids, pixel_values)  # (B, T)
+        return torch.where(here[..., None], self.embed_tokens(ids), inputs_embeds)  # (B, T, D)
 
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
         pixel_values: Tensor | None = None,  # (N, 3, height, width), N pictures over all rows
-        attention_mask: Tensor | None = None,  # (B, L), 1 for real tokens; or bool (B, T, L)
-        position_ids: Tensor | None = None,  # (B, T)
-        past_key_values: KVCache | None = None,  # filled in place
+        attention_mask: Tensor | None = None,  # see `allowed_keys`
+        position_ids: Tensor | None = None,  # (B, T); default: on from what the cache holds
+        past_key_values: KVCache | None = None,  # read and, in place, written
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-    ) -> ChameleonOutput:
-        """-> last_hidden_state (B, T, D). Raises ValueError on inputs that do not fit together."""
+        use_cache: bool | None = None,  # None: the config's; without a cache given, a new one
+        output_attentions: bool | None = None,  # None: the config's; computed by eager attention
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,  # False: a plain tuple
+        cache_position: Tensor | None = None,  # (T,), stands for position_ids if those are absent
+    ) -> "ChameleonModelOutput | tuple":
+        """-> last_hidden_state (B, T, D) and what was asked for.
+
+        With inputs_embeds, a placeholder is where the embedding of `<image>` stands. ValueError if
+        not exactly one of input_ids and inputs_embeds is given, or if pictures and placeholders
+        differ in number.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("pixel_values need input_ids: embeddings have no placeholders")
-            input_ids = self.replace_image_placeholders(input_ids, pixel_values)
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
-        past, T = past_key_values.length if past_key_values else 0, x.shape[1]
+        c = self.config
+        use_cache = c.use_cache if use_cache is None else use_cache
+        attends = c.output_attentions if output_attentions is None else output_attentions
+        hiddens = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if inputs_embeds is None:
+            input_ids = self.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
+            x = self.embed_tokens(input_ids)  # (B, T, D)
+        else:
+            x = self.embed_pictures(inputs_embeds, pixel_values)  # (B, T, D)
+        cache, T = past_key_values, x.shape[1]
+        if cache is None and use_cache:
+            cache = KVCache(c, len(x), dtype=x.dtype, device=x.device)
+        if cache is not None:
+            cache.check_batch(len(x))
+        past = cache.length if cache else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
-        cos, sin = rotary_table(self.config, position_ids)  # (B or 1, 1, T, Dh)
+            position_ids = position_ids if cache_position is None else cache_position[None]
+        cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [x], []
         for layer in self.layers:
-            x, weights = layer(x, rope, mask, past_key_values, output_attentions)
-            if output_hidden_states:
-                hidden_states.append(x)
+            x, weights = layer(x, rope, mask, cache, attends)
+            hidden_states.append(x if hiddens else None)
             attentions.append(weights)
-        if past_key_values is not None:
-            past_key_values.length += T  # every layer has written its columns
+        if cache is not None:
+            cache.length += T  # every layer has written its columns
         x = self.norm(x)
-        hidden_states[-1] = x  # transformers, too, gives the last one after the norm
-        return ChameleonOutput(
+        hidden_states[-1] = x  # as in transformers, the last one is taken after the norm
+        output = ChameleonModelOutput(
             last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            past_key_values=cache if use_cache or past_key_values is not None else None,
+            hidden_states=tuple(hidden_states) if hiddens else None,
+            attentions=tuple(attentions) if attends else None,
         )
+        plain = not (c.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if plain else output
 
 
 class ChameleonForConditionalGeneration(nn.Module):
     """The decoder with its head. Equals transformers' class of the same name.
 
-    `generate.py` writes with it. Weights start random; `from_pretrained` reads a checkpoint.
+    `generate` writes with it; generate.py shows how. Weights start random; `from_pretrained` reads
+    a checkpoint.
     """
 
     def __init__(self, config: ChameleonConfig, with_vq_decoder: bool = True) -> None:
@@ -410,27 +686,26 @@ class ChameleonForConditionalGeneration(nn.Module):
         self.config = config
         self.model = ChameleonModel(config, with_vq_decoder)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for module in (self.model.embed_tokens, self.model.layers, self.lm_head):
-            module.apply(self._init_weights)
+        self.lm_head.apply(self.model.init_weights)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-
     @property
     def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        return self.model.dtype
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_tokens(pixel_values)
+
+    def generate(self, input_ids: Tensor, *inputs: Tensor | None, **options) -> Tensor:
+        """As `generate` of generate.py, which explains it; options are those of its `stream`."""
+        from generate import generate  # here, as generate.py imports this file
+
+        return generate(self, input_ids, *inputs, **options)
 
     def set_attention(self, name: str) -> "ChameleonForConditionalGeneration":
         """Chooses "eager" or "sdpa" for all layers; returns the model."""
@@ -449,11 +724,14 @@ class ChameleonForConditionalGeneration(nn.Module):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # (B, T); IGNORE counts for nothing
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
         logits_to_keep: int = 0,  # only the last so many positions get logits; 0 is all
         mask_image_logits: bool = True,
-    ) -> ChameleonOutput:
+    ) -> "ChameleonOutput | tuple":
         """-> logits (B, T, V) and, with labels, loss. Other arguments as in ChameleonModel.
 
         `mask_image_logits` sets the logits of the image codes to the lowest number, as the
@@ -462,29 +740,28 @@ class ChameleonForConditionalGeneration(nn.Module):
         """
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
-        if pixel_values is not None and input_ids is not None:
+        if labels is not None and pixel_values is not None and input_ids is not None:
+            # DIFFERS: transformers leaves the placeholder as the label.
             filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
-            if labels is not None:  # DIFFERS: transformers leaves the placeholder as the label
-                here = labels == self.model.vocabulary.image_token_id
-                labels = torch.where(here, filled, labels)
+            labels = torch.where(labels == self.model.vocabulary.image_token_id, filled, labels)
             input_ids, pixel_values = filled, None
-        output = self.model(
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values,
-            inputs_embeds, output_attentions, output_hidden_states,
-        )
-        x = output.last_hidden_state[:, -logits_to_keep:]  # -0 is 0: all of them
-        output.logits = self.lm_head(x)  # (B, T, V)
+        body = self.model(
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
+            use_cache, output_attentions, output_hidden_states, True, cache_position)
+        logits = self.lm_head(body.last_hidden_state[:, -logits_to_keep:])  # (B, T, V); -0 is all
         if mask_image_logits:
-            lowest = torch.finfo(output.logits.dtype).min
-            output.logits = output.logits.index_fill(-1, self.model.code_to_id, lowest)
-        if labels is not None:
-            output.loss = self._loss(output.logits, labels, mask_image_logits)
-        return output
+            lowest = torch.finfo(logits.dtype).min
+            logits = logits.index_fill(-1, self.model.vocabulary.code_to_id, lowest)
+        loss = None if labels is None else self._loss(logits, labels, mask_image_logits)
+        output = ChameleonOutput(loss, logits, body.past_key_values, body.hidden_states,
+                                 body.attentions)
+        plain = not (self.config.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if plain else output
 
     def _loss(self, logits: Tensor, labels: Tensor, masked: bool) -> Tensor:
         """Cross entropy of each token given those before it: logits[t] against labels[t + 1]."""
         # DIFFERS: transformers returns an infinite loss here, without a word.
-        if masked and torch.isin(labels, self.model.code_to_id).any():
+        if masked and torch.isin(labels, self.model.vocabulary.code_to_id).any():
             raise ValueError("labels contain image codes, whose logits are masked: call the model "
                              "with mask_image_logits=False to train on pictures")
         return F.cross_entropy(
@@ -499,10 +776,9 @@ class ChameleonForConditionalGeneration(nn.Module):
         holds; the VQ-VAE is fp32 in any case. `device_map` is transformers' word for `device`;
         both know "auto", the fastest there is. ValueError, in one line, says what is wrong.
         """
-        from engine.checkpoint import (  # here: checkpoint imports this file
-            load_checkpoint,
-            pick_device,
-        )
+        # Files and their checks are no part of the model; they import this file.
+        from chameleon_extras.checkpoint import load_checkpoint
+        from chameleon_extras.files import pick_device
 
         if isinstance(dtype, str):
             name, dtype = dtype, getattr(torch, dtype, None)
@@ -512,6 +788,20 @@ class ChameleonForConditionalGeneration(nn.Module):
 
     def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
         """Writes config.json and safetensors that transformers and `from_pretrained` read."""
-        from engine.checkpoint import save_checkpoint
+        from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
 
         save_checkpoint(self, Path(folder), max_shard_bytes)
+
+
+# ---------------------------------------------------------------------------------------------
+# The other public classes by this module's name, as transformers has them in one:
+# `from chameleon import ChameleonProcessor`. Their files are read when they are asked for.
+
+HOMES = {"ChameleonProcessor": "processor", "ChameleonImageProcessor": "processor",
+         "Tokenizer": "tokenizer", "generate": "generate", "stream": "generate"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module 'chameleon' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

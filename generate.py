@@ -1,425 +1,738 @@
-"""The command: prompts and pictures in, text and pictures out.
+"""THE sampling loop: how a Chameleon answers, draws, and writes both into one document.
 
-    python generate.py --prompt "What do you see in this image?<image>" --image examples/shapes.png
-    python generate.py --prompt "Draw a large red circle." --mode image --out circle.png
-    python generate.py --prompt "Draw a blue star, then say what it is." --mode interleaved --out d
-    python generate.py --reconstruct --image examples/shapes.png
+    prompt (B,T) --prefill--> hidden (G,B,D) --guidance, grammar, filters--> next ids (B,)
+                                    ^                                              |
+                                    +----- one more column of the KV cache <-------+
 
-Answers stream to stdout; everything else goes to stderr. How the sampling works is in sampling.py
-and modality.py; here are the options, the checks that come before any weight is read, and what is
-written to disk. As a library, this file gives `generate` and `stream`.
+The prompt goes through the model once, all tokens at a time, and fills the KV cache. Each new token
+then costs one step of one column. `loop` shows the whole way of a token, from one id to the next.
+
+Text and pictures come from the same loop. A picture is begin-image, exactly S codes, end-image:
+
+    TEXT --begin-image--> PICTURE (S codes) --end-image, forced--> TEXT ... until an end
+
+At a switch of modality only the choice of the next id changes. In text, the logits of the codes are
+masked. In a picture, only the codes' logits are computed. The KV cache stays as it is, because all
+tokens share one model. Each row of a batch switches on its own.
+
+Rows of a batch are independent. Each has its own positions, modality, end and random numbers, so
+each row gives the ids that it would give alone, as long as the longest prompt leaves it the same
+room. (Dynamic RoPE is the exception: its theta follows the longest row.)
+
+Letter  meaning
+B, T    rows of the batch; tokens of a row so far
+V, K    ids of the vocabulary; codes of the codebook
+S       codes of a picture, vq_config.codes_per_image
+G       guidance streams: 1, 2 or 3 versions of each row's context, all in one batch
+D, L    width of a hidden state; columns of the KV cache so far
+N       pictures, as pixels (N, 3, height, width)
+
+Run as a program, this file is the command: `python generate.py --help`.
 """
 
-import argparse
-import io
-import os
-import re
+import inspect
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
-from chameleon import ChameleonForConditionalGeneration
-from engine.checkpoint import (
-    load_checkpoint,
-    open_config,
-    pick_device,
-    read_config,
-    write_atomically,
-)
-from engine.convert import load_processor
-from engine.decoding import ATTENTIONS, Decoder, check_attention, check_compile, set_attention
-from engine.parallel import check_ranks, join, ranks, shard, writes
-from engine.quantize import CHOICES
-from engine.sheets import (
-    contact_sheet,
-    picture_format,
-    save_picture,
-    there_and_back,
-    write_document,
-)
-from engine.stats import Stats
-from image_processor import load_image
-from modality import MODES
-from processor import ChameleonProcessor
-from sampling import check_options, check_room, check_seeds, generate, pieces, stream
-from tokenizer import Tokenizer
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
+from processor import ChameleonImageProcessor
+from tokenizer import Tokenizer, VocabularyMap
 
-__all__ = ["generate", "stream"]
+MODES = ("text", "image", "interleaved")
+CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes are compiled
 
-TINY = Path(__file__).resolve().parent / "tiny"
-OWN_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # of an interleaved document
+# ---------------------------------------------------------------------------------------------
+# Filters: from logits to an index. All are (B, V) -> (B, V) but the last two.
+
+
+def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Makes every id of `ids` (B, T) less likely, prompt included (CTRL, arXiv 1909.05858, 4.1).
+
+        logit / penalty where positive, logit * penalty where negative
+    """
+    if penalty == 1.0:
+        return logits
+    seen = logits.gather(-1, ids)  # (B, T)
+    seen = torch.where(seen > 0, seen / penalty, seen * penalty)
+    return logits.scatter(-1, ids, seen)
+
+
+def keep_top_k(logits: Tensor, k: int | None) -> Tensor:
+    """Keeps the k highest logits of each row, and those equal to the k-th."""
+    if not k or k >= logits.shape[-1]:
+        return logits
+    kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Nucleus sampling (arXiv 1904.09751, 3.1): keeps the smallest set of most likely ids whose
+    probabilities sum to p or more. At least one id is kept.
+    """
+    if p >= 1.0:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)
+    probs = ordered.softmax(-1)
+    # The sum BEFORE an id decides, so the id with which the sum crosses p is kept.
+    out = probs.cumsum(-1) - probs >= p
+    return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
+
+
+def draw(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
+    """One index for each row, distributed as softmax(logits).   (B, V) -> (B,)
+
+        argmax_i p_i / e_i  is i with probability p_i, if the e_i are independent and exponential
+
+    Compared with torch.multinomial, this needs no cumulative sum and no GPU synchronization, and
+    each row keeps its own sequence of random numbers. A row whose generator is None draws no
+    numbers; its index is the most likely one and must not be used.
+    """
+    noise = torch.ones_like(logits)  # (B, V)
+    for row, generator in zip(noise, generators):
+        if generator is not None:
+            row.exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1)  # (B,)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an index is chosen from logits; the order of the filters is that of transformers."""
+
+    temperature: float  # 0 takes the most likely id (greedy)
+    top_k: int | None
+    top_p: float
+
+    def choose(self, logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
+        """logits (B, V) -> the index chosen in each row (B,)"""
+        if self.temperature == 0:
+            return logits.argmax(-1)  # (B,)
+        logits = keep_top_k(logits / self.temperature, self.top_k)
+        return draw(keep_top_p(logits, self.top_p), generators)
 
 
 # ---------------------------------------------------------------------------------------------
-# Options, and all that can be wrong with them
+# The grammar: which ids may come next
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+class Grammar:
+    """The modality grammar: which ids may come next in each row.
+
+    `mode` is "text" (no id of a picture at all), "image" (one picture, at once) or "interleaved"
+    (text, and a picture wherever the model begins one).
+
+    A row's place `n` is None in text, else the number of codes of the picture that is open:
+    0 .. S-1 if more codes follow, S if end-image follows.
+
+    Why a picture has exactly S codes (1024 in the release): the VQ-VAE's decoder needs a whole grid
+    (section 2.1), and the model was trained on no other number. So end-image is never sampled but
+    inserted after S codes, and begin-image is allowed only where S codes and end-image still fit.
+
+    ValueError if these weights cannot draw and `mode` wants pictures.
+    """
+
+    def __init__(self, model: ChameleonForConditionalGeneration, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+        self.mode, self.S = mode, model.config.vq_config.codes_per_image
+        vocabulary, V = model.model.vocabulary, model.config.vocab_size
+        self.begin, self.end = vocabulary.begin_image_id, vocabulary.end_image_id
+        if mode != "text":
+            check_can_draw(model)
+
+        def only(ids: list[int]) -> Tensor:
+            mask = torch.zeros(V, dtype=torch.bool)  # filled on the CPU: one copy to the device
+            mask[ids] = True
+            return mask.to(model.device)  # (V,)
+
+        self.codes = only(vocabulary.code_to_id.tolist())
+        self.end_only = only([] if self.end is None else [self.end])
+        self.text = ~only(picture_ids(vocabulary)) if mode != "image" else only([])
+        self.text_or_begin = self.text if mode == "text" else self.text | only([self.begin])
+
+    def fits(self, room: int) -> bool:
+        """Does a whole picture with its marks fit into `room` more ids?"""
+        return room >= self.S + 2
+
+    def places(self, ids: Tensor) -> list[int | None]:
+        """Prompts ids (B, T) -> each row's place at its end."""
+        T = ids.shape[1]
+        if self.mode == "text" or self.begin is None:
+            return [None] * len(ids)
+        column = torch.arange(1, T + 1, device=ids.device)  # from 1, so that 0 means "nowhere"
+        begun = torch.where(ids == self.begin, column, 0).amax(1).tolist()  # B numbers
+        ended = torch.where(ids == self.end, column, 0).amax(1).tolist()
+        return [T - b if b > e else None for b, e in zip(begun, ended)]
+
+    def advance(self, places: list[int | None], chosen: Tensor, room: int) -> list[int | None]:
+        """The places one id later; `chosen` (B,) were the ids, `room` the ids left with them.
+
+        To read the ids on the host is a GPU synchronization. They are read only where a row of an
+        interleaved document is in text; a whole picture, or plain text, needs no synchronization.
+        """
+        begins = [self.mode == "image" and self.fits(room)] * len(places)
+        if self.mode == "interleaved" and None in places:
+            begins = (chosen == self.begin).tolist()
+        return [self.next_place(n, begin) for n, begin in zip(places, begins)]
+
+    def next_place(self, n: int | None, begins: bool) -> int | None:
+        if n is None:
+            return 0 if begins else None
+        if n < self.S:
+            return n + 1  # one more code
+        return None  # end-image has closed the picture
+
+    def allowed(self, places: list[int | None], room: int) -> Tensor:
+        """Places of B rows, and the ids left -> bool (B, V).
+
+        Each row has an allowed id, except after the one picture of mode "image", where it ends.
+        """
+        rows = []
+        for n in places:
+            if n is None:
+                rows.append(self.text_or_begin if self.fits(room) else self.text)
+            elif n < self.S:
+                rows.append(self.codes)
+            else:
+                rows.append(self.end_only)
+        return torch.stack(rows)  # (B, V)
 
 
-def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
-    """Runs it -> 0; 2 and one line for input that cannot work; 130 when interrupted."""
+def check_can_draw(model: ChameleonForConditionalGeneration) -> None:
+    """ValueError if the weights or the vocabulary lack what a picture needs."""
+    vocabulary = model.model.vocabulary
+    if None in (vocabulary.begin_image_id, vocabulary.end_image_id) or not vocabulary.num_codes:
+        raise ValueError("this vocabulary has no image tokens, so the model cannot draw")
+    model.model.vqmodel.check_decoder()
+
+
+def picture_ids(vocabulary: VocabularyMap) -> list[int]:
+    """All ids that belong to pictures: the codes, begin-image, end-image and <image>."""
+    marks = (vocabulary.begin_image_id, vocabulary.end_image_id, vocabulary.image_token_id)
+    return vocabulary.code_to_id.tolist() + [i for i in marks if i is not None]
+
+
+# ---------------------------------------------------------------------------------------------
+# Guidance: what the prompt changes, enlarged
+
+
+def guidance_streams(s_text: float, s_image: float, mode: str, has_pictures: bool) -> list[str]:
+    """Which versions of a row's context the two scales compare; each costs a row of the batch.
+
+    full      the whole context
+    pictures  only <s>, the pictures and their marks: what is drawn if the words are not read
+    nothing   only <s> and the picture being drawn, from its begin-image on
+    """
+    if mode == "image" and not has_pictures:
+        s_image = 1.0  # "pictures" and "nothing" are the same context, whatever the scale
+    if mode == "text" or s_text == s_image == 1.0:
+        return ["full"]
+    return ["full", "pictures"] if s_image == 1.0 else ["full", "pictures", "nothing"]
+
+
+def guide(logits: Tensor, s_text: float, s_image: float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598) with two scales, as InstructPix2Pix has them
+    (arXiv 2211.09800, equation 3). On raw logits, before any filter.   (G, B, K) -> (B, K)
+
+        nothing + s_image (pictures - nothing) + s_text (full - pictures)
+      = pictures + s_text (full - pictures) + (s_image - 1) (pictures - nothing)
+
+    The second form is computed: with s_image = 1 its last term is zero, and the stream "nothing"
+    is not needed. With one stream there is no guidance.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    full, pictures = logits[0], logits[1]  # each (B, K)
+    guided = pictures + s_text * (full - pictures)
+    if len(logits) == 3:
+        guided = guided + (s_image - 1) * (pictures - logits[2])
+    return guided
+
+
+class Contexts:
+    """The G versions of B rows: one left-padded batch, one KV cache, one prefill for all.
+
+    Each step feeds one column to all G * B rows. Where a version must not see the new token (a
+    word, in the stream "pictures"), the column is masked for that row. So a row can go from text to
+    a picture and back, and nothing of its past is computed again.
+    """
+
+    def __init__(self, model: ChameleonForConditionalGeneration, rows: list[Tensor],
+                 streams: list[str], steps: int, decoder=None) -> None:
+        self.model, self.streams, self.B, self.decoder = model, streams, len(rows), decoder
+        V, device = model.config.vocab_size, model.device
+        self.is_picture = torch.zeros(V, dtype=torch.bool, device=device)
+        self.is_picture[picture_ids(model.model.vocabulary)] = True  # (V,)
+        self.begin = model.model.vocabulary.begin_image_id
+        self.end = model.model.vocabulary.end_image_id
+        rows = [self.version(row, name) for name in streams for row in rows]  # G * B times (n,)
+        T = max(map(len, rows))
+        self.new = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (GB, T)
+        size = -(-(T + steps) // CACHE_STEP) * CACHE_STEP  # rounded up
+        self.mask = torch.zeros(len(rows), size, dtype=torch.long, device=device)
+        for mask, row in zip(self.mask, rows):
+            mask[T - len(row) : T] = 1
+        self.padded = len(streams) > 1 or not bool(self.mask[:, :T].all())
+        self.cache = KVCache(model.config, len(rows), size, model.dtype, device)
+
+    def version(self, row: Tensor, stream: str) -> Tensor:
+        """One row's ids (n,) -> those that the stream sees; <s> always stays."""
+        if stream == "full":
+            return row
+        keep = self.is_picture[row]  # (n,)
+        if stream == "nothing":  # a picture that the prompt itself began is still being drawn
+            begun = int((row == self.begin).nonzero().max()) if (row == self.begin).any() else 0
+            finished = bool((row[begun:] == self.end).any())
+            keep[: len(row) if finished else begun] = False
+        keep[0] = True
+        return row[keep]
+
+    def hidden(self) -> Tensor:
+        """Runs the columns that are new -> the last one's hidden states (G, B, D)."""
+        past = self.cache.length
+        L = past + self.new.shape[1]
+        mask = positions = None  # without padding, each step may use the fastest attention
+        if self.padded:
+            mask = self.mask[:, :L]
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (GB, T)
+        if self.decoder and past:  # one column behind the prompt, by faster means
+            hidden = self.decoder(self.new, self.mask if self.padded else None, positions,
+                                  self.cache)  # (GB, D)
+        else:  # only the last place is used: logits of all places would be 1 GiB at 4096 x 65536
+            hidden = self.model.model(self.new, attention_mask=mask, position_ids=positions,
+                                      past_key_values=self.cache).last_hidden_state[:, -1]
+        return hidden.unflatten(0, (-1, self.B))  # (G, B, D)
+
+    def feed(self, chosen: Tensor) -> None:
+        """The rows' next ids (B,) become the next column of all streams."""
+        column = self.cache.length
+        for g, stream in enumerate(self.streams):
+            mask = self.mask[g * self.B : (g + 1) * self.B]  # (B, size), a view
+            mask[:, column] = 1 if stream == "full" else self.is_picture[chosen].long()
+            if stream == "nothing":  # a new picture forgets the one before; <s> stays
+                forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, size)
+                mask[:, :column].masked_fill_(forget[:, :column], 0)
+        self.new = chosen.repeat(len(self.streams))[:, None]  # (GB, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is checked before the first step
+
+
+def check_options(max_new_tokens: int | None, **options: float | None) -> None:
+    """ValueError, naming the option, if one is out of range."""
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for name, value in options.items():
+        if value is None and "top_k" not in name:
+            raise ValueError(f"{name} is None: leave it out for its default")
+        if "temperature" in name and not (value == 0 or 1e-4 <= value < float("inf")):
+            raise ValueError(f"{name} must be 0 (greedy) or at least 0.0001, got {value}")
+        if "top_k" in name and value is not None and value < 0:
+            raise ValueError(f"{name} must be 1 or more, or 0 for no limit, got {value}")
+        if "top_p" in name and not 0 < value <= 1:
+            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+        if "penalty" in name and not 0.01 <= value <= 100:
+            raise ValueError(f"{name} must be from 0.01 to 100 (1 is none), got {value}")
+        if "guidance" in name and not 0 <= value <= 1000:
+            raise ValueError(f"{name} must be from 0 to 1000 (1 is none), got {value}")
+        if "return_sequences" in name and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_seeds(seeds: int | list[int], rows: int) -> list[int]:
+    """-> a seed for each row; ValueError if their number is another, or one is too large."""
+    seeds = [seeds + b for b in range(rows)] if isinstance(seeds, int) else seeds
+    if len(seeds) != rows or not all(abs(s) < 2**63 for s in seeds):
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give one below 2^63 each")
+    return seeds
+
+
+def check_room(config: ChameleonConfig, prompt_length: int, mode: str = "text") -> int:
+    """-> how many tokens fit behind the prompt. ValueError if none does, or no picture."""
+    factor = config.rope_factor if config.rope_type != "default" else 1
+    context = int(config.max_position_embeddings * factor)
+    picture = config.vq_config.codes_per_image + 2
+    if prompt_length + (picture if mode == "image" else 1) > context:
+        raise ValueError(f"the prompt has {prompt_length} tokens, pictures included, but the "
+                         f"context holds {context}"
+                         + (f" and a picture takes {picture}" if mode == "image" else "")
+                         + ": shorten it or use fewer pictures")
+    return context - prompt_length
+
+
+def steps_to_make(model: ChameleonForConditionalGeneration, prompt_length: int, mode: str,
+                  max_new_tokens: int | None) -> int:
+    """How many ids to make at most: 256 of text, one picture, or all that fits."""
+    room = check_room(model.config, prompt_length, mode)
+    if mode == "image":
+        return model.config.vq_config.codes_per_image + 2
+    return min(room, max_new_tokens or (256 if mode == "text" else room))
+
+
+def check_prompt(model: ChameleonForConditionalGeneration, input_ids: Tensor,
+                 attention_mask: Tensor | None, pixel_values: Tensor | None, pad: int,
+                 stops: list[int]) -> Tensor:
+    """-> which ids are no padding, bool (B, T). ValueError for what would give a wrong answer.
+
+    Without an attention_mask, padding is recognized by its id, as in transformers.
+    """
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids must be (B, T) with T > 0, got {tuple(input_ids.shape)}")
+    if attention_mask is None:
+        known = pad == model.config.pad_token_id and pad not in stops
+        attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
+    if not attention_mask[:, -1].all():
+        raise ValueError("the prompts are padded on the right, and the next token would follow "
+                         "padding: use padding_side='left'")
+    placeholder = model.model.vocabulary.image_token_id
+    if pixel_values is None and placeholder is not None and (input_ids == placeholder).any():
+        raise ValueError("the prompt has <image> placeholders but there are no pixel_values")
+    return attention_mask.bool()
+
+
+def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
+    """Where an answer ends: the ids asked for, else end of sequence and end of turn."""
+    vocabulary = model.model.vocabulary
+    if mode == "image":
+        return [vocabulary.end_image_id]
+    asked = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    ids = list(asked) if isinstance(asked, (list, tuple)) else [asked]
+    if eos_token_id is None:
+        ids.append(vocabulary.end_of_turn_id)
+    return [i for i in ids if i is not None]
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+def rows_of(head: nn.Module, ids: Tensor) -> nn.Module:
+    """The head for these ids alone: (..., D) -> (..., len(ids))."""
+    if hasattr(head, "rows"):  # quantized: it has weights of its own kind
+        return head.rows(ids)
+    part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
+    part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
+    return part
+
+
+class Picker:
+    """Hidden states of all guidance streams -> each row's next id."""
+
+    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
+                 scales: tuple[float, float], repetition_penalty: float, text: Sampling,
+                 image: Sampling, generators: list[torch.Generator], stops: list[int],
+                 may_end: int, decoder=None) -> None:
+        self.stops, self.may_end = stops, may_end  # a text may end when so many ids are left
+        self.grammar, self.scales, self.text, self.image = grammar, scales, text, image
+        self.repetition_penalty, self.generators = repetition_penalty, generators
+        self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
+        self.head, self.code_head = model.lm_head, None  # (..., D) -> (..., V), (..., K)
+        if grammar.mode != "text":
+            self.code_head = rows_of(model.lm_head, self.code_to_id)
+        if decoder:
+            self.head = decoder.product(self.head)
+            self.code_head = self.code_head and decoder.product(self.code_head)
+
+    def __call__(self, hidden: Tensor, seen: Tensor, places: list[int | None],
+                 room: int) -> Tensor:
+        """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,)
+
+        Rows in text need the whole head. Rows in a picture need its K rows for the codes, since no
+        other id is allowed there. A batch with both computes both for all rows and takes one each.
+        """
+        inside = [n is not None and n < self.grammar.S for n in places]
+        if all(inside):
+            return self.next_code(hidden, inside)
+        text = self.next_text(hidden[0], seen, places, room, inside)
+        if not any(inside):
+            return text
+        codes = self.next_code(hidden, inside)
+        return torch.where(torch.tensor(inside, device=text.device), codes, text)  # (B,)
+
+    def next_text(self, hidden: Tensor, seen: Tensor, places: list[int | None], room: int,
+                  inside: list[bool]) -> Tensor:
+        """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
+        logits = self.head(hidden).float()  # (B, V)
+        logits = penalize_repetition(logits, seen, self.repetition_penalty)
+        logits = logits.masked_fill(~self.grammar.allowed(places, room), float("-inf"))
+        if room > self.may_end:
+            logits[:, self.stops] = float("-inf")
+        generators = [None if codes else g for g, codes in zip(self.generators, inside)]
+        return self.text.choose(logits, generators)
+
+    def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
+        """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
+        logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
+        logits = guide(logits, *self.scales).float()  # (B, K)
+        generators = [g if codes else None for g, codes in zip(self.generators, inside)]
+        return self.code_to_id[self.image.choose(logits, generators)]  # (B,)
+
+
+def stream(
+    model: ChameleonForConditionalGeneration,
+    input_ids: Tensor,  # (B, T), padded on the left
+    attention_mask: Tensor | None = None,  # (B, T), 0 on padding
+    pixel_values: Tensor | None = None,  # (N, 3, H, W), for the <image> placeholders in order
+    *,
+    mode: str = "text",  # "image": one picture at once; "interleaved": as the model decides
+    max_new_tokens: int | None = None,  # None: 256 of text, else all that fits; one picture anyway
+    min_new_tokens: int = 0,  # a text does not end before
+    do_sample: bool = False,  # of text; pictures are sampled unless image_temperature is 0
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,  # never acts inside a picture
+    image_temperature: float = 1.0,
+    image_top_k: int | None = None,
+    image_top_p: float = 1.0,
+    guidance_text: float = 1.0,
+    guidance_image: float = 1.0,
+    num_return_sequences: int = 1,  # so many rows of each prompt, one after the other
+    seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
+    eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
+    pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
+    decoder=None,  # a chameleon_extras.decoding.Decoder: the same ids, sooner
+) -> Iterator[Tensor]:
+    """Yields the next id of every row, (B,), until all have ended or the limit is reached.
+
+    A row that has ended yields padding. Text is greedy by default. ValueError at once for options
+    and prompts that cannot work; a wrong number of pictures shows at the first id.
+    """
+    check_options(
+        max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty, image_temperature=image_temperature,
+        image_top_k=image_top_k, image_top_p=image_top_p, guidance_text=guidance_text,
+        guidance_image=guidance_image, num_return_sequences=num_return_sequences)
+    if not do_sample and mode != "image" and (temperature not in (0, 1) or top_k or top_p < 1):
+        warnings.warn("temperature, top_k and top_p change nothing here: without do_sample=True, "
+                      "text is greedy", stacklevel=2)
+    grammar = Grammar(model, mode)
+    steps = steps_to_make(model, input_ids.shape[-1], mode, max_new_tokens)
+    stops = stop_ids(model, eos_token_id, mode)
+    pads = [pad_token_id, model.config.pad_token_id, *stops, 0]
+    pad = next(i for i in pads if i is not None)
+    real = check_prompt(model, input_ids, attention_mask, pixel_values, pad, stops)
+    seeds = check_seeds(seed, len(input_ids) * num_return_sequences)
+    generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
+    pick = Picker(model, grammar, (guidance_text, guidance_image), repetition_penalty,
+                  Sampling(temperature if do_sample else 0.0, top_k, top_p),
+                  Sampling(image_temperature, image_top_k, image_top_p), generators, stops,
+                  steps - min_new_tokens, decoder)
+    ids = loop(model, input_ids, real, pixel_values, pick, pad, steps, num_return_sequences,
+               decoder)
+    return until_ended(decoder.read(ids) if decoder else ids, stops)
+
+
+def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
+    """Passes the ids (B,) on, up to the step with which the last row has ended."""
+    ended, ends = False, torch.tensor(stops, dtype=torch.long)
+    for ids in steps:
+        yield ids
+        ended = ended | torch.isin(ids.cpu(), ends)  # (B,)
+        if ended.all():
+            return
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside. Outside, a model that is being trained stays as it is: a caller may run
+    other code between two ids of a stream, or never ask for the last.
+    """
+    trained = [module for module in model.modules() if module.training] if model.training else []
+    for module in trained:
+        module.training = False
     try:
-        run()
-    except BrokenPipeError:  # nobody reads any more, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that exit stays quiet
-    except (ValueError, OSError) as e:
-        print(f"{command}: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return 130
-    return 0
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = OneLineParser("generate.py", description="Text and pictures, in and out.")
-    add = parser.add_argument
-    add("--model", type=Path, default=TINY, help="folder with the weights (default: tiny/)")
-    add("--vqgan", type=Path, metavar="FILE",
-        help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
-    add("--prompt", action="append", default=[], metavar="TEXT",
-        help="<image> marks a picture's place; repeat the option for a batch")
-    add("--image", action="append", default=[], metavar="FILE",
-        help="in the order of <image>; without <image> in the prompt it goes in front")
-    add("--mode", default="text", choices=MODES, help="what to make: text, a picture, or both")
-    add("--out", type=Path, metavar="PATH",
-        help="file for a picture, replaced if it is there; folder for an interleaved document")
-    add("--count", type=int, default=1, help="so many pictures of each prompt, and a sheet of all")
-    add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
-    add("--completion", action="store_true", help="continue the prompt instead of answering it")
-    add("--explain", action="store_true",
-        help="show the prompt's walk through the model; --out FILE.html draws it")
-    add("--max-new-tokens", type=int, 
-        help="default: 256 of text, all that fits when interleaved; a picture is always whole")
-    add("--temperature", type=float, default=0.0, help="of text; 0, the default, is greedy")
-    add("--top-k", type=int, default=0, help="0 is no limit")
-    add("--top-p", type=float, default=1.0)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--image-temperature", type=float, default=1.0, help="of pictures; 0 is greedy")
-    add("--image-top-k", type=int, default=0)
-    add("--image-top-p", type=float, default=0.9)
-    add("--guidance-text", type=float, default=1.0, help="how much the words count; Meta uses 3")
-    add("--guidance-image", type=float, default=1.0, help="how much pictures do; Meta uses 1.2")
-    add("--seed", type=int, default=0, help="of all random draws; row b of a batch adds b")
-    add("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
-    add("--quantize", choices=CHOICES, help="weights in 8 or 4 bits, packed while they are read")
-    add("--compile", action="store_true",
-        help="faster steps, after some seconds of compiling: for long answers and large models")
-    add("--attention", default="auto", choices=ATTENTIONS,
-        help="the kernel: eager is the readable one, sdpa torch's, the others kinds of it")
-    add("--stats", action="store_true", help="how fast it was, and how fast it could have been")
-    options = parser.parse_args(arguments)
-    options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
-    return options
-
-
-# What --reconstruct and --explain read. And what only text, or only pictures, know.
-WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
-RECONSTRUCT = {"reconstruct", *WEIGHTS}
-EXPLAIN = {"explain", "prompt", "completion", *WEIGHTS}
-OF_TEXT = {"temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"}
-OF_PICTURES = {"image_temperature", "image_top_k", "image_top_p", "guidance_text",
-               "guidance_image"}
-
-
-def check_unused(options: argparse.Namespace) -> None:
-    """ValueError for an option that would be ignored without a word."""
-    unused, why = set(), ""
-    if options.explain:
-        unused, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
-    elif options.reconstruct:
-        unused = set(options.given) - RECONSTRUCT
-        why = "--reconstruct only sends pictures through the VQ-VAE"
-    elif options.mode == "text":
-        unused, why = OF_PICTURES, "--mode text draws nothing"
-    elif options.mode == "image":
-        unused, why = OF_TEXT, "--mode image writes no text"
-    for name in options.given:
-        option = "--" + name.replace("_", "-")
-        if name in unused:
-            raise ValueError(f"{why}: leave {option} out")
-        prefix = name.removesuffix("top_k").removesuffix("top_p")
-        if name.endswith(("top_k", "top_p")) and not vars(options)[prefix + "temperature"]:
-            raise ValueError(f"{option} is for sampling, but temperature 0 takes the most likely "
-                             f"token: add --{prefix.replace('_', '-')}temperature 1")
-
-
-def sampling_options(options: argparse.Namespace) -> dict:
-    """The command line's numbers under the names of `stream`."""
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "image_temperature",
-             "image_top_k", "image_top_p", "guidance_text", "guidance_image")
-    return {name: getattr(options, name) for name in names}
-
-
-def place_images(prompts: list[str], count: int) -> list[str]:
-    """Prompts without <image> get the pictures in front: all of them, or one for each prompt."""
-    if not count or any("<image>" in prompt for prompt in prompts):
-        return prompts
-    if len(prompts) == 1:
-        return ["<image>" * count + prompts[0]]
-    if len(prompts) == count:
-        return ["<image>" + prompt for prompt in prompts]
-    raise ValueError(f"{count} pictures for {len(prompts)} prompts: mark their places by <image>")
-
-
-def check_output(options: argparse.Namespace) -> None:
-    """ValueError for an --out that could not be written, before anything is computed."""
-    if options.explain:
-        return check_page(options)
-    if options.count < 1 or (options.count > 1 and options.mode != "image"):
-        raise ValueError("--count is a number of pictures, for --mode image")
-    if options.out is None:
-        defaults = {"text": None, "image": "picture.png", "interleaved": "document"}
-        name = "reconstruction.png" if options.reconstruct else defaults[options.mode]
-        options.out = unused(Path(name)) if name else None
-    elif options.mode == "text" and not options.reconstruct:
-        raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
-    if options.mode == "interleaved":
-        if len(options.prompt) > 1:
-            raise ValueError("--mode interleaved writes one document: give one --prompt")
-        if options.out.exists() and not options.out.is_dir():
-            raise ValueError(f"--out {options.out} is a file: name a folder for the document")
-        if options.out.is_dir() and any(map(OWN_FILE.fullmatch, os.listdir(options.out))):
-            raise ValueError(f"--out {options.out} holds a document already: name another folder")
-    elif options.out is not None:
-        picture_format(options.out)
-        others = [path for path in numbered_names(options) if os.path.lexists(path)]
-        if others:
-            raise ValueError(f"--out {options.out} would replace {others[0]}, too: name another "
-                             "file")
-
-
-def unused(path: Path) -> Path:
-    """What has no name of its own takes a new one, so that nothing is lost: picture-2.png."""
-    free, n = path, 1
-    while os.path.lexists(free):
-        n += 1
-        free = path.with_stem(f"{path.stem}-{n}")
-    return free
-
-
-def numbered_names(options: argparse.Namespace) -> list[Path]:
-    """The files beside a sheet: its pictures, one by one. None for a single picture."""
-    count, path = options.count * len(options.prompt), options.out
-    return [path.with_stem(f"{path.stem}-{n}") for n in range(1, count + 1)] if count > 1 else []
-
-
-def check_place(options: argparse.Namespace) -> None:
-    """Tries to write where --out says, the last thing before the weights: OSError, ValueError."""
-    out = options.out
-    if out is None or not writes():
-        return
-    if options.mode == "interleaved":
-        out.mkdir(parents=True, exist_ok=True)
-        out = out / "document.html"
-    elif not options.explain:
-        kind = picture_format(out)
-        try:
-            Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)
-        except (OSError, ValueError, KeyError) as e:
-            raise ValueError(f"--out {out}: pictures are not written as {kind} ({e}): name it "
-                             ".png") from None
-        out = [out, *numbered_names(options)][-1]
-    try:
-        write_atomically(out, lambda part: part.touch(), keep=False)
-    except OSError as e:
-        raise ValueError(f"--out {options.out} cannot be written: {e.strerror}") from None
-
-
-def check_page(options: argparse.Namespace) -> None:
-    """As `check_output`, for --explain."""
-    if ranks() > 1:
-        raise ValueError("--explain shows one prompt on one device: leave torchrun out")
-    if len(options.prompt) > 1:
-        raise ValueError("--explain walks one prompt: give one --prompt")
-    if options.out is not None and options.out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--explain draws a page: name --out {options.out.with_suffix('.html')}")
-    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
-        raise ValueError(f"--out {options.out} cannot be written: name a file in a folder "
-                         "that exists")
-
-
-def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
-    device, dtype = pick_device(options.device), options.dtype
-    if ranks() > 1:  # started by torchrun
-        device = join(device)
-        config, kind = open_config(options.model)
-        check_ranks(config, ranks(), options.quantize or kind)
-        if options.compile:
-            raise ValueError("--compile is for one device: start without torchrun")
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, dtype)
-    check_attention(options.attention, device, dtype, options.compile)
-    if options.compile:
-        check_compile(device)
-    where = "cpu" if ranks() > 1 else device  # as mapped files, of which each takes its part
-    model = load_checkpoint(
-        ChameleonForConditionalGeneration, options.model, dtype, where, options.vqgan,
-        options.quantize)
-    if ranks() > 1:
-        shard(model, device)
-    return set_attention(model, options.attention)
-
-
-def answer(options: argparse.Namespace) -> None:
-    """All that can be wrong with the input is found before the weights, the slow part, are read."""
-    sampling = sampling_options(options)
-    check_options(options.max_new_tokens, **sampling)
-    check_seeds(options.seed, options.count * len(options.prompt))
-    check_unused(options)
-    check_output(options)
-    config = read_config(options.model)
-    processor = load_processor(options.model)
-    images = [load_image(path) for path in options.image]
-    if options.reconstruct:
-        check_place(options)
-        return reconstruct(options, processor, images)
-    if not options.prompt:
-        raise ValueError("give a --prompt (see --help)")
-    prompts = place_images(options.prompt, len(images))
-    inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt",
-                       return_for_text_completion=options.completion)
-    check_room(config, inputs["input_ids"].shape[1], options.mode)
-    check_place(options)
-    model = load_model(options)
-    inputs = inputs.to(model.device)
-    if options.explain:
-        return write_walk(options, model, processor.tokenizer, inputs)
-    if "pixel_values" in inputs:  # so that rows can be repeated for --count
-        pixels = inputs.pop("pixel_values")
-        inputs["input_ids"] = model.model.replace_image_placeholders(inputs["input_ids"], pixels)
-    inputs = {name: rows.repeat_interleave(options.count, dim=0) for name, rows in inputs.items()}
-    decoder = Decoder(model, options.compile, options.attention)
-    steps = stream(model, **inputs, mode=options.mode, max_new_tokens=options.max_new_tokens,
-                   do_sample=options.temperature > 0, seed=options.seed, decoder=decoder,
-                   **sampling)
-    stats = Stats(model)
-    make = {"text": write_text, "image": write_pictures, "interleaved": write_interleaved}
-    try:
-        make[options.mode](options, model, processor.tokenizer, stats.watch(steps))
+        yield
     finally:
-        if options.stats:
-            print(stats.report(decoder.cache), file=sys.stderr)
+        for module in trained:
+            module.training = True
 
 
-def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """One answer streams to stdout; those of a batch follow each other, when all are done."""
-    if len(options.prompt) == 1:
-        try:
-            for piece in pieces(model, tokenizer, steps):
-                print(piece.text, end="", flush=True)
-        finally:
-            print(flush=True)
-        return
-    for prompt, row in zip(options.prompt, torch.stack(list(steps), dim=1).tolist()):
-        print(prompt, file=sys.stderr, flush=True)
-        print(tokenizer.decode(row), flush=True)
+@torch.inference_mode()
+def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
+         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, repeats: int = 1,
+         decoder=None) -> Iterator[Tensor]:
+    """A token's whole way, again and again. `stream` has checked the arguments.
+
+    `real` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
+    asking the device for that in each step would be a GPU synchronization. `until_ended`, which
+    reads ids that have arrived on the host, stops it.
+    """
+    input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
+    input_ids, real = (x.repeat_interleave(repeats, dim=0) for x in (input_ids, real))  # (B, T)
+    rows = [ids[here] for ids, here in zip(input_ids, real)]
+    has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
+    streams = guidance_streams(*pick.scales, pick.grammar.mode, has_pictures)
+    contexts = Contexts(model, rows, streams, steps, decoder)
+    # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
+    # id, which is in the row anyway.
+    seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)
+    places = pick.grammar.places(seen)
+    ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
+    ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
+    for room in range(steps, 0, -1):
+        with evaluating(model):
+            hidden = contexts.hidden()  # (G, B, D)
+        if room == steps and not hidden.isfinite().all():  # once, as it is a GPU synchronization
+            raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
+                             "for this dtype")
+        chosen = pick(hidden, seen, places, room)  # (B,)
+        chosen = chosen.masked_fill(ended, pad)
+        yield chosen
+        if room > 1:
+            ended = ended | (chosen[:, None] == ends).any(1)
+            places = pick.grammar.advance(places, chosen, room)
+            seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
+            contexts.feed(chosen)
 
 
-def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """One picture to --out; of several, a contact sheet to --out and each beside it, numbered."""
-    from tqdm import tqdm
+def generate(
+    model: ChameleonForConditionalGeneration,
+    input_ids: Tensor,  # (B, T), padded on the left
+    attention_mask: Tensor | None = None,
+    pixel_values: Tensor | None = None,
+    *,
+    max_length: int | None = None,  # prompt and answer together; max_new_tokens counts more
+    streamer=None,  # an object with put(ids) and end(), as transformers' streamers
+    stop_strings: str | Sequence[str] | None = None,  # a row ends with the id that completes one
+    tokenizer: Tokenizer | None = None,  # needed for stop_strings
+    use_cache: bool = True,  # accepted: the cache is always used, and changes no id
+    **options,
+) -> Tensor:
+    """Prompt ids (B, T) -> prompt and answer (B, T + new), ended rows padded.
 
-    rows = len(options.prompt) * options.count
-    total = model.config.vq_config.codes_per_image + 2
-    done = [None] * rows
-    try:
-        bar = tqdm(steps, total=total, desc="image tokens", disable=None, leave=False)
-        for piece in pieces(model, tokenizer, bar):
-            done[piece.row] = piece.image or done[piece.row]
-    finally:  # also after Ctrl-C: what is drawn is saved
-        pictures = [picture for picture in done if picture is not None]
-        if pictures and rows == 1:
-            save_picture(pictures[0], options.out)
-        elif pictures:
-            save_picture(contact_sheet(pictures), options.out)
-            for path, picture in zip(numbered_names(options), pictures):
-                save_picture(picture, path)
-        if pictures:
-            print(f"{options.out}: {len(pictures)} picture(s)", file=sys.stderr)
+    Further options are those of `stream`; greedy text by default. `model.generate(**inputs, ...)`
+    is the same function, and equals transformers' method of that name.
+    DIFFERS: makes pictures, if asked to; ends at end of turn, too; in text never yields
+    begin-image or end-image (transformers masks the codes only); top_k defaults to none, not 50.
+    """
+    known = inspect.signature(stream).parameters.keys() - {"model"}
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(f"generate has no option {', '.join(unknown)}; it has max_length, "
+                         f"streamer, stop_strings, {', '.join(sorted(known))}")
+    if max_length is not None and options.get("max_new_tokens") is None:
+        if max_length <= input_ids.shape[-1]:
+            raise ValueError(f"max_length {max_length} leaves no room behind the prompt's "
+                             f"{input_ids.shape[-1]} ids: raise it, or set max_new_tokens")
+        options["max_new_tokens"] = max_length - input_ids.shape[-1]
+    steps = stream(model, input_ids, attention_mask, pixel_values, **options)
+    if stop_strings:
+        if tokenizer is None:
+            raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
+        words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+        steps = until_said(steps, words, tokenizer)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    new = []
+    for ids in steps:
+        new.append(ids)
+        if streamer is not None:
+            streamer.put(ids.cpu())
+    if streamer is not None:
+        streamer.end()
+    new = torch.stack(new, dim=1).to(input_ids.device)  # (B, new)
+    prompts = input_ids.repeat_interleave(len(new) // len(input_ids), dim=0)  # (B, T)
+    return torch.cat((prompts, new), dim=1)  # (B, T + new)
 
 
-def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
-    """Passes the ids of one row on; on a terminal, a bar shows how far a picture is drawn."""
-    from tqdm import tqdm
+def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer
+               ) -> Iterator[Tensor]:
+    """Passes the ids (B,) on; a row ends with the id whose text completes one of `words`."""
+    rows = None
+    for ids in steps:
+        rows = rows or [[tokenizer.stream_decoder(), "", False] for _ in ids]
+        yield torch.where(torch.tensor([ended for *_, ended in rows]), tokenizer.pad_token_id,
+                          ids.cpu())
+        for row, i in zip(rows, ids.tolist()):
+            row[1] += row[0].feed(i)
+            row[2] = row[2] or any(word in row[1] for word in words)
+        if all(ended for *_, ended in rows):
+            return
 
-    vocabulary, bar = model.model.vocabulary, None
+
+# ---------------------------------------------------------------------------------------------
+# From ids to what a person reads and looks at
+
+
+class Piece(NamedTuple):
+    """Something new in one row's answer: text, or a picture with so many of its codes drawn."""
+
+    row: int
+    text: str = ""
+    image: Image.Image | None = None
+    drawn: int = 0  # S when the picture is whole
+
+
+def decode_pictures(model: ChameleonForConditionalGeneration, ids: Tensor) -> list[Image.Image]:
+    """Ids of pictures (N, S), no marks -> N pictures."""
+    codes = model.model.vocabulary.codes_from_ids(ids)  # (N, S)
+    return ChameleonImageProcessor.postprocess(model.model.vqmodel.decode(codes))
+
+
+def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
+           steps: Iterator[Tensor], every: int = 0) -> Iterator[Piece]:
+    """What `stream` yields -> text as soon as it is valid text, and pictures.
+
+    A picture comes when its last code is drawn; with `every` also after so many codes each, the
+    missing ones filled with its first. On Ctrl-C, first yields what is half done, then re-raises.
+    """
+    vocabulary, S = tokenizer.vocabulary, model.config.vq_config.codes_per_image
+    decoders, codes, interrupt = [], [], None
+
+    def picture(row: int) -> Piece:
+        n = len(codes[row])
+        whole = torch.tensor([codes[row] + codes[row][:1] * (S - n)], device=model.device)  # (1, S)
+        return Piece(row, image=decode_pictures(model, whole)[0], drawn=n)
+
     try:
         for ids in steps:
-            if bar is not None:
-                bar.update()
-            if int(ids[0]) == vocabulary.begin_image_id:
-                bar = tqdm(total=model.config.vq_config.codes_per_image + 1, desc="image tokens",
-                           disable=None, leave=False)
-            elif bar is not None and int(ids[0]) == vocabulary.end_image_id:
-                bar.close()
-                bar = None
-            yield ids
-    finally:
-        if bar is not None:
-            bar.close()
+            for row, i in enumerate(ids.tolist()):
+                if row == len(decoders):
+                    decoders.append(tokenizer.stream_decoder())
+                    codes.append(None)
+                if i == vocabulary.begin_image_id:
+                    codes[row] = []
+                elif codes[row] is None:
+                    if text := decoders[row].feed(i):
+                        yield Piece(row, text)
+                elif len(codes[row]) == S:
+                    codes[row] = None  # this is end-image
+                else:
+                    codes[row].append(i)
+                    n = len(codes[row])
+                    if n == S or (every and n % every == 0):
+                        yield picture(row)
+    except KeyboardInterrupt as stop:
+        interrupt = stop  # first hand over what is done
+    for row, decoder in enumerate(decoders):
+        if rest := decoder.flush():
+            yield Piece(row, rest)
+        if codes[row] and len(codes[row]) < S:
+            yield picture(row)
+    if interrupt:
+        raise interrupt
 
 
-def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """Text streams to stdout, a picture is a line with its file; --out gets the document."""
-    parts, pictures = [], 0
-    try:
-        for piece in pieces(model, tokenizer, with_bar(steps, model)):
-            if piece.image is not None:
-                pictures += 1
-                in_line = parts and isinstance(parts[-1], str) and not parts[-1].endswith("\n")
-                new_line = "\n" if in_line else ""
-                parts.append(piece.image)
-                print(f"{new_line}[{options.out / str(pictures)}.png]", flush=True)
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] += piece.text
-            else:
-                parts.append(piece.text)
-            print(piece.text, end="", flush=True)
-    finally:
-        print(flush=True)
-        if parts:
-            write_document(options.out, parts)
-            print(f"{options.out / 'document.html'}", file=sys.stderr)
-
-
-def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs) -> None:
-    """The prompt's walk through the model to stdout, and to --out as a page."""
-    from engine.explain import page, report, walk
-
-    shown = walk(model, tokenizer, inputs["input_ids"], inputs.get("pixel_values"))
-    print(report(shown))
-    if options.out is not None:
-        html_page = page(shown, options.prompt[0])
-        write_atomically(options.out, lambda part: part.write_text(html_page, encoding="utf-8"))
-        print(options.out, file=sys.stderr)
-
-
-def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, images: list) -> None:
-    """Each picture as the model sees it, its codes, and what the codes say, side by side."""
-    if not images:
-        raise ValueError("--reconstruct needs an --image")
-    model = load_model(options)
-    pixels = processor.image_processor(images, return_tensors="pt").pixel_values.to(model.device)
-    sheet, side, psnr = there_and_back(model, pixels, 512)
-    save_picture(sheet, options.out)
-    print(f"{options.out}: {len(images)} picture(s), {side} x {side} codes each, "
-          f"PSNR {psnr:.1f} dB", file=sys.stderr)
+# ---------------------------------------------------------------------------------------------
+# The command
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit code, see `exit_code`."""
-    options = parse(arguments)
-    return exit_code("generate.py", lambda: answer(options))
+    """`python generate.py ...` -> exit code: 0, 2 for input that cannot work, 130 for Ctrl-C."""
+    # Options, their checks and what is written where: nothing that a library user imports.
+    from chameleon_extras.command import run
+
+    return run(arguments)
 
 
 if __name__ == "__main__":

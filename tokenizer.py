@@ -24,6 +24,7 @@ tokenizer.
 
 import codecs
 import heapq
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -31,11 +32,31 @@ from pathlib import Path
 
 import torch
 
-from image_processor import read_json
-
 BEGIN_IMAGE, END_IMAGE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
 IMAGE_PLACEHOLDERS = ("<image>", "<reserved08707>")  # HF's name, and Meta's for the same id
 IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")
+
+
+# ------------------------------------------------------- JSON files, for this file and those above
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file; ValueError naming the file otherwise."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # includes UnicodeDecodeError
+        raise ValueError(f"{file}: broken JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: broken JSON: an object is wanted")
+    return data
+
+
+def write_json(file: Path, data: dict) -> None:
+    """Write a JSON object, with sorted keys, into a folder that need not exist yet."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------- codes <-> names <-> ids
@@ -53,16 +74,19 @@ def image_code_from_name(name: str) -> int | None:
     return int("".join(str("ABCDEFGHIJ".index(letter)) for letter in name[6:-1]))
 
 
-class VocabularyMap:
-    """Names -> ids, and the bijection between codes (codebook) and ids (vocabulary).
+class VocabularyMap(torch.nn.Module):
+    """Names -> ids, and the one table between codes (codebook) and ids (vocabulary).
 
     vocabulary_map: name -> id, as in config.json; None or {} makes a map without image tokens.
     Attributes: num_codes K, code_to_id (K,) int64; image_token_id, begin_image_id, end_image_id,
     end_of_turn_id, each None if the name is absent. ValueError unless the codes are exactly 0..K-1.
-    Source: transformers' ChameleonImageVocabularyMapping.
+
+    It is a module only so that its two tables move to the model's device with the model; neither
+    is part of a checkpoint. Source: transformers' ChameleonImageVocabularyMapping.
     """
 
-    def __init__(self, vocabulary_map: dict[str, int] | None = None):
+    def __init__(self, vocabulary_map: dict[str, int] | None = None) -> None:
+        super().__init__()
         names = vocabulary_map or {}
         self.image_token_id = next((names[n] for n in IMAGE_PLACEHOLDERS if n in names), None)
         self.begin_image_id, self.end_image_id = names.get(BEGIN_IMAGE), names.get(END_IMAGE)
@@ -77,14 +101,15 @@ class VocabularyMap:
         if len({i for i in ids.values() if isinstance(i, int) and i >= 0}) != len(ids):
             raise ValueError("image tokens must have an id each, whole, not negative, none twice")
         # By name. In the release id = code + 4 happens to hold; a converted model may reorder.
-        # Always on the CPU: a model under construction on the "meta" device has no numbers.
-        ordered = [ids[code] for code in range(len(ids))]
-        self.code_to_id = torch.tensor(ordered, dtype=torch.long, device="cpu")  # (K,)
-        self.num_codes = len(ordered)
-        # The inverse table; -1 for ids that are no image token, and a last -1 for ids beyond it.
-        size = max(ordered, default=-1) + 2
-        self._id_to_code = torch.full((size,), -1, dtype=torch.long, device="cpu")
-        self._id_to_code[self.code_to_id] = torch.arange(self.num_codes, device="cpu")
+        # On the CPU: while a model is built on the "meta" device, tensors there hold no numbers.
+        ordered = torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long,
+                               device="cpu")  # (K,)
+        self.num_codes, beyond = len(ids), max(ids.values(), default=-1) + 1
+        # The inverse table: -1 for ids that are no image token, and a last -1 for ids beyond it.
+        inverse = torch.full((beyond + 1,), -1, dtype=torch.long, device="cpu")
+        inverse[ordered] = torch.arange(self.num_codes, device="cpu")
+        self.register_buffer("code_to_id", ordered, persistent=False)
+        self.register_buffer("id_to_code", inverse, persistent=False)
 
     def ids_from_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes of any shape -> ids, same shape and device. ValueError outside 0..K-1."""
@@ -98,9 +123,9 @@ class VocabularyMap:
     def codes_from_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> codes, same shape and device. ValueError on an id that is no code."""
         ids = torch.as_tensor(ids).long()
-        beyond = len(self._id_to_code) - 1
+        beyond = len(self.id_to_code) - 1
         inside = torch.where((ids >= 0) & (ids < beyond), ids, beyond)
-        codes = self._id_to_code.to(ids.device)[inside]
+        codes = self.id_to_code.to(ids.device)[inside]
         if (codes < 0).any():
             raise ValueError(f"id {int(ids[codes < 0][0])} is no image token: pass a picture's ids")
         return codes

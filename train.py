@@ -1,31 +1,43 @@
-"""Trains the checkpoint in tiny/ from nothing but a seed: the paper's recipe at a small size.
+"""Trains the checkpoint in tiny/ from a seed: the recipe of Chameleon at a small size.
 
-    world --pictures--> vqvae ---------> codes for every picture ---+
-             --sentences-> tokenizer --> ids for every sentence ----+--> documents, packed in rows
-                                                                              |
-            tiny/ <-- refine <-- sft <-- pretrain (all tokens, then better data) <
-                      (questions, drawing; answers only)
+    stage      trains        on                                    loss on
+    vqvae      the VQ-VAE    rendered pictures of coloured shapes  pixels, and the codebook's losses
+    tokenizer  BPE merges    40,000 sentences                      none: it counts pairs
+    pretrain   the decoder   texts, pictures, pictures with texts  every token
+    sft        the decoder   prompts with answers                  the answers' tokens
+    refine     the decoder   the same                              the same, at a lower learning rate
 
-    python train.py all --out tiny          the five stages one after the other, then the table
-    python train.py sft --out tiny          one stage; all of them resume where they stopped
+    python train.py all --out tiny      all five stages, then a table of how well the result does
+    python train.py sft --out tiny      one stage; an interrupted one continues from its last save
 
-Letters: B rows, T tokens of a row, V vocabulary, S codes of a picture, K codes of the codebook,
-D width of the decoder's residual stream, H heads of width Dh.
+Each stage starts from the results of those before. The decoder is trained on ids alone: the
+finished VQ-VAE turns every picture into codes once, and its weights stay fixed from then on.
 
-What is in the loss: in `pretrain` every token, a picture's with the weight IMAGE_WEIGHT; in `sft`
-and `refine` the answers only, which may be text or a drawing, never a picture given in a prompt. In
-the last fifth of `pretrain` every second batch is as in `sft`. `refine` is `sft` once more with a
-lower rate, as one goes on where a first run was not enough. While all this is learned, the rows of
-the picture codes in the decoder's tables are computed from the codebook (training/code_rows.py).
-What is masked: documents packed in one row do not see each other, nor do several questions that
-share a picture (`visible`): an answer is read off the picture, not off an earlier answer.
+What is in the loss: for each target token, the cross entropy of its prediction plus the z-loss,
+times a weight. In `pretrain` a text token weighs 1 and a picture's token IMAGE_WEIGHT
+(tiny_world/documents.py). In `sft` and `refine` the answer has weight, be it text or a drawn
+picture, and the prompt has none, nor have the pictures in it. In the last fifth of `pretrain`
+every second batch is drawn and weighted as in `sft`.
 
-Paper: arXiv 2405.09818, sections 2.2 (data), 2.3 (stability, optimization), 3 (alignment).
+What is masked: attention is causal, and several documents share one row of T tokens. A document
+cannot attend to another one. Questions about the same picture follow it as branches of one document:
+each attends to the picture but not to the other branches (`visible` in documents.py), because an
+answer must be read off the picture and not off an earlier answer.
+
+What the decoder reads: its own targets (teacher forcing). In `sft` and `refine` some picture codes
+of the input are corrupted, while the targets stay correct (`Corpus.drawn` and `Corpus.given`).
+Until the export, the codes' rows of its tables are computed from the codebook (code_rows.py).
+
+Letters: B rows, T tokens of a row, N targets with weight, V vocabulary, D width of the residual
+stream, H heads of width Dh.
+Sections are those of the paper, https://arxiv.org/abs/2405.09818: 2.1 tokenizers, 2.2 data and the
+two stages of pretraining, 2.3 stability and optimization, 3 alignment.
 """
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -39,44 +51,43 @@ from chameleon import (
     ChameleonForConditionalGeneration,
     ChameleonSwinDecoderLayer,
 )
-from generate import OneLineParser, exit_code
-from image_processor import ChameleonImageProcessor
-from processor import ChameleonProcessor
+from chameleon_extras.files import OneLineParser, exit_code
+from processor import ChameleonImageProcessor, ChameleonProcessor
+from tiny_world import language, world
+from tiny_world.code_rows import add_code_rows, bake, has_code_rows
+from tiny_world.documents import Corpus, Rows, Writer
+from tiny_world.own_data import OwnData, read_examples
+from tiny_world.pictures import Pictures
+from tiny_world.run import Run, autocast, fast_bf16, shard, whole
+from tiny_world.vqvae_stage import VQ, train_vqvae
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
-from training import language, world
-from training.code_rows import add_code_rows, bake, has_code_rows
-from training.documents import Corpus, Rows, Writer
-from training.own_data import OwnData, read_examples
-from training.pictures import Pictures
-from training.run import Run, autocast, fast_bf16, shard, whole
-from training.vqvae_stage import VQ, train_vqvae
 from vqvae import ChameleonVQVAE
 
 # ---------------------------------------------------------------------------------------------
-# The numbers. Ours, then the paper's 7B.
+# The numbers: ours, and in the comment those of the paper's 7B model
 
-SIZES = dict(
+SIZES: dict = dict(  # section 2.3
     hidden_size=192,  # 4096
     intermediate_size=512,  # 11008
     num_hidden_layers=6,  # 32
     num_attention_heads=6,  # 32
     max_position_embeddings=1024,  # 4096
 )
-MERGES = 256  # 48896 pieces beyond the 256 bytes
-BETAS, EPS = (0.9, 0.95), 1e-5  # the same
-WEIGHT_DECAY = 0.1  # 0.1, here on matrices only
-CLIP = 1.0  # 1.0
-Z_LOSS = 1e-5  # 1e-5
-DROPOUT = 0.0  # 0.1 after attention and feed-forward; here capacity, not overfitting, is short
-LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4, 1e-5, no such stage
-WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # 4000, not given
-STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 2^23 tokens a step, 4.4e12 in all
-PRACTICE = {  # (until this part of the steps, (share of practice, share of lists)), see Corpus.sft
+MERGES = 256  # 48896 in the release's tokenizer
+BETAS, EPS = (0.9, 0.95), 1e-5  # the same: AdamW, section 2.3
+WEIGHT_DECAY = 0.1  # 0.1 (section 2.3), here on matrices only
+CLIP = 1.0  # 1.0, the norm of the gradient over all parameters (section 2.3)
+Z_LOSS = 1e-5  # 1e-5, the factor of log^2 Z (section 2.3)
+DROPOUT = 0.0  # 0.1 (section 2.3); here 0, because the small model does not overfit
+LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4 (2.3), 1e-5 (section 3)
+WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # steps; 4000 in pretraining (section 2.3)
+STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 4.4e12 tokens, 2^23 a step
+PRACTICE = {  # up to this part of the steps: (share of practice, share of lists), see Corpus.sft
     "sft": ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05))),
     "refine": ((0.3, (0.20, 0.06)), (0.8, (0.36, 0.04)), (1.0, (0.14, 0.04))),
 }
 ROWS = 6  # 2048, of 4096 tokens
-PICTURES = 80_000  # 1.4 billion
+PICTURES = 80_000  # 1.4 billion pairs of picture and text (section 2.2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,7 +95,7 @@ PICTURES = 80_000  # 1.4 billion
 
 
 def sentences(rng: np.random.Generator, n: int) -> list[str]:
-    """Sentences of every kind that the model will meet; the merges are learned from them."""
+    """At least n sentences of every kind that the decoder is trained on, for learning merges."""
     lines = [line for pair in language.SMALL_TALK.items() for line in pair] * 20
     while len(lines) < n:
         scene = world.sample_scene(rng)
@@ -104,7 +115,10 @@ def sentences(rng: np.random.Generator, n: int) -> list[str]:
 
 
 def train_tokenizer(run: Run) -> None:
-    """sentencepiece, laid out like the real vocabulary: specials, codes, marks, bytes, merges."""
+    """Learns a BPE vocabulary with sentencepiece, as section 2.1 does, and writes tokenizer.model.
+
+    Ids are in the order of the released vocabulary: specials, codes, marks, bytes, merges.
+    """
     import sentencepiece
 
     marks = [END_IMAGE, BEGIN_IMAGE, END_OF_TURN, "<image>"]
@@ -116,7 +130,7 @@ def train_tokenizer(run: Run) -> None:
             sentence_iterator=iter(lines), model_writer=file, model_type="bpe",
             vocab_size=4 + len(codes) + len(marks) + 256 + MERGES, control_symbols=codes + marks,
             bos_id=0, pad_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
-            # Any text comes back as it was: nothing normalized, nothing added, nothing dropped.
+            # Decoding returns every text unchanged: no normalization, no spaces added or dropped.
             normalization_rule_name="identity", remove_extra_whitespaces=False,
             add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
             minloglevel=2,
@@ -125,13 +139,13 @@ def train_tokenizer(run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The decoder: one loop for pretrain and sft
+# The decoder: one loop for pretrain, sft and refine
 
 
 def build_model(
     tokenizer: SentencePieceTokenizer, vq: ChameleonVQVAE, options: argparse.Namespace
 ) -> ChameleonForConditionalGeneration:
-    """A fresh decoder around a trained VQ-VAE."""
+    """An untrained decoder around a trained VQ-VAE, which is frozen."""
     config = ChameleonConfig(
         **SIZES, vocab_size=tokenizer.vocab_size, vocabulary_map=tokenizer.vocab, vq_config=VQ,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -140,14 +154,15 @@ def build_model(
     model = ChameleonForConditionalGeneration(config)
     model.model.vqmodel = vq.requires_grad_(False)
     for layer in model.model.layers:
-        # Each layer adds two terms to the stream; smaller ones keep its variance at the start.
+        # Each of the L layers adds two terms to the residual stream. With std / sqrt(2 L) their sum
+        # has the variance of a single term, whatever L is (GPT-2's initialization).
         for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
             nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
     return model
 
 
 def add_switches(model: ChameleonForConditionalGeneration, options: argparse.Namespace) -> None:
-    """--no-qk-norm and dropout, from outside: the model has neither as a flag."""
+    """--no-qk-norm and --dropout, applied from outside: the model has no flag for either."""
     for layer in model.model.layers:
         if options.no_qk_norm:
             layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
@@ -156,10 +171,13 @@ def add_switches(model: ChameleonForConditionalGeneration, options: argparse.Nam
             layer.mlp.register_forward_hook(dropout_hook(options.dropout))
 
 
-def dropout_hook(p: float):
-    """Dropout on what attention or feed-forward adds to the stream (section 2.3)."""
+def dropout_hook(p: float) -> Callable:
+    """A hook for dropout on the output of attention or feed-forward (section 2.3).
 
-    def hook(module: nn.Module, inputs, output):
+    The 7B needs it for stability. The 34B, with its other norm order, is trained without.
+    """
+
+    def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
         if isinstance(output, tuple):
             return F.dropout(output[0], p, module.training), *output[1:]
         return F.dropout(output, p, module.training)
@@ -168,10 +186,10 @@ def dropout_hook(p: float):
 
 
 def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
-    """Weight decay on matrices only: norms' gains would be pulled to 0, not to 1."""
+    """AdamW (section 2.3). Weight decay is for matrices only: it would pull norms' gains to 0."""
     decayed, others = [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:  # QK-norm has rows, too, one for each head
+        if p.requires_grad:  # QK-norm's gains have two dimensions (H, Dh)
             (decayed if p.ndim >= 2 and "norm" not in name else others).append(p)
     groups = [
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
@@ -181,46 +199,53 @@ def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
 
 
 def rate(stage: str, step: int, steps: int) -> float:
-    """Learning rate relative to its peak: warm-up, then down to 0.3 (pretrain) or 0.02 (others)."""
+    """Step -> learning rate as a part of its peak, 0..1: warm-up, then the stage's decay.
+
+    Pretraining decays exponentially (section 2.3), the other stages by a cosine (section 3).
+    """
     done = step / max(1, steps)
     if stage == "pretrain":
-        shape = 0.3**done  # the paper decays to 0; sft goes on from here
+        shape = 0.3**done  # down to 0.3; the paper decays to 0
     else:
-        shape = 0.5 + 0.5 * math.cos(math.pi * max(0.0, 2 * done - 1))  # flat for half, then down
+        shape = 0.5 + 0.5 * math.cos(math.pi * max(0.0, 2 * done - 1))  # 1 for half the steps
     warm_up = min(WARM_UP[stage], max(1, steps // 10))
     return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
 
 
 def practice_shares(stage: str, step: int, steps: int) -> tuple[float, float]:
-    """The shares of practice and of lists, see PRACTICE."""
+    """The shares of practice and of lists at this step, from PRACTICE."""
     return next(shares for end, shares in PRACTICE[stage] if step < end * steps)
 
 
 def decoder_loss(
     model: ChameleonForConditionalGeneration, batch: dict[str, Tensor], z_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Weighted cross entropy plus z-loss -> scalar, and the curves.
+    """A batch from `Rows` -> the loss (scalar), and what curves.csv shows of it, in nats a token.
 
         loss = sum_t w_t (-log p(x_t | x_<t) + z_weight log^2 Z_t) / sum_t w_t
 
-    Z_t is the softmax's denominator: cross entropy does not see it, so it drifts until bf16
-    cannot hold the logits; the z-loss keeps log Z near 0. Both on the same positions, in fp32.
+    Z_t = sum_v exp(logit_v) is the denominator of the softmax. Adding a constant to all logits
+    changes Z but not p, so cross entropy lets the logits drift until bf16 cannot represent them.
+    The z-loss keeps log Z near 0 (section 2.3).
     """
-    ids, weight = batch["ids"], batch["weight"][:, 1:]  # targets: shifted by one
+    ids, weight = batch["ids"], batch["weight"][:, 1:]  # position t predicts token t + 1
     with autocast(ids.device):
         hidden = model.model(
-            batch["read"], attention_mask=batch["mask"], position_ids=batch["position"]
+            batch["read"], attention_mask=batch["mask"], position_ids=batch["position"],
+            use_cache=False,
         ).last_hidden_state  # (B, T, D)
         counted = weight > 0
-        logits = model.lm_head(hidden[:, :-1][counted]).float()  # (N, V), what counts only
+        logits = model.lm_head(hidden[:, :-1][counted]).float()  # (N, V), only where w > 0
     target, w = ids[:, 1:][counted], weight[counted]  # (N,)
     log_z = logits.logsumexp(-1)  # (N,)
+    # -log p(x) = log Z - logit_x
     nll = log_z - logits.gather(-1, target[:, None])[:, 0]  # (N,)
+    # "total" is there if the batch is spread over several ranks: the weights of all of them.
     loss = (w * (nll + z_weight * log_z.square())).sum() / batch.get("total", w.sum())
     with torch.no_grad():
-        picture = torch.isin(target, model.model.code_to_id)
+        picture = torch.isin(target, model.model.vocabulary.code_to_id)
         curves = {"log_z": log_z.mean().item()}
-        curves["z_loss"] = Z_LOSS * log_z.square().mean().item()  # what it is, or would be
+        curves["z_loss"] = Z_LOSS * log_z.square().mean().item()  # with --no-z-loss, too
         for name, kind in (("text_loss", ~picture), ("image_loss", picture)):
             if kind.any():
                 curves[name] = nll[kind].mean().item()
@@ -228,7 +253,10 @@ def decoder_loss(
 
 
 class QueryNorm:
-    """Measures |q| before QK-norm in the last layer: what grows when training turns unstable."""
+    """Calling it gives the mean |q| before QK-norm, over (B, T, H) of the last layer.
+
+    Slow growth of norms is what precedes divergence in section 2.3.
+    """
 
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
         self.layer, self.heads = model.model.layers[-1], model.config.num_attention_heads
@@ -240,9 +268,9 @@ class QueryNorm:
     @torch.no_grad()
     def __call__(self) -> float:
         layer, x = self.layer, self.x
-        if hasattr(layer, "unshard"):  # FSDP: each rank holds a slice of the matrix
+        if hasattr(layer, "unshard"):  # FSDP: each rank holds a slice of q_proj
             layer.unshard()
-        if not isinstance(layer, ChameleonSwinDecoderLayer):  # there the norm comes after
+        if not isinstance(layer, ChameleonSwinDecoderLayer):  # there the norm follows attention
             x = layer.input_layernorm(x)  # (B, T, D)
         q = layer.self_attn.q_proj(x).unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
         if hasattr(layer, "reshard"):
@@ -251,14 +279,14 @@ class QueryNorm:
 
 
 def train_decoder(stage: str, run: Run) -> None:
-    """pretrain, sft or refine: from the last saved step to the last step, then the checkpoint."""
+    """Runs pretrain, sft or refine from its last saved step; each save also exports to --out."""
     options, steps = run.options, stage_steps(stage, run)
     rng = np.random.default_rng((options.seed, list(STEPS).index(stage)))
     if options.data:
         model, processor, corpus = own_data(run, rng)
     else:
         model, processor, corpus = toy_world(stage, run, rng)
-    if run.device.type == "cpu" and fast_bf16(run.device):  # fused kernels do not use these units
+    if run.device.type == "cpu" and fast_bf16(run.device):  # SDPA on a CPU is slower
         model.set_attention("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
@@ -267,12 +295,12 @@ def train_decoder(stage: str, run: Run) -> None:
     start = run.resume(stage, model, optimizer, rng)
     rows, query_norm = Rows(corpus, processor.tokenizer.pad_token_id), QueryNorm(model)
     if options.compile:
-        for layer in model.model.layers:  # one compilation for all of them: they are alike
+        for layer in model.model.layers:  # alike, so compiled once for all of them
             layer.forward = torch.compile(layer.forward, dynamic=False)
     z_weight = 0.0 if options.no_z_loss else Z_LOSS
     model.train()
     for step in run.progress(range(start, steps), stage):
-        # The last fifth of pretraining is its second stage: half of it better data (2.2).
+        # The last 20 % of pretraining mix better data with as much of the first (section 2.2).
         late = stage != "pretrain" or (step >= 0.8 * steps and step % 2)
         if stage in PRACTICE:
             corpus.shares = practice_shares(stage, step, steps)
@@ -293,7 +321,10 @@ def train_decoder(stage: str, run: Run) -> None:
 
 
 def trained_vqvae(run: Run) -> ChameleonVQVAE:
-    """The first stage's VQ-VAE, rounded to bf16 as it will be shipped: its codes stay the same."""
+    """The VQ-VAE of the first stage, its weights rounded to bf16 as in the exported checkpoint.
+
+    So the decoder is trained on the very codes that the exported VQ-VAE gives.
+    """
     vq = ChameleonVQVAE(VQ)
     vq.load_state_dict(run.load("vqvae")["model"])
     for weight in vq.parameters():
@@ -302,6 +333,7 @@ def trained_vqvae(run: Run) -> ChameleonVQVAE:
 
 
 def trained_tokenizer(run: Run) -> SentencePieceTokenizer:
+    """The tokenizer of the second stage; ValueError if that has not been run."""
     if not (run.out / "tokenizer.model").is_file():
         raise ValueError(f"{run.out}/tokenizer.model is missing: run `train.py tokenizer` first")
     return SentencePieceTokenizer(run.out / "tokenizer.model")
@@ -311,13 +343,15 @@ def stage_steps(stage: str, run: Run) -> int:
     return run.options.steps or STEPS[stage]
 
 
-def toy_world(stage: str, run: Run, rng: np.random.Generator):
-    """-> model, processor and corpus of the toy world."""
+def toy_world(
+    stage: str, run: Run, rng: np.random.Generator
+) -> tuple[ChameleonForConditionalGeneration, ChameleonProcessor, Corpus]:
+    """The model as the stage before left it, its processor, and the documents about shapes."""
     tokenizer, vq = trained_tokenizer(run), trained_vqvae(run)
     model = build_model(tokenizer, vq, run.options)
     add_code_rows(model)
     add_switches(model.to(run.device), run.options)
-    if stage != "pretrain":  # what the stage before has learned
+    if stage != "pretrain":
         run.take_over(list(STEPS)[list(STEPS).index(stage) - 1], model)
     count = min(PICTURES, 100 * stage_steps(stage, run))
     pictures = Pictures.sample(run.options.seed, count)
@@ -327,9 +361,11 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator):
     return model, ChameleonProcessor(images, tokenizer, VQ.codes_per_image), corpus
 
 
-def own_data(run: Run, rng: np.random.Generator):
-    """-> model and processor of the checkpoint in --model, and the user's documents."""
-    examples = read_examples(run.options.data)  # before any weight is read
+def own_data(
+    run: Run, rng: np.random.Generator
+) -> tuple[ChameleonForConditionalGeneration, ChameleonProcessor, OwnData]:
+    """Model and processor of the checkpoint in --model, and the user's documents in --data."""
+    examples = read_examples(run.options.data)  # first: it finds mistakes in seconds
     model = ChameleonForConditionalGeneration.from_pretrained(
         run.options.model, torch.float32, run.device
     )
@@ -340,14 +376,14 @@ def own_data(run: Run, rng: np.random.Generator):
 
 
 def export(model: nn.Module, processor: ChameleonProcessor, run: Run) -> None:
-    """The shipped folder: bf16 weights, config, tokenizer and processor, in the HF layout."""
-    weights = run.whole_state(model)  # all ranks take part
+    """Writes the checkpoint --out in the HF layout: bf16 weights, config, tokenizer, processor."""
+    weights = run.whole_state(model)  # every rank sends its slices; only rank 0 writes
     if run.rank:
         return
     twin = ChameleonForConditionalGeneration(model.config)
     if run.options.no_qk_norm:
         add_switches(twin, run.options)
-    computed = has_code_rows(model)  # a model fine-tuned on own data has plain tables
+    computed = has_code_rows(model)  # not with --data: that model's tables are plain
     if computed:
         add_code_rows(twin)
     twin.load_state_dict(weights)
@@ -362,8 +398,8 @@ def export(model: nn.Module, processor: ChameleonProcessor, run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Prints how often the checkpoint in `out` answers and draws right."""
-    from training.evaluate import table
+    """Prints how often the checkpoint in --out answers and draws correctly."""
+    from tiny_world.evaluate import table
 
     table(run.out, run.options.questions, run.options.device)
 
@@ -377,6 +413,7 @@ STAGES = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, checked: a wrong one exits with status 2 and one line that names it."""
     parser = OneLineParser(prog="train.py", description="Train the tiny Chameleon's toy world.")
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"])
@@ -422,12 +459,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)  # numbers near 1e-40 are 100 times slower on a CPU
+    torch.set_flush_denormal(True)  # a CPU computes denormals, below 1e-38, 100 times slower
     try:
         return exit_code("train.py", lambda: run_stages(options),
                          "interrupted: the same command goes on from the last save")
     finally:
-        torch.set_flush_denormal(False)  # it holds for the whole process, which may be a caller's
+        torch.set_flush_denormal(False)  # it is global, and main() may have a caller
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -438,7 +475,7 @@ def run_stages(options: argparse.Namespace) -> None:
         torch.distributed.init_process_group()
     for stage in STAGES if options.stage == "all" else [options.stage]:
         torch.manual_seed(options.seed)
-        # Everything but the decoder is small: one rank does it, the others wait for the files.
+        # vqvae, tokenizer and evaluate run on rank 0 alone; the other ranks wait for the files.
         if run.rank == 0 or stage in STEPS:
             STAGES[stage](run)
         if run.world_size > 1:

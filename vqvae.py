@@ -13,18 +13,19 @@ K       codes in the codebook                            8192     num_embeddings
 E       width of one code vector e_k ("D" in the paper)  256      embed_dim
 C       channels of a feature map                        128..    base_channels
 
-Why a picture is exactly 1024 tokens: 512 pixels halved four times is 32, and 32 * 32 = 1024.
-A different size of picture gives a different S; nothing in this file is tied to 512.
+Why a picture is exactly 1024 tokens: 512 pixels, halved four times, are 32, and 32 * 32 = 1024.
+A picture of another size gives another S. Nothing in this file is tied to 512.
 
 What differs from a plain VQ-VAE (van den Oord et al., 2017, https://arxiv.org/abs/1711.00937):
-the encoder and decoder are those of VQGAN (Esser et al., 2021, https://arxiv.org/abs/2012.09841),
-with residual blocks, GroupNorm, swish and one attention block in the middle. Chameleon (section
-2.1) trains its own after Make-A-Scene's (https://arxiv.org/abs/2203.13131), at 512x512.
+- Encoder and decoder are those of VQGAN (Esser et al., 2021, https://arxiv.org/abs/2012.09841):
+  residual blocks, GroupNorm, swish, and one attention block at the lowest resolution.
+- The sizes are those of Chameleon (https://arxiv.org/abs/2405.09818, section 2.1), which trains
+  its image tokenizer after Make-A-Scene (https://arxiv.org/abs/2203.13131).
 
-Three spaces, three words: `pixels` live in [-1, 1], `codes` in 0..K-1 (this file), and `ids` in
-0..V-1 (the decoder's vocabulary, chameleon.py). Nothing here knows about ids.
+Three words for three spaces: `pixels` are floats in [-1, 1]; `codes` are integers in 0..K-1;
+`ids` are integers in 0..V-1, the vocabulary of the decoder in chameleon.py. No id occurs here.
 
-This file stands alone: copy it, and only torch comes with it.
+To reuse this file, copy it: it needs torch and nothing else of this repository.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# VQGAN fixes both. With 32 channels each group is one channel, that is instance norm, which
-# forgets plain colours: use base_channels >= 64.
+# VQGAN (2012.09841) fixes both. GroupNorm normalizes C / 32 channels together. With
+# base_channels=32 that is one channel, which loses its mean and so plain colours: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 
@@ -48,24 +49,24 @@ GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 @dataclass
 class ChameleonVQVAEConfig:
-    """Sizes of the VQ-VAE; fields and defaults are those of transformers' ChameleonVQVAEConfig."""
+    """Fields and defaults of transformers' ChameleonVQVAEConfig; ValueError names a bad field."""
 
     embed_dim: int = 256
     num_embeddings: int = 8192
-    double_latent: bool = False  # the encoder ends in twice latent_channels
+    double_latent: bool = False  # True: the encoder returns 2 * latent_channels
     latent_channels: int = 256
     resolution: int = 512
     in_channels: int = 3
     base_channels: int = 128
-    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)  # one entry a level
+    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)  # width of each level / base_channels
     num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] | None = None  # feature map sizes that get attention
+    attn_resolutions: tuple[int, ...] | None = None  # H of feature maps with attention
     dropout: float = 0.0
-    attn_type: str | None = "vanilla"  # anything else: no attention at all, the middle included
-    initializer_range: float = 0.02  # documented by transformers, used by nothing
-    beta: float = 0.25  # weight of the commitment loss
-    # DIFFERS: transformers and taming multiply the CODEBOOK loss by beta; the VQ-VAE paper
-    # (equation 3) multiplies the commitment loss, and so do we. True gives their loss.
+    attn_type: str | None = "vanilla"  # anything else: no attention, not even in Middle
+    initializer_range: float = 0.02  # in config.json only: nothing reads it
+    beta: float = 0.25  # weight of the commitment loss, the value in section 3.2 of VQ-VAE
+    # DIFFERS: in equation 3 of VQ-VAE, and here, beta multiplies the commitment loss. In VQGAN's
+    # code and in transformers it multiplies the CODEBOOK loss; True gives their loss.
     beta_on_codebook: bool = False
 
     def __post_init__(self) -> None:
@@ -80,31 +81,29 @@ class ChameleonVQVAEConfig:
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
             raise ValueError(f"channel_multiplier {self.channel_multiplier} needs entries >= 1")
         if any(self.base_channels * m % GROUPS for m in self.channel_multiplier):
-            raise ValueError(
-                f"base_channels {self.base_channels} times each channel_multiplier "
-                f"{self.channel_multiplier} must be a multiple of {GROUPS} (GroupNorm)"
-            )
+            raise ValueError(f"base_channels {self.base_channels} times each channel_multiplier "
+                             f"{self.channel_multiplier} must be a multiple of {GROUPS} "
+                             "(GroupNorm)")
         if self.resolution % self.downsampling:
-            raise ValueError(
-                f"resolution {self.resolution} must be a multiple of {self.downsampling}, "
-                f"2^(levels - 1) of channel_multiplier {self.channel_multiplier}"
-            )
+            raise ValueError(f"resolution {self.resolution} must be a multiple of "
+                             f"{self.downsampling}, 2^(levels - 1) of channel_multiplier "
+                             f"{self.channel_multiplier}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     @property
     def downsampling(self) -> int:
-        """Pixels per code along one side: 16 in the released model."""
+        """Side of the patch that one code stands for, in pixels: 16 in the released model."""
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
     def codes_per_image(self) -> int:
-        """S, the codes of one square picture of `resolution` pixels: 1024 in the released model."""
+        """S of a square picture: (512 / 16)^2 = 1024 in the released model (2405.09818, 2.1)."""
         return (self.resolution // self.downsampling) ** 2
 
     @classmethod
     def from_dict(cls, values: dict) -> "ChameleonVQVAEConfig":
-        """Reads the `vq_config` of a config.json; keys we do not know are ignored."""
+        """Takes the `vq_config` of a config.json; ignores keys that are no field."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
@@ -113,13 +112,14 @@ class ChameleonVQVAEConfig:
 
 
 # ---------------------------------------------------------------------------------------------
-# Building blocks of encoder and decoder. Attribute names are the checkpoint's.
+# Building blocks of encoder and decoder. Their attribute names are those of the checkpoint.
 
 
 def swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x). In place without autograd: at 512x512 one feature map is 134 MB.
+    """x * sigmoid(x), any shape -> same.
 
-    With autograd it must not be: the backward pass of swish needs the x that went in.
+    Without autograd it overwrites x, to save memory: at 512x512 one feature map takes 134 MB.
+    With autograd it must keep x, because the backward pass of swish reads it.
     """
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
@@ -129,7 +129,10 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x))))))   (B, C_in, H, W) -> (B, C_out, H, W)"""
+    """The residual block of VQGAN (2012.09841).   (B, C_in, H, W) -> (B, C_out, H, W)
+
+        out = x + conv2(swish(norm2(conv1(swish(norm1(x))))))
+    """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
@@ -138,22 +141,22 @@ class ResBlock(nn.Module):
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
-        if in_channels != out_channels:  # "network in network": a 1x1 convolution
+        if in_channels != out_channels:  # then a 1x1 convolution brings x to C_out channels
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Always the same name, so that each step frees the map before it.
+        # One name for every intermediate map, so that each assignment frees the map before it.
         h = swish(self.norm1(x))
         h = self.conv1(h)  # (B, C_out, H, W)
         h = swish(self.norm2(h))
         h = self.conv2(self.dropout(h))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)  # (B, C_out, H, W)
-        return h.add_(x)  # in place: no backward pass needs the output of conv2
+        return h.add_(x)  # in place: conv2's backward pass does not read its own output
 
 
 class AttnBlock(nn.Module):
-    """Every place looks at every other; one head over all C channels.   (B, C, H, W) unchanged"""
+    """VQGAN's (2012.09841) self-attention over H * W positions, one head.   (B, C, H, W) -> same"""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -166,7 +169,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))  # each (B, C, HW)
-        weights = torch.softmax(q.mT @ k * q.shape[1] ** -0.5, dim=-1)  # (B, HW, HW), over keys
+        # weights[i, j] = softmax over j of q_i . k_j / sqrt(C)      h_i = sum_j weights[i, j] v_j
+        weights = torch.softmax(q.mT @ k * q.shape[1] ** -0.5, dim=-1)  # (B, HW, HW)
         h = (v @ weights.mT).view_as(x)  # (B, C, H, W)
         return x + self.proj_out(h)
 
@@ -179,13 +183,13 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Padding only right and below, as in VQGAN: padding=1 all around would shift every
-        # feature by one pixel, and pictures would get other codes.
+        # Zeros at the right and at the bottom only, as in VQGAN's code. With padding=1 every
+        # window would start one pixel earlier, and the released weights would give other codes.
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): each value four times, then a 3x3 convolution."""
+    """(B, C, H, W) -> (B, C, 2H, 2W): nearest-neighbour upsampling, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -196,7 +200,10 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks at one resolution; the encoder adds `downsample`, the decoder `upsample`."""
+    """The blocks of one resolution; the encoder adds `downsample`, the decoder `upsample`.
+
+    channels: C in front of the first block, then behind each block. resolution: H of the maps.
+    """
 
     def __init__(self, c: ChameleonVQVAEConfig, channels: list[int], resolution: int) -> None:
         super().__init__()
@@ -206,14 +213,17 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs if attends)
 
     def steps(self) -> list[nn.Module]:
-        """The modules of this level in the order they run."""
+        """ResBlocks and attentions in the order in which they run."""
         if self.attn:
             return [module for both in zip(self.block, self.attn) for module in both]
         return list(self.block)
 
 
 class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the lowest resolution, where attention is cheap."""
+    """ResBlock, attention, ResBlock at the lowest resolution: attention costs (h * w)^2.
+
+    (B, C, h, w) -> same
+    """
 
     def __init__(self, c: ChameleonVQVAEConfig, channels: int) -> None:
         super().__init__()
@@ -226,7 +236,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """pixels (B, 3, H, W) -> features (B, latent_channels, h, w), twice as many if double_latent"""
+    """pixels (B, 3, H, W) -> features (B, latent_channels, h, w); VQGAN's encoder (2012.09841)"""
 
     def __init__(self, c: ChameleonVQVAEConfig) -> None:
         super().__init__()
@@ -247,8 +257,8 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv_in(pixels)  # (B, C, H, W)
-        # Step by step here, not in a forward of Level: a call holds its input until it returns,
-        # and at 512x512 every map held is 134 MB. (A list of hidden states would hold them all.)
+        # Level has no forward, because a call keeps its input alive until it returns: at 512x512
+        # that is 134 MB for each open call. A list of hidden states would keep every map alive.
         for level in self.down:
             for step in level.steps():
                 x = step(x)
@@ -260,8 +270,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """features (B, latent_channels, h, w) -> pixels (B, 3, H, W), not clamped to [-1, 1]
 
-    The mirror of the encoder with one more ResBlock a level. transformers has no decoder; names
-    are those of Meta's and Anole's checkpoints.
+    The decoder of VQGAN (2012.09841): the encoder backwards, with one more ResBlock per level.
+    transformers has no decoder, so the names are those of Meta's and Anole's checkpoints.
     """
 
     def __init__(self, c: ChameleonVQVAEConfig) -> None:
@@ -278,7 +288,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(widths[i])
             levels.append(level)
             previous = widths[i]
-        self.up = nn.ModuleList(reversed(levels))  # stored so that up.0 is the full resolution
+        self.up = nn.ModuleList(reversed(levels))  # up.0 is the full resolution, as in checkpoints
         self.norm_out = group_norm(previous)
         self.conv_out = nn.Conv2d(previous, c.in_channels, kernel_size=3, padding=1)
 
@@ -297,16 +307,16 @@ class Decoder(nn.Module):
 
 
 class VQLosses(NamedTuple):
-    """What training the codebook needs. VQ-VAE paper, equation 3; | |^2 here: mean of squares."""
+    """VQ-VAE (1711.00937), equation 3: sg[x] is x without gradient, |x|^2 the mean of squares."""
 
-    codebook: Tensor  # | sg[z] - e |^2 : moves the code vectors to the encoder's outputs
-    commitment: Tensor  # | z - sg[e] |^2 : keeps the encoder's outputs near their codes
-    total: Tensor  # codebook + beta * commitment; with beta_on_codebook, beta on the other
-    perplexity: Tensor  # exp(entropy of code use): K if all are used equally, 1 if only one is
+    codebook: Tensor  # |sg[z] - e|^2: moves the code vectors towards the encoder's outputs
+    commitment: Tensor  # |z - sg[e]|^2: moves the encoder's outputs towards their code vectors
+    total: Tensor  # codebook + beta * commitment (beta_on_codebook: commitment + beta * codebook)
+    perplexity: Tensor  # exp(entropy of the codes): K if all are equally frequent, 1 if one is used
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces each vector by the nearest of K code vectors."""
+    """Replaces each vector by the nearest of K code vectors (VQ-VAE, 1711.00937, section 3.1)."""
 
     def __init__(self, c: ChameleonVQVAEConfig) -> None:
         super().__init__()
@@ -315,37 +325,40 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / c.num_embeddings, 1 / c.num_embeddings)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (N, E) -> codes (N,), the first of equals.
+        """z (N, E) -> codes (N,); of several code vectors at the same distance, the first
 
-        argmin_k |z - e_k|^2 = argmin_k |z|^2 + |e_k|^2 - 2 z.e_k; |z|^2 is the same for every
-        k, and halving changes no argmin, so one matrix product with a bias does all the work.
+            k = argmin_j |z - e_j|^2      (VQ-VAE, equations 1 and 2)
         """
         e = self.embedding.weight  # (K, E)
+        # |z - e_j|^2 / 2 = |e_j|^2 / 2 - z . e_j + |z|^2 / 2. The last term is the same for every
+        # j and is left out. The rest is one matrix product with a bias.
         distance = torch.addmm(e.square().sum(1) / 2, z, e.T, alpha=-1)  # (N, K)
         return distance.argmin(dim=1)  # (N,)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, VQLosses]:
-        """z (B, E, h, w) -> zq (B, E, h, w), codes (B, S), losses"""
+        """z (B, E, h, w) -> zq (B, E, h, w), codes (B, S) in raster order, losses"""
         B, E, h, w = z.shape
         flat = z.permute(0, 2, 3, 1).reshape(-1, E)  # (B*S, E), raster order
         codes = self.nearest(flat.detach())  # (B*S,)
         e = self.embedding(codes)  # (B*S, E)
         losses = self.losses(flat, e, codes)
-        # Straight-through estimator: forward, zq is the code vector; backward, d zq / d z = 1, as
-        # if the argmin were not there. sg[...] is .detach(). The code vectors get no gradient
-        # from here: only `losses.codebook` moves them.
+        # Straight-through estimator (VQ-VAE, section 3.2):      zq = z + sg[e - z]
+        # Forward: zq is the code vector e. Backward: d zq / d z = 1, as if there were no argmin.
+        # The code vectors get no gradient through zq. Only `losses.codebook` moves them.
         zq = flat + (e - flat).detach()
         zq = zq.view(B, h, w, E).permute(0, 3, 1, 2)  # (B, E, h, w)
         return zq, codes.view(B, h * w), losses  # (B, E, h, w), (B, S)
 
     def losses(self, z: Tensor, e: Tensor, codes: Tensor) -> VQLosses:
         """z, e (N, E), codes (N,) -> the losses of these N vectors"""
-        codebook = F.mse_loss(e, z.detach())  # z stands still: gradient for e only
-        commitment = F.mse_loss(z, e.detach())  # e stands still: gradient for z only
+        codebook = F.mse_loss(e, z.detach())  # |sg[z] - e|^2: gradient for e only
+        commitment = F.mse_loss(z, e.detach())  # |z - sg[e]|^2: gradient for z only
+        # total = |sg[z] - e|^2 + beta |z - sg[e]|^2      (VQ-VAE, equation 3)
         if self.beta_on_codebook:
             total = commitment + self.beta * codebook
         else:
             total = codebook + self.beta * commitment
+        # perplexity = exp(-sum_k p_k log p_k), where p_k is the share of code k
         p = torch.bincount(codes, minlength=len(self.embedding.weight)) / len(codes)  # (K,)
         perplexity = torch.exp(-torch.xlogy(p, p).sum())
         return VQLosses(codebook, commitment, total, perplexity)
@@ -356,36 +369,36 @@ class VectorQuantizer(nn.Module):
 
 
 class ChameleonVQVAE(nn.Module):
-    """Pictures to codes and back. Equal to transformers' ChameleonVQVAE, plus the decoder.
+    """Pictures to codes and back: equals transformers' ChameleonVQVAE, and adds the decoder.
 
-    `with_decoder=False` builds it as facebook/chameleon-7b was published: reading pictures only.
+    `with_decoder=False` builds what facebook/chameleon-7b holds: it can read pictures, not draw.
     """
 
     def __init__(self, config: ChameleonVQVAEConfig, with_decoder: bool = True) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        # DIFFERS: transformers' double_latent=True builds and then fails in forward, because its
-        # quant_conv expects latent_channels; here quant_conv takes what the encoder gives.
+        # DIFFERS: with double_latent=True, transformers fails in forward, because its quant_conv
+        # expects latent_channels. Here quant_conv expects as many channels as the encoder returns.
         self.quant_conv = nn.Conv2d(self.encoder.conv_out.out_channels, config.embed_dim, 1)
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config) if with_decoder else None
 
-    def check_decoder(self) -> None:
-        """ValueError if these weights came without a decoder."""
+    def check_decoder(self) -> Decoder:
+        """The decoder. ValueError if these weights came without one."""
         if self.decoder is None:
-            raise ValueError(
-                "these weights have no VQ-VAE decoder (model.vqmodel.decoder.*), so they cannot "
-                "draw: facebook/chameleon-7b came without one, leloy/Anole-7b-v0.1-hf has it"
-            )
+            raise ValueError("these weights have no VQ-VAE decoder (model.vqmodel.decoder.*), so "
+                             "they cannot draw: facebook/chameleon-7b came without one, "
+                             "leloy/Anole-7b-v0.1-hf has it")
+        return self.decoder
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, S) in raster order. Always fp32 inside.
+        """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, S) in raster order (2405.09818, section 2.1).
 
-        DIFFERS: transformers encodes in the model's dtype. In bf16 1.6 % of the codes change, so
-        `from_pretrained(dtype=torch.bfloat16)` keeps this module in fp32.
+        DIFFERS: transformers encodes in the model's dtype, and in bf16 1.6 % of the codes change.
+        Here encoding is always fp32: `from_pretrained(dtype=torch.bfloat16)` leaves this module so.
         Raises ValueError if the shape is not a batch of pictures, or the weights are not fp32.
         """
         channels = self.config.in_channels
@@ -393,14 +406,14 @@ class ChameleonVQVAE(nn.Module):
             raise ValueError(f"pixel_values must be (B, {channels}, H, W), got "
                              f"{tuple(pixel_values.shape)}")
         if self.quant_conv.weight.dtype != torch.float32:
-            raise ValueError(
-                f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which changes codes: "
-                "load with from_pretrained(dtype=...), which leaves them in float32"
-            )
-        # Nor bf16 by autocast, nor TF32 convolutions on CUDA. (TF32 products: the caller's choice.)
+            raise ValueError(f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which "
+                             "changes codes: load with from_pretrained(dtype=...), which leaves "
+                             "them in float32")
+        # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
+        # TF32 in matrix products remains the caller's choice.
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
-            # Same numbers, other order in memory: convolutions then need no reordered copies.
+            # channels_last changes the order in memory only. It spares convolutions a reordering.
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)
             z = self.quant_conv(self.encoder(pixels))  # (B, E, h, w)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*S, E)
@@ -413,7 +426,7 @@ class ChameleonVQVAE(nn.Module):
         `grid` is (h, w); without it the picture is square. Raises ValueError if there is no
         decoder, if codes are not (B, S) with S = h * w, or if a code is outside 0..K-1.
         """
-        self.check_decoder()
+        decoder = self.check_decoder()
         if codes.ndim != 2:
             raise ValueError(f"codes must be (B, S), got {tuple(codes.shape)}")
         K, S = self.config.num_embeddings, codes.shape[1]
@@ -424,16 +437,19 @@ class ChameleonVQVAE(nn.Module):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")
         zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, E, h, w)
         features = self.post_quant_conv(zq)  # (B, latent_channels, h, w)
-        # As in encode. (A 1x1 convolution may give back the other order, whatever it got.)
+        # As in encode, but behind post_quant_conv: a 1x1 convolution may change the memory order.
         features = features.contiguous(memory_format=torch.channels_last)
-        return self.decoder(features)  # (B, 3, H, W)
+        return decoder(features)  # (B, 3, H, W)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, VQLosses]:
-        """Training: pixels (B, 3, H, W) -> reconstruction (B, 3, H, W), losses
+        """For training: pixels (B, 3, H, W) -> reconstruction (B, 3, H, W), losses
 
-        The reconstruction carries gradient to decoder AND encoder (straight through the codes);
-        add a reconstruction loss of your choice to `losses.total`.
+            loss = reconstruction loss + losses.total      (VQ-VAE, equation 3)
+
+        The reconstruction loss is the caller's: its gradient reaches the decoder and, straight
+        through the codes, the encoder. VQGAN (2012.09841) adds a perceptual and an adversarial
+        loss, Make-A-Scene (2203.13131) also losses on faces and objects. ValueError: no decoder.
         """
-        self.check_decoder()
+        decoder = self.check_decoder()
         zq, _, losses = self.quantize(self.quant_conv(self.encoder(pixels)))  # (B, E, h, w)
-        return self.decoder(self.post_quant_conv(zq)), losses  # (B, 3, H, W)
+        return decoder(self.post_quant_conv(zq)), losses  # (B, 3, H, W)

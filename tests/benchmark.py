@@ -23,7 +23,6 @@ The tables go to stdout as Markdown, all else to stderr.
 """
 
 import argparse
-import copy
 import itertools
 import json
 import math
@@ -60,13 +59,15 @@ from measuring import (  # noqa: E402
 )
 
 from chameleon import ChameleonForConditionalGeneration  # noqa: E402
-from engine.checkpoint import pick_device  # noqa: E402
-from engine.decoding import Decoder  # noqa: E402
-from engine.quantize import quantize_model  # noqa: E402
-from engine.strips import in_strips  # noqa: E402
-from generate import OneLineParser, exit_code  # noqa: E402
-from modality import picture_ids  # noqa: E402
-from sampling import stream  # noqa: E402
+from chameleon_extras.decoding import Decoder  # noqa: E402
+from chameleon_extras.files import pick_device  # noqa: E402
+from chameleon_extras.quantize import quantize_model  # noqa: E402
+from generate import (  # noqa: E402
+    OneLineParser,
+    exit_code,
+    picture_ids,  # noqa: E402
+    stream,  # noqa: E402
+)
 from vqvae import ChameleonVQVAE  # noqa: E402
 
 TOY_VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=16, resolution=32,
@@ -258,15 +259,14 @@ def transformers_vqvae(vq: ChameleonVQVAE) -> nn.Module:
 
 def encoding(vq: ChameleonVQVAE, pixels: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Rows of "encode" -> what each gives; ValueError if codes are not equal."""
-    theirs, strips = transformers_vqvae(vq), in_strips(copy.deepcopy(vq))
+    theirs = transformers_vqvae(vq)
 
     @torch.no_grad()
     def reference() -> Tensor:
         return theirs.encode(pixels).image_tokens
 
     name = f"VQ encode {pixels.shape[2]}x{pixels.shape[3]}"
-    tasks = {f"{name}, transformers": reference, name: lambda: vq.encode(pixels).flatten(),
-             f"{name}, in strips": lambda: strips.encode(pixels).flatten()}
+    tasks = {f"{name}, transformers": reference, name: lambda: vq.encode(pixels).flatten()}
     codes = reference()
     for row, task in tasks.items():
         wrong = int((task() != codes).sum())
@@ -289,11 +289,11 @@ def decoding(vq: ChameleonVQVAE, codes: Tensor) -> dict[str, Callable[[], Tensor
         with torch.autocast(codes.device.type, dtype=torch.bfloat16):
             return vq.decode(codes)
 
-    strips, reference = in_strips(copy.deepcopy(vq)), plain()
+    reference = plain()
     name = f"VQ decode {reference.shape[2]}x{reference.shape[3]}"
     tasks = {f"{name}, plain NCHW": plain, name: lambda: vq.decode(codes),
-             f"{name}, in strips": lambda: strips.decode(codes), f"{name}, bf16": bf16}
-    for (row, task), tolerance in zip(tasks.items(), (0, 1e-3, 1e-3, 0.1)):
+             f"{name}, bf16": bf16}
+    for (row, task), tolerance in zip(tasks.items(), (0, 1e-3, 0.1)):
         error = (task() - reference).norm() / reference.norm()
         note(f"{row}: off by {error:.1e}")
         if not error <= tolerance:
@@ -337,7 +337,7 @@ if {how!r} == "transformers":
     load = lambda: ChameleonForConditionalGeneration.from_pretrained({folder!r}, dtype="auto")
 else:
     from chameleon import ChameleonForConditionalGeneration
-    from engine.checkpoint import load_checkpoint
+    from chameleon_extras.checkpoint import load_checkpoint
     load = lambda: load_checkpoint(ChameleonForConditionalGeneration, Path({folder!r}), None, "cpu",
                                    quantize={how!r} if {how!r} != "ours" else None)
 before, begin = status("VmRSS"), time.process_time()

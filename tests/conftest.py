@@ -6,8 +6,7 @@ from small import SIZES, VQ, randomize
 from synthetic import write_small_sentencepiece, write_synthetic_tokenizer
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from image_processor import ChameleonImageProcessor
-from processor import ChameleonProcessor
+from processor import ChameleonImageProcessor, ChameleonProcessor
 from tokenizer import load_tokenizer
 
 

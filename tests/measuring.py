@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from modality import picture_ids
+from generate import picture_ids
 from tokenizer import image_token_name
 
 
@@ -216,7 +216,7 @@ class Judge:
         begin, ids = ids[:1], ids[1:]
         full = self.logits(torch.cat((prompt[0], begin)), ids)  # (n, V)
         without = self.logits(torch.cat((prompt[0, :1], begin)), ids)
-        code_ids = self.model.model.code_to_id
+        code_ids = self.model.model.vocabulary.code_to_id
         guided = (without + scale * (full - without))[:, code_ids]  # (n, K)
         codes = self.model.model.vocabulary.codes_from_ids(ids)
         return self.check(name, guided, guided.std(1), codes, tolerance)

@@ -6,8 +6,8 @@ import benchmark
 import pytest
 import torch
 
-import sampling
-from engine.decoding import Decoder
+import generate
+from chameleon_extras.decoding import Decoder
 
 TOY = ("--size", "toy", "--rounds", "1", "--tokens", "5", "--device", "cpu")
 
@@ -26,8 +26,8 @@ def test_it_prints_a_line_for_every_row(capsys):
     rows = re.findall(r"^\| ([a-z]\S*|VQ .*?) \|", out, re.M)
     assert [row for row in rows if row not in ("writing", "what")] == [
         "transformers", "ours", "int8", "int4",
-        "VQ encode 32x32, transformers", "VQ encode 32x32", "VQ encode 32x32, in strips",
-        "VQ decode 32x32, plain NCHW", "VQ decode 32x32", "VQ decode 32x32, in strips",
+        "VQ encode 32x32, transformers", "VQ encode 32x32",
+        "VQ decode 32x32, plain NCHW", "VQ decode 32x32",
         "VQ decode 32x32, bf16"]
 
 
@@ -35,7 +35,7 @@ def test_it_prints_a_line_for_every_row(capsys):
 def test_a_wrong_row_gets_no_time(row, capsys, monkeypatch):
     if row == "text":  # another id at one of the steps
         def wrong(*arguments, **options):
-            for n, ids in enumerate(sampling.stream(*arguments, **options)):
+            for n, ids in enumerate(generate.stream(*arguments, **options)):
                 yield ids if n != 2 else ids + 1
 
         monkeypatch.setattr(benchmark, "stream", wrong)
@@ -66,6 +66,6 @@ def test_equal_rows_are_the_same_computation():
     model = benchmark.random_model(benchmark.make_config(benchmark.SIZES["toy"]),
                                    torch.device("cpu"))
     prompt = torch.randint(80, 500, (1, 20), generator=torch.Generator().manual_seed(0))
-    one, other = (torch.cat(list(sampling.stream(model, prompt, max_new_tokens=6, decoder=d)))
+    one, other = (torch.cat(list(generate.stream(model, prompt, max_new_tokens=6, decoder=d)))
                   for d in (None, Decoder(model)))
     assert torch.equal(one, other)

@@ -48,7 +48,8 @@ def test_shapes_hold_for_any_batch_and_length(B, T, keep):
     assert out.logits.shape == (B, min(keep, T) or T, V)
     assert [h.shape for h in out.hidden_states] == [(B, T, 64)] * 4
     assert [a.shape for a in out.attentions] == [(B, 4, T, T)] * 3
-    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+    body = MODEL.model(text_ids(B, T), output_hidden_states=True)
+    assert torch.equal(body.hidden_states[-1], body.last_hidden_state)
 
 
 @settings(max_examples=25, deadline=None)
@@ -252,7 +253,7 @@ def test_too_few_and_too_many_pictures_are_refused(pictures):
 
 def test_image_logits_are_masked_unless_asked_for():
     ids = text_ids(1, 4)
-    code_ids = MODEL.model.code_to_id
+    code_ids = MODEL.model.vocabulary.code_to_id
     with torch.no_grad():
         masked, open_ = MODEL(ids).logits, MODEL(ids, mask_image_logits=False).logits
     assert (masked[..., code_ids] == torch.finfo(torch.float32).min).all()
@@ -296,7 +297,7 @@ def test_training_reaches_every_parameter():
     (dict(input_ids=torch.ones(1, 2).long(), inputs_embeds=torch.ones(1, 2, 64)), "exactly one"),
     (dict(input_ids=torch.ones(1, 2).long(), labels=torch.ones(1, 2).long(), logits_to_keep=1),
      "logits_to_keep"),
-    (dict(inputs_embeds=torch.ones(1, 2, 64), pixel_values=torch.ones(1, 3, 32, 32)), "input_ids"),
+    (dict(inputs_embeds=torch.ones(1, 2, 64), pixel_values=torch.ones(1, 3, 32, 32)), "0 <image>"),
 ])
 def test_inputs_that_do_not_fit_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

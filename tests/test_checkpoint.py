@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from small import SIZES, VQ, batch_with_pictures, randomize, scrambled_vocabulary
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine import convert
-from engine.checkpoint import load_checkpoint, read_config
-from engine.quantize import KINDS, kind_of, pack, quantize_model
+from chameleon_extras import convert
+from chameleon_extras.checkpoint import load_checkpoint, read_config
+from chameleon_extras.quantize import KINDS, kind_of, pack, quantize_model
 
 load = ChameleonForConditionalGeneration.from_pretrained
 

@@ -4,7 +4,7 @@ import torch
 from small import K, V, small_model
 
 from chameleon import ChameleonForConditionalGeneration
-from training.code_rows import CodeRows, add_code_rows, bake, has_code_rows, standardize
+from tiny_world.code_rows import CodeRows, add_code_rows, bake, has_code_rows, standardize
 
 
 def with_code_rows() -> ChameleonForConditionalGeneration:
@@ -20,7 +20,7 @@ def tables(model: ChameleonForConditionalGeneration) -> list[torch.Tensor]:
 
 def test_words_keep_their_rows_and_codes_begin_as_rows_of_a_fresh_table():
     before, model = tables(small_model()), with_code_rows()
-    codes = model.model.code_to_id
+    codes = model.model.vocabulary.code_to_id
     words = torch.ones(V, dtype=torch.bool).index_fill(0, codes, False)
     for old, new in zip(before, tables(model)):
         assert torch.equal(old[words], new[words])
@@ -52,7 +52,7 @@ def test_codes_out_of_reach_do_not_set_the_measure():
 
 def test_gradients_of_codes_go_to_the_map_and_those_of_words_to_the_table():
     model = with_code_rows()
-    codes = model.model.code_to_id
+    codes = model.model.vocabulary.code_to_id
     ids = torch.cat((codes[:5], torch.tensor([80, 81])))[None]
     model(ids, mask_image_logits=False).logits.square().mean().backward()
     for table in (model.model.embed_tokens, model.lm_head):

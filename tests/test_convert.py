@@ -25,9 +25,10 @@ from synthetic import write_synthetic_tokenizer
 
 import generate
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine import convert as module
-from engine.checkpoint import Stored, load_checkpoint, write_checkpoint
-from engine.quantize import KINDS, quantize_model
+from chameleon_extras import convert as module
+from chameleon_extras import release
+from chameleon_extras.checkpoint import Stored, load_checkpoint, write_checkpoint
+from chameleon_extras.quantize import KINDS, quantize_model
 from processor import ChameleonProcessor
 from tokenizer import load_tokenizer
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
@@ -265,13 +266,13 @@ def test_sizes_of_any_vqgan_are_told_by_its_tensors(tmp_path):
         c = ChameleonVQVAEConfig.from_dict(VQ | dict(resolution=64) | change)
         yaml = f"a:\n  resolution: {c.resolution}\n"
         (tmp_path / "tokenizer" / "vqgan.yaml").write_text(yaml)
-        assert module.vq_config(tmp_path, ChameleonVQVAE(c).state_dict()) == c
+        assert release.vq_config(tmp_path, ChameleonVQVAE(c).state_dict()) == c
 
 
 def test_norms_that_drifted_apart_are_averaged_and_equal_ones_kept():
     a, b = torch.randn(2, 64).bfloat16()
-    assert torch.equal(module.mean([a, b]), ((a.float() + b.float()) / 2).bfloat16())
-    assert torch.equal(module.mean([a] * 3), a) and torch.equal(module.mean([a.float()] * 7), a)
+    assert torch.equal(release.mean([a, b]), ((a.float() + b.float()) / 2).bfloat16())
+    assert torch.equal(release.mean([a] * 3), a) and torch.equal(release.mean([a.float()] * 7), a)
 
 
 def test_every_shard_has_its_own_qk_norm(releases, converted):
@@ -305,7 +306,7 @@ def test_transformers_processor_of_a_converted_folder_gives_our_inputs(releases,
     theirs = transformers.AutoProcessor.from_pretrained(converted["7b"])
     b = theirs(text="See <image>: what?", images=picture, return_tensors="pt")
     for ours in (ChameleonProcessor.from_pretrained(converted["7b"]),
-                 module.load_processor(releases["7b"])):
+                 release.load_processor(releases["7b"])):
         a = ours(text="See <image>: what?", images=picture)
         assert torch.equal(a["input_ids"], b["input_ids"])
         assert (a["input_ids"] == load(converted["7b"]).model.vocabulary.image_token_id).sum() == 64

@@ -4,11 +4,11 @@ import pytest
 import torch
 from small import S as BIG_S
 from small import batch_with_pictures, left_padded, small_model
-from test_modality import SMALL_S, with_any_logits
+from test_generate import SMALL_S, with_any_logits
 
 from chameleon import KVCache, eager_attention, sdpa_attention
-from engine import decoding
-from engine.decoding import (
+from chameleon_extras import decoding
+from chameleon_extras.decoding import (
     AT_ONCE,
     FEW,
     Decoder,
@@ -22,9 +22,9 @@ from engine.decoding import (
     set_attention,
     with_row_products,
 )
-from engine.quantize import quantize_model
-from engine.stats import Stats, bandwidth, step_bytes
-from sampling import generate, stream
+from chameleon_extras.quantize import quantize_model
+from chameleon_extras.stats import Stats, bandwidth, step_bytes
+from generate import generate, stream
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""engine/explain.py: the numbers it shows are those a direct computation gives."""
+"""chameleon_extras/explain.py: the numbers it shows are those a direct computation gives."""
 
 import re
 from html.parser import HTMLParser
@@ -10,8 +10,8 @@ from small import SIZES, VQ, scrambled_vocabulary
 
 import generate as module
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine.explain import WATCHED, heat, page, report, walk
-from engine.quantize import quantize_model
+from chameleon_extras.explain import WATCHED, heat, page, report, walk
+from chameleon_extras.quantize import quantize_model
 from processor import ChameleonProcessor
 
 PROMPT = "What do you see?<image> And 日 here?<image>"
@@ -56,7 +56,7 @@ def test_ids_are_the_prompts_with_the_pictures_own_in_their_places(shown, model,
     assert [grid.flatten().tolist() for grid in shown.codes] == codes.tolist()
     for n, (name, start, end) in enumerate(shown.segments[1::2]):
         assert name == f"picture {n + 1}" and end - start == codes.shape[1]
-        assert ids[0, start:end].tolist() == model.model.code_to_id[codes[n]].tolist()
+        assert ids[0, start:end].tolist() == model.model.vocabulary.code_to_id[codes[n]].tolist()
         assert {token.kind for token in shown.tokens[start:end]} == {"code"}
     assert [end for _, _, end in shown.segments[:-1]] == [s for _, s, _ in shown.segments[1:]]
 
@@ -84,7 +84,7 @@ def test_surprise_and_entropy_are_those_of_the_full_logits(shown, direct):
 
 def test_how_many_places_are_looked_at_together_changes_nothing(
         shown, model, processor, inputs, monkeypatch):
-    monkeypatch.setattr("engine.explain.CHUNK", 7)
+    monkeypatch.setattr("chameleon_extras.explain.CHUNK", 7)
     again = walk(model, processor.tokenizer, inputs["input_ids"], inputs["pixel_values"])
     for a, b in zip(again.tokens[1:], shown.tokens[1:], strict=True):
         assert a[:3] == b[:3] and a[3:] == pytest.approx(b[3:], abs=1e-3)
@@ -95,7 +95,8 @@ def test_the_next_tokens_are_those_of_the_last_logits(shown, direct, model):
     torch.testing.assert_close(shown.probs, p, atol=1e-5, rtol=1e-4)
     assert [i for i, _, _ in shown.best] == p.argsort(descending=True)[: len(shown.best)].tolist()
     assert sum(shown.shares.values()) == pytest.approx(1, abs=1e-4)
-    assert shown.shares["code"] == pytest.approx(p[model.model.code_to_id].sum().item(), abs=1e-5)
+    codes = p[model.model.vocabulary.code_to_id].sum().item()
+    assert shown.shares["code"] == pytest.approx(codes, abs=1e-5)
 
 
 def test_attention_is_the_last_row_of_every_layers_weights(shown, direct):
@@ -217,6 +218,6 @@ def test_the_command_prints_the_walk_and_writes_the_page(command, tmp_path):
     (("--prompt", "a<image>"), "<image>"), ((), "--prompt"),
 ])
 def test_what_cannot_be_walked_is_one_line(command, arguments, words, monkeypatch):
-    monkeypatch.setattr(module, "load_model", None)  # it must not come to that
+    monkeypatch.setattr("chameleon_extras.command.load_model", None)  # it must not come to that
     code, out, err = command("--explain", *arguments)
     assert code == 2 and out == "" and words in err and err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""training/figures.py: what is drawn is what the checkpoint gives and what training logged."""
+"""tiny_world/figures.py: what is drawn is what the checkpoint gives and what training logged."""
 
 import re
 import xml.etree.ElementTree as xml
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from generate import generate
-from training import evaluate, figures
+from tiny_world import evaluate, figures
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = """stage,step,text_loss,image_loss,log_z,q_norm

@@ -1,376 +1,419 @@
-"""The command line: everything a user can get wrong, and what is written to disk."""
+"""Each filter against its definition, the loop against transformers and itself; the grammar and
+guidance for any logits and any batch, against separate forward passes.
+"""
 
-import itertools
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+import copy
+import math
 
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import (
+    SIZES,
+    VQ,
+    S,
+    V,
+    batch_with_pictures,
+    left_padded,
+    scrambled_vocabulary,
+    small_model,
+)
+from test_oracle import pair
 
-import generate as module
-from chameleon import ChameleonForConditionalGeneration
-from sampling import pieces
-from tokenizer import load_tokenizer
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from generate import (
+    Grammar,
+    check_room,
+    decode_pictures,
+    draw,
+    generate,
+    guidance_streams,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    picture_ids,
+    stream,
+)
+from tokenizer import image_token_name
 
-
-@pytest.fixture
-def run(untrained_folder, tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
-
-    def command(*arguments: str, model=untrained_folder):
-        try:
-            code = module.main(["--model", str(model), "--device", "cpu", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
-
-
-def test_text_streams_to_stdout_and_nothing_else_does(run):
-    code, out, err = run("--prompt", "Hi<image>", "--image", "red.png", "--max-new-tokens", "5")
-    assert code == 0 and out.endswith("\n") and len(out) > 1 and err == ""
-
-
-def test_a_batch_answers_in_order_and_each_as_if_alone(run):
-    prompts = ["a", "What do you see?<image>"]
-    picture, limit = ("--image", "red.png"), ("--max-new-tokens", "6")
-    first = run("--prompt", prompts[0], *limit)[1]
-    second = run("--prompt", prompts[1], *picture, *limit)[1]
-    code, out, err = run("--prompt", prompts[0], "--prompt", prompts[1], *picture, *limit)
-    assert code == 0 and out == first + second and err.splitlines() == prompts
+MODEL = small_model()
+logits_strategy = st.lists(st.floats(-20, 20), min_size=2, max_size=30)
 
 
-def test_completion_leaves_the_end_of_turn_out(run):
-    both = [run("--prompt", "abc", "--max-new-tokens", "8", *extra)[1]
-            for extra in ([], ["--completion"])]
-    assert both[0] != both[1]
+# ---------------------------------------------------------------------------------------- filters
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_quantized_weights_answer_and_draw(run, tmp_path, kind):
-    code, out, _ = run("--prompt", "abc", "--quantize", kind, "--max-new-tokens", "4")
-    assert code == 0 and len(out) > 1
-    code, _, _ = run("--prompt", "Draw", "--quantize", kind, "--mode", "image", "--out", "q.png")
-    assert code == 0 and Image.open(tmp_path / "q.png").size == (16, 16)
+@settings(max_examples=200, deadline=None)
+@given(logits=logits_strategy, p=st.floats(0.01, 1.0))
+def test_top_p_keeps_the_smallest_sufficient_set(logits, p):
+    logits = torch.tensor([logits], dtype=torch.float64)
+    kept = keep_top_p(logits, p)[0].isfinite()
+    probs = logits.softmax(-1)[0]
+    mass = probs[kept].sum().item()
+    assert kept.any() and mass >= p - 1e-9
+    assert p == 1.0 or mass - probs[kept].min().item() < p + 1e-9  # without the least, too little
+    if not kept.all():
+        assert probs[kept].min() >= probs[~kept].max()
 
 
-def test_a_picture_is_written_where_one_says(run, tmp_path):
-    code, out, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
-    assert code == 0 and out == "" and "a.png: 1 picture" in err
-    assert Image.open(tmp_path / "a.png").size == (16, 16)
+@settings(max_examples=100, deadline=None)
+@given(logits=st.lists(st.floats(-20, 20), min_size=2, max_size=30, unique=True),
+       k=st.integers(1, 40))
+def test_top_k_keeps_the_k_highest(logits, k):
+    kept = keep_top_k(torch.tensor([logits], dtype=torch.float64), k)[0].isfinite()
+    highest = sorted(range(len(logits)), key=lambda i: -logits[i])[:k]
+    assert kept.nonzero().flatten().tolist() == sorted(highest)
 
 
-def test_several_pictures_come_with_a_contact_sheet(run, tmp_path):
-    code, _, _ = run("--prompt", "Draw", "--mode", "image", "--out", "a.png", "--count", "3")
-    assert code == 0
-    sheet = Image.open(tmp_path / "a.png").convert("RGB")
-    for n in (1, 2, 3):
-        single = Image.open(tmp_path / f"a-{n}.png")
-        y, x = divmod(n - 1, 2)
-        box = (4 + 20 * x, 4 + 20 * y)
-        assert sheet.crop((*box, box[0] + 16, box[1] + 16)).tobytes() == single.tobytes()
-    # Picture n of a batch is the one that its own seed draws alone.
-    run("--prompt", "Draw", "--mode", "image", "--out", "b.png", "--seed", "1")
-    assert Image.open(tmp_path / "b.png").tobytes() == Image.open(tmp_path / "a-2.png").tobytes()
+@settings(max_examples=100, deadline=None)
+@given(logits=logits_strategy, penalty=st.floats(1.01, 3.0), data=st.data())
+def test_the_penalty_lowers_what_was_seen_and_nothing_else(logits, penalty, data):
+    ids = data.draw(st.lists(st.integers(0, len(logits) - 1), min_size=1, max_size=8))
+    before = torch.tensor([logits], dtype=torch.float64)
+    after = penalize_repetition(before, torch.tensor([ids]), penalty)[0]
+    for i, x in enumerate(logits):
+        expected = (x / penalty if x > 0 else x * penalty) if i in ids else x
+        assert math.isclose(after[i].item(), expected, rel_tol=1e-12)
 
 
-def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):
-    for seed in range(60):  # hot enough that some seed soon begins a picture
-        shutil.rmtree(tmp_path / "d", ignore_errors=True)
-        code, out, err = run("--prompt", "Tell", "--mode", "interleaved", "--out", "d", "--seed",
-                             str(seed), "--max-new-tokens", "60", "--temperature", "30")
-        assert code == 0 and "document.html" in err
-        if "[d/1.png]" in out:
-            break
-    markdown = (tmp_path / "d" / "document.md").read_text()
-    page = (tmp_path / "d" / "document.html").read_text()
-    pictures = sorted((tmp_path / "d").glob("*.png"))
-    assert len(pictures) == out.count(".png]") >= 1
-    assert markdown.count("![picture") == page.count("data:image/png;base64") == len(pictures)
-    assert "color-scheme" in page and "http" not in page  # dark mode safe, self-contained
+def test_draws_follow_the_distribution():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(probs.log().repeat(20_000, 1), [generator] * 20_000)
+    observed = torch.bincount(drawn, minlength=5) / 20_000
+    assert (observed - probs).abs().max() < 0.015  # four standard deviations
+    assert observed[4] == 0
 
 
-def test_no_document_is_written_over_another(run, tmp_path):
-    ask = ("--prompt", "Tell", "--mode", "interleaved", "--max-new-tokens", "3")
-    for name in ("document", "document-2", "document-3"):
-        code, _, err = run(*ask)
-        assert code == 0 and err.strip() == f"{name}/document.html"
-    first = (tmp_path / "document" / "document.html").read_bytes()
-    code, out, err = run(*ask, "--out", "document", "--seed", "5")
-    assert code == 2 and out == "" and "holds a document already" in err and err.count("\n") == 1
-    assert (tmp_path / "document" / "document.html").read_bytes() == first
+# -------------------------------------------------------------------------------------- the loop
 
 
-def test_a_bar_grows_with_the_picture_and_passes_every_id_on(untrained_folder, monkeypatch):
-    import tqdm
-
-    bars = []
-
-    class Bar:
-        def __init__(self, total, **_):
-            self.total, self.n, self.closed = total, 0, False
-            bars.append(self)
-
-        def update(self):
-            self.n += 1
-
-        def close(self):
-            self.closed = True
-
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
-    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
-    vocabulary = model.model.vocabulary
-    code = int(vocabulary.code_to_id[0])
-    picture = [vocabulary.begin_image_id, *[code] * 16, vocabulary.end_image_id]
-    ids = [300, *picture, 301, *picture[:4]]
-    passed = list(module.with_bar((torch.tensor([i]) for i in ids), model))
-    assert [int(i) for i in passed] == ids
-    assert [(bar.n, bar.total, bar.closed) for bar in bars] == [(17, 17, True), (3, 17, True)]
+@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=2, swin_norm=True)])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_ids_equal_transformers(changes, penalty):
+    ours, theirs = pair(**changes)
+    inputs = batch_with_pictures()
+    marks = [70, 71, 72, 73]
+    expected = theirs.generate(
+        **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=penalty,
+        suppress_tokens=[i for i in marks if i != 72], eos_token_id=[2, 72], pad_token_id=1)
+    ids = generate(ours, **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=penalty)
+    assert torch.equal(ids, expected)
 
 
-@pytest.mark.parametrize("mode", ["text", "image"])
-def test_stats_are_one_line_on_stderr_and_change_no_answer(run, mode):
-    ask = ("--prompt", "abc", "--mode", mode, *(("--out", "a.png") if mode == "image" else ()))
-    _, plain, quiet = run(*ask)
-    code, out, err = run(*ask, "--stats")
-    assert code == 0 and out == plain
-    line = err.removeprefix(quiet)
-    found = re.fullmatch(
-        r"(\d+) steps of 1 row\(s\): first after ([\d.]+) s, then ([\d.]+) tokens/s "
-        r"\(([\d.]+) ms a step\); reads ([\d.]+) GB/s, (\d+) % of the ([\d.]+) GB/s "
-        r"measured here; peak memory ([\d.]+) GB\n", line)
-    steps, first, rate, step, *_, memory = map(float, found.groups())
-    assert first > 0 and abs(rate * step / 1000 - 1) < 0.1 and memory > 0.1
-    assert steps == 18 if mode == "image" else steps > 1
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), sample=st.booleans(), penalty=st.sampled_from([1.0, 1.2]),
+       lengths=st.lists(st.integers(1, 8), min_size=2, max_size=4))
+def test_each_row_of_a_batch_equals_its_single_run(seed, sample, penalty, lengths):
+    g = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(74, V, (n,), generator=g).tolist() for n in lengths]
+    stops = list(range(74, 84))  # often met, so rows end at different times
+    options = dict(max_new_tokens=10, do_sample=sample, top_p=0.9, top_k=40, temperature=0.8,
+                   repetition_penalty=penalty, eos_token_id=stops)
+    batch = generate(MODEL, **left_padded(rows), seed=seed, **options)
+    for b, row in enumerate(rows):
+        # A pad id counts as seen by the repetition penalty, so pads must not leak into a row.
+        single = generate(MODEL, torch.tensor([row]), seed=seed + b, **options)[0, len(row) :]
+        answer = batch[b, max(lengths) :]
+        assert torch.equal(answer[: len(single)], single)
+        assert (answer[len(single) :] == 1).all()  # padded once it has ended
 
 
-def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path):
-    code, _, err = run("--reconstruct", "--image", "red.png", "--out", "r.png")
-    assert code == 0 and "4 x 4 codes each, PSNR" in err
-    assert Image.open(tmp_path / "r.png").size == (3 * 516 + 4, 520)
+def test_pictures_in_a_batch_reach_their_own_rows():
+    inputs = batch_with_pictures()
+    ids = generate(MODEL, **inputs, max_new_tokens=6)
+    for b in range(2):
+        row = inputs["input_ids"][b][inputs["attention_mask"][b].bool()][None]
+        single = generate(MODEL, row, pixel_values=inputs["pixel_values"][b : b + 1],
+                          max_new_tokens=6)
+        assert torch.equal(ids[b, -6:], single[0, -6:])
 
 
-def interrupted(steps, after: int):
-    yield from itertools.islice(steps, after)
-    raise KeyboardInterrupt
+def test_temperature_towards_zero_is_greedy():
+    prompt = torch.tensor([[0, 80, 81]])
+    greedy = generate(MODEL, prompt, max_new_tokens=10)
+    for t in (0.0, 1e-4):
+        assert torch.equal(
+            generate(MODEL, prompt, max_new_tokens=10, do_sample=True, temperature=t), greedy
+        )
 
 
-@pytest.mark.parametrize("after, drawn", [(0, []), (1, []), (5, [4]), (17, [16])])
-def test_ctrl_c_hands_over_what_is_done_and_goes_on_up(untrained_folder, after, drawn):
-    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
-    tokenizer = load_tokenizer(untrained_folder)
-    steps = module.stream(model, torch.tensor([[0, 300]]), mode="image")
-    made = []
-    with pytest.raises(KeyboardInterrupt):
-        for piece in pieces(model, tokenizer, interrupted(steps, after)):
-            made.append(piece)
-    assert [piece.drawn for piece in made] == drawn
-    assert all(piece.image.size == (16, 16) for piece in made)
+def test_a_seed_repeats_and_another_differs():
+    run = lambda seed: generate(MODEL, torch.tensor([[0, 80]]), do_sample=True, seed=seed,  # noqa
+                                temperature=3.0, max_new_tokens=20).tolist()
+    assert run(1) == run(1) != run(2)
 
 
-def test_ctrl_c_on_the_command_saves_the_partial_picture_and_exits_130(run, tmp_path, monkeypatch):
-    stream = module.stream
-    monkeypatch.setattr(module, "stream", lambda *a, **o: interrupted(stream(*a, **o), 9))
-    code, _, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
-    assert code == 130 and Image.open(tmp_path / "a.png").size == (16, 16)
+def test_an_answer_ends_at_end_of_sequence_or_end_of_turn():
+    model = small_model()
+    for stop in (2, 72):
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.weight[stop] = model.lm_head.weight.new_ones(1)
+            model.model.norm.weight.fill_(1.0)
+        hidden_sign = model.model(torch.tensor([[0, 80]])).last_hidden_state[0, -1].sum().sign()
+        with torch.no_grad():
+            model.lm_head.weight[stop] *= hidden_sign
+        assert generate(model, torch.tensor([[0, 80]]), max_new_tokens=5)[0, 2:].tolist() == [stop]
 
 
-def test_partial_pictures_come_every_so_many_codes(untrained_folder):
-    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
-    tokenizer = load_tokenizer(untrained_folder)
-    steps = module.stream(model, torch.tensor([[0, 300]]), mode="image")
-    assert [p.drawn for p in pieces(model, tokenizer, steps, every=6)] == [6, 12, 16]
+def test_the_context_ends_the_answer():
+    model = small_model(max_position_embeddings=8)
+    assert generate(model, torch.tensor([[0, 80, 81]]), eos_token_id=[]).shape == (1, 8)
 
 
-def test_streamed_text_equals_the_text_of_all_ids(untrained_folder):
-    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
-    tokenizer = load_tokenizer(untrained_folder)
-    options = dict(max_new_tokens=40, do_sample=True, temperature=3.0, eos_token_id=[])
-    steps = list(module.stream(model, torch.tensor([[0, 300]]), **options))
-    streamed = "".join(p.text for p in pieces(model, tokenizer, iter(steps)))
-    assert streamed == tokenizer.decode([int(i) for i in steps])
+def test_stream_yields_each_step_as_it_is_made():
+    steps = stream(MODEL, torch.tensor([[0, 80]]), max_new_tokens=4, eos_token_id=[])
+    first = next(steps)
+    assert first.shape == (1,)
+    rest = list(steps)
+    expected = generate(MODEL, torch.tensor([[0, 80]]), max_new_tokens=4, eos_token_id=[])
+    assert [int(i) for i in (first, *rest)] == expected[0, 2:].tolist()
 
 
-# ------------------------------------------------------------------------------------- bad input
+PROMPT = torch.tensor([[0, 80]])
 
 
-def write_broken_pictures(folder):
-    (folder / "text.png").write_text("this is no picture")
-    (folder / "folder.png").mkdir()
-    whole = (folder / "red.png").read_bytes()
-    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
-
-
-ASK = ("--prompt", "What is this?<image>", "--image")
-BAD = {
-    "missing picture": ((*ASK, "nowhere.png"), "nowhere.png"),
-    "text file as picture": ((*ASK, "text.png"), "text.png"),
-    "folder as picture": ((*ASK, "folder.png"), "folder.png"),
-    "truncated picture": ((*ASK, "cut.png"), "cut.png"),
-    "decompression bomb": ((*ASK, "bomb.png"), "too large"),
-    "one picture too many": ((*ASK, "red.png", "--image", "red.png"), "2 picture(s) for 1"),
-    "one picture too few": (("--prompt", "a<image>"), "0 picture(s) for 1"),
-    "empty prompt": (("--prompt", ""), "empty"),
-    "no prompt": ((), "--prompt"),
-    "prompt too long": (("--prompt", "abc " * 2000), "context holds 256"),
-    "no room for a picture": (("--prompt", "q" * 240, "--mode", "image"), "a picture takes 18"),
-    "negative temperature": (("--prompt", "a", "--temperature", "-1"), "temperature must be"),
-    "top-p 0": (("--prompt", "a", "--top-p", "0"), "top_p must be"),
-    "negative top-k": (("--prompt", "a", "--top-k", "-2"), "top_k must be"),
-    "no new tokens": (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens must be"),
-    "unknown device": (("--prompt", "a", "--device", "quantum"), "the device quantum cannot be"),
-    "text to a picture file": (("--prompt", "a", "--out", "a.png"), "--mode image"),
-    "not a picture's ending": (("--prompt", "a", "--mode", "image", "--out", "a.doc"), ".png"),
-    "no folder for it": (("--prompt", "a", "--mode", "image", "--out", "no/a.png"), "does not"),
-    "document onto a file": (("--prompt", "a", "--mode", "interleaved", "--out", "red.png"),
-                             "is a file"),
-    "count of text": (("--prompt", "a", "--count", "2"), "--mode image"),
-    "reconstruct nothing": (("--reconstruct",), "--image"),
-    "a kernel of another device": (("--prompt", "a", "--attention", "efficient"),
-                                   "attention 'efficient' is for CUDA"),
-    "a temperature that is nearly greedy": (("--prompt", "a", "--temperature", "1e-39"),
-                                            "temperature must be"),
-    "a seed too large": (("--prompt", "a", "--seed", str(2**63)), "below 2^63"),
-    "reconstruct a document": (("--reconstruct", "--image", "red.png", "--mode", "interleaved"),
-                               "leave --mode"),
-    "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --compile out"),
-    "reconstruct by sampling": (("--reconstruct", "--image", "red.png", "--image-top-k", "5"),
-                                "leave --image-top-k out"),
-    "guided text": (("--prompt", "a", "--guidance-text", "3"), "leave --guidance-text out"),
-    "a long picture": (("--prompt", "a", "--mode", "image", "--max-new-tokens", "9"),
-                       "leave --max-new-tokens out"),
-    "greedy nucleus": (("--prompt", "a", "--top-p", "0.9"), "add --temperature 1"),
-    "greedy codes": (("--prompt", "a", "--mode", "image", "--image-top-k", "5",
-                      "--image-temperature", "0"), "add --image-temperature 1"),
-    "weak guidance": (("--prompt", "a", "--mode", "image", "--guidance-text", "-1"),
-                      "guidance_text must be"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tmp_path, name,
-                                                                         monkeypatch):
-    write_broken_pictures(tmp_path)
-    if name != "unknown device":
-        monkeypatch.setattr(module, "load_checkpoint", lambda *_: pytest.fail("weights were read"))
-    arguments, message = BAD[name]
-    code, out, err = run(*arguments)
-    assert code == 2 and out == "" and message in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("mode, out, theirs, words", [
-    ("image", "a.png", "a-2.png", "would replace a-2.png"),
-    ("interleaved", "d", "d/2.png", "holds a document already"),
-    ("image", "x" * 250 + ".png", None, "File name too long"),
-    ("image", "a.xbm", None, "name it .png"),
-    ("interleaved", "red.png/d", None, "red.png"),
+@pytest.mark.parametrize("ids, options, message", [
+    (PROMPT, dict(temperature=-1.0), "temperature must be 0"),
+    (PROMPT, dict(temperature=float("nan")), "temperature must be 0"),
+    (PROMPT, dict(top_p=0.0), "top_p must be above 0"),
+    (PROMPT, dict(top_p=1.5), "top_p must be above 0"),
+    (PROMPT, dict(top_k=-1), "top_k must be"),
+    (PROMPT, dict(repetition_penalty=0.0), "repetition_penalty must be"),
+    (PROMPT, dict(max_new_tokens=0), "max_new_tokens must be"),
+    (PROMPT, dict(temperature=None), "temperature is None"),
+    (PROMPT, dict(seed=[1, 2]), "2 seeds for 1 rows"),
+    (torch.zeros(1, 0).long(), {}, "input_ids must be"),
+    (torch.full((1, 300), 80), {}, "prompt has 300 tokens.*context holds 256"),
+    (torch.tensor([[0] + [73] * S]), {}, "no pixel_values"),
+    (PROMPT, dict(attention_mask=torch.tensor([[1, 0]])), "padding_side='left'"),
 ])
-def test_no_file_of_others_is_lost_and_no_drawing_for_want_of_a_place(
-        run, tmp_path, monkeypatch, mode, out, theirs, words):
-    monkeypatch.setattr(module, "load_checkpoint", lambda *_: pytest.fail("weights were read"))
-    if theirs:
-        (tmp_path / theirs).parent.mkdir(exist_ok=True)
-        (tmp_path / theirs).write_bytes(b"theirs")
-    count = ("--count", "3") if mode == "image" else ()
-    code, _, err = run("--prompt", "Draw", "--mode", mode, "--out", out, *count)
-    assert code == 2 and words in err and err.count("\n") == 1
-    assert not theirs or (tmp_path / theirs).read_bytes() == b"theirs"
-    assert not list(tmp_path.rglob("*.part"))
+def test_what_cannot_work_is_one_clear_line(ids, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, ids, **options)
 
 
-def test_trying_whether_a_place_can_be_written_leaves_nothing_there(run, tmp_path, monkeypatch):
-    def broken(*_):
-        raise ValueError("broken weights")
-
-    monkeypatch.setattr(module, "load_checkpoint", broken)
-    before = sorted(tmp_path.iterdir())
-    code, _, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
-    assert code == 2 and "broken weights" in err and sorted(tmp_path.iterdir()) == before
+def test_a_model_that_computes_nan_does_not_answer():
+    model = copy.deepcopy(MODEL)
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="inf or nan"):
+        next(stream(model, PROMPT))
 
 
-def test_of_several_processes_only_the_first_writes(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    before = sorted(tmp_path.iterdir())
-    for mode, out in (("image", "a.png"), ("interleaved", "d")):
-        short = ("--max-new-tokens", "3") if mode == "interleaved" else ()
-        code, _, _ = run("--prompt", "Draw", "--mode", mode, "--out", out, *short)
-        assert code == 0 and sorted(tmp_path.iterdir()) == before
+def test_what_cannot_work_is_said_before_the_first_id_is_asked_for():
+    with pytest.raises(ValueError, match="mode"):
+        stream(MODEL, PROMPT, mode="video")
 
 
-def test_pictures_without_a_name_get_one_each(run, tmp_path):
-    for name in ("picture.png", "picture-2.png", "picture-3.png"):
-        assert run("--prompt", "Draw", "--mode", "image")[0] == 0
-        assert (tmp_path / name).is_file()
+def test_sampling_in_training_leaves_the_model_in_training():
+    model = small_model(attention_dropout=0.5).train()
+    first = generate(model, PROMPT, max_new_tokens=5)
+    assert model.training and torch.equal(generate(model, PROMPT, max_new_tokens=5), first)
 
 
-def test_a_disk_that_cannot_be_written_is_one_line(run, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "save_picture", full)
-    code, out, err = run("--prompt", "a", "--mode", "image")
-    assert code == 2 and out == "" and "No space left" in err and err.count("\n") == 1
+def test_rope_scaling_lengthens_the_context():
+    config = ChameleonConfig(**(SIZES | dict(rope_scaling={"type": "linear", "factor": 2.0})))
+    assert check_room(config, 400) == 112
 
 
-def test_the_first_answer_does_not_wait_for_the_compiler_to_be_imported(untrained_folder):
-    script = ("import sys, generate; generate.main(sys.argv[1:]); "
-              "sys.exit('torch._dynamo' in sys.modules)")
-    command = [sys.executable, "-c", script, "--model", str(untrained_folder), "--device", "cpu",
-               "--prompt", "a", "--max-new-tokens", "3", "--stats"]
-    subprocess.run(command, cwd=Path(module.__file__).parent, check=True, capture_output=True)
+# ------------------------------------------------------------------- the grammar, and guidance
 
 
-def test_a_reader_that_goes_away_is_no_error(untrained_folder):
-    command = [sys.executable, module.__file__, "--model", str(untrained_folder), "--device",
-               "cpu", "--prompt", "a", "--max-new-tokens", "60", "--temperature", "9"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() == 0
+SMALL_S = 4  # codes of an 8x8 picture
+BEGIN, END = 71, 70
+DRAWER = small_model(vq_config=VQ | dict(resolution=8), max_position_embeddings=200)
+CODES = set(DRAWER.model.vocabulary.code_to_id.tolist())
 
 
-@pytest.mark.parametrize("file, message", [
-    (None, "folder"), ("config.json", "config.json"), ("model.safetensors", "model.safetensors"),
-    ("tokenizer.model", "tokenizer"),
+def with_any_logits(seed: int, scale: float, begin: float) -> ChameleonForConditionalGeneration:
+    """Random logits at every step, those of begin-image raised so that pictures are frequent."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        DRAWER.lm_head.weight.copy_(torch.randn(DRAWER.lm_head.weight.shape, generator=g) * scale)
+        hidden = DRAWER.model(torch.tensor([[0, 80]])).last_hidden_state[0, -1]
+        DRAWER.lm_head.weight[BEGIN] += begin * hidden / hidden.norm()
+    return DRAWER
+
+
+def pictures_of(ids: list[int]) -> list[list[int]]:
+    """The ids between each begin-image and the next end-image; fails on marks out of order."""
+    pictures, inside = [], None
+    for i in ids:
+        if i == BEGIN:
+            assert inside is None
+            inside = []
+        elif i == END:
+            pictures.append(inside)
+            inside = None
+        elif inside is not None:
+            inside.append(i)
+        else:
+            assert i not in CODES
+    assert inside is None  # none is left unfinished
+    return pictures
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 3), room=st.integers(1, 40),
+       scale=st.floats(0.01, 3.0), begin=st.floats(0, 30), sample=st.booleans(),
+       guidance=st.sampled_from([(1.0, 1.0), (3.0, 1.0), (2.0, 1.5)]))
+def test_every_picture_has_exactly_s_codes_and_the_grammar_never_ends_dead(
+        seed, B, room, scale, begin, sample, guidance):
+    model = with_any_logits(seed, scale, begin)
+    prompt = torch.tensor([[0, 80]] * B)
+    ids = generate(model, prompt, mode="interleaved", max_new_tokens=room, do_sample=sample,
+                   seed=seed, eos_token_id=[], guidance_text=guidance[0],
+                   guidance_image=guidance[1])
+    assert ids.shape == (B, 2 + room) and ids.min() >= 0 and ids.max() < V
+    for row in ids[:, 2:].tolist():
+        assert all(len(p) == SMALL_S and set(p) <= CODES for p in pictures_of(row))
+        assert 73 not in row  # the placeholder is never made
+
+
+def test_pictures_do_occur_and_need_room_for_all_their_codes():
+    model = with_any_logits(0, 0.01, 1000.0)  # begins a picture whenever it may
+    prompt = torch.tensor([[0, 80]])
+    options = dict(mode="interleaved", eos_token_id=[])
+    for room in range(1, 20):
+        ids = generate(model, prompt, max_new_tokens=room, **options)[0, 2:].tolist()
+        assert len(pictures_of(ids)) == room // (SMALL_S + 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), B=st.integers(1, 3))
+def test_image_mode_draws_exactly_one_picture_at_once(seed, B):
+    model = with_any_logits(seed, 1.0, 0.0)
+    ids = generate(model, torch.tensor([[0, 80]] * B), mode="image", seed=seed)[:, 2:]
+    assert ids.shape == (B, SMALL_S + 2)
+    assert (ids[:, 0] == BEGIN).all() and (ids[:, -1] == END).all()
+    assert all(len(pictures_of(row)) == 1 for row in ids.tolist())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), scales=st.tuples(st.floats(0, 5), st.floats(0, 5)),
+       lengths=st.lists(st.integers(1, 6), min_size=2, max_size=3), sample=st.booleans())
+def test_rows_in_text_and_rows_in_pictures_share_a_batch(seed, scales, lengths, sample):
+    model = with_any_logits(seed, 0.3, 8.0)
+    g = torch.Generator().manual_seed(seed)
+    rows = [[0] + torch.randint(74, V, (n,), generator=g).tolist() for n in lengths]
+    options = dict(
+        mode="interleaved", max_new_tokens=18, do_sample=sample, temperature=1.5,
+        image_temperature=float(sample), guidance_text=scales[0], guidance_image=scales[1],
+        eos_token_id=[80, 90, 100])
+    batch = generate(model, **left_padded(rows), seed=seed, **options)
+    for b, row in enumerate(rows):
+        single = generate(model, torch.tensor([row]), seed=seed + b, **options)[0, len(row) :]
+        assert torch.equal(batch[b, max(lengths) + 1 :][: len(single)], single)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), image_first=st.booleans())
+def test_the_cache_across_modality_switches_equals_the_full_forward(seed, image_first):
+    """Each greedy id is the best allowed one of a forward pass over everything before it."""
+    model = with_any_logits(seed, 0.3, 10.0)
+    prompt = [0, 80] + ([BEGIN, *sorted(CODES)[:SMALL_S], END] if image_first else [])
+    ids = generate(model, torch.tensor([prompt]), mode="interleaved", max_new_tokens=20,
+                   image_temperature=0.0, eos_token_id=[])[0]
+    grammar = Grammar(model, "interleaved")
+    with torch.no_grad():
+        logits = model(ids[None], mask_image_logits=False).logits[0]
+    for t in range(len(prompt), len(ids)):
+        places = grammar.places(ids[None, :t])
+        allowed = grammar.allowed(places, len(prompt) + 20 - t)[0]
+        best = logits[t - 1].masked_fill(~allowed, float("-inf"))
+        assert best.max() - best[ids[t]] < 1e-4
+
+
+def reference_guidance(model, row: list[int], text: float, image: float) -> torch.Tensor:
+    """Meta's three streams, each its own full forward pass, for the next code after `row`."""
+    start = max(i for i, x in enumerate(row) if x == BEGIN)
+    full = row
+    pictures = [row[0]] + [i for i in row[1:] if i in CODES or i in (BEGIN, END)]
+    nothing = [row[0]] + row[start:]
+    with torch.no_grad():
+        f, i, u = (model(torch.tensor([ids]), mask_image_logits=False).logits[0, -1]
+                   for ids in (full, pictures, nothing))
+    return u + image * (i - u) + text * (f - i)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), text=st.sampled_from([0.0, 1.0, 3.0]),
+       image=st.sampled_from([0.0, 1.0, 1.2]), shown=st.booleans(),
+       mode=st.sampled_from(["image", "interleaved", "begun"]))
+def test_guidance_equals_three_separate_forward_passes(seed, text, image, shown, mode):
+    model = with_any_logits(seed, 0.3, 12.0)
+    prompt = [0, 80] + ([BEGIN, *sorted(CODES)[:SMALL_S], END, 81] if shown else [])
+    if mode == "begun":  # the prompt itself ends inside a picture
+        prompt, mode = prompt + [BEGIN, sorted(CODES)[0]], "interleaved"
+    ids = generate(model, torch.tensor([prompt]), mode=mode, image_temperature=0.0,
+                   guidance_text=text, guidance_image=image, eos_token_id=[],
+                   max_new_tokens=20)[0].tolist()
+    code_ids = sorted(CODES)
+    for t in range(len(prompt), len(ids)):
+        if ids[t] in CODES:
+            logits = reference_guidance(model, ids[:t], text, image)[code_ids]
+            assert logits.max() - logits[code_ids.index(ids[t])] < 1e-3
+
+
+def test_scales_of_one_are_no_guidance_and_a_dropped_prompt_is_its_own():
+    assert guidance_streams(1.0, 1.0, "interleaved", True) == ["full"]
+    model = with_any_logits(3, 1.0, 0.0)
+    empty = torch.tensor([[0]])
+    plain = generate(model, empty, mode="image", seed=5)
+    assert torch.equal(generate(model, empty, mode="image", seed=5, guidance_text=4.0), plain)
+
+
+def test_the_repetition_penalty_never_acts_inside_a_picture():
+    model = with_any_logits(1, 1.0, 0.0)
+    prompt = torch.tensor([[0, 80]])
+    plain = generate(model, prompt, mode="image", image_temperature=0.0)
+    assert torch.equal(
+        generate(model, prompt, mode="image", image_temperature=0.0, repetition_penalty=9.0), plain
+    )
+
+
+@pytest.mark.parametrize("model, options, message", [
+    (DRAWER, dict(mode="video"), "mode 'video' is none of text, image, interleaved"),
+    (DRAWER, dict(mode="image", image_temperature=-1.0), "image_temperature must be"),
+    (DRAWER, dict(mode="image", image_top_p=0.0), "image_top_p must be"),
+    (DRAWER, dict(mode="image", guidance_text=-1.0), "guidance_text must be"),
+    (small_model(vocabulary_map=None), dict(mode="image"), "no image tokens"),
+    (small_model(max_position_embeddings=40), dict(mode="image"), "a picture takes 66"),
 ])
-def test_an_incomplete_model_folder_is_one_line(run, untrained_folder, tmp_path, file, message):
-    folder = tmp_path / "model"
-    if file:
-        shutil.copytree(untrained_folder, folder)
-        (folder / file).unlink()
-    code, out, err = run("--prompt", "a", model=folder)
-    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+def test_drawing_that_cannot_work_is_one_clear_line(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, torch.tensor([[0, 80]]), **options)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--prompt", "a", "--tempo", "3"], "--tempo"),
-    (["--prompt", "a", "--temperature", "warm"], "--temperature"),
-    (["--prompt", "a", "--dtype", "int3"], "--dtype"),
-])
-def test_wrong_options_are_one_line_and_exit_code_2(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        module.main(arguments)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_weights_without_vq_decoder_say_so_before_drawing():
+    values = SIZES | dict(vocabulary_map=scrambled_vocabulary(), vq_config=VQ)
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**values), with_vq_decoder=False)
+    with pytest.raises(ValueError, match="no VQ-VAE decoder"):
+        generate(model, torch.tensor([[0, 80]]), mode="image")
 
 
-@pytest.mark.parametrize("prompts, count, expected", [
-    (["a"], 0, ["a"]),
-    (["a"], 2, ["<image><image>a"]),
-    (["a", "b"], 2, ["<image>a", "<image>b"]),
-    (["a<image>", "b"], 1, ["a<image>", "b"]),
-])
-def test_pictures_without_a_place_go_in_front(prompts, count, expected):
-    assert module.place_images(prompts, count) == expected
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), temperature=st.floats(0.1, 5.0), sample=st.booleans())
+def test_text_never_contains_a_pictures_id(seed, temperature, sample):
+    forbidden = set(picture_ids(DRAWER.model.vocabulary))
+    assert len(forbidden) == VQ["num_embeddings"] + 3
+    ids = generate(DRAWER, torch.tensor([[0, 80]]), max_new_tokens=20, do_sample=sample, seed=seed,
+                   temperature=temperature, eos_token_id=[])
+    assert not forbidden & set(ids[0, 2:].tolist()) and ids.shape == (1, 22)
 
 
-def test_pictures_that_could_go_anywhere_are_refused():
-    with pytest.raises(ValueError, match="3 pictures for 2 prompts"):
-        module.place_images(["a", "b"], 3)
+@pytest.mark.slow
+def test_a_picture_of_the_real_size_is_drawn_by_an_untrained_model():
+    """1024 codes of 8192 and 512x512 pixels, behind a small decoder, with guidance."""
+    names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<eoss>": 8196, "<racm3:break>": 8197,
+             "<reserved08706>": 8198, "<image>": 8199}
+    names |= {image_token_name(code): code + 4 for code in range(8192)}
+    config = ChameleonConfig(**(SIZES | dict(
+        vocab_size=8300, vocabulary_map=names, max_position_embeddings=1100)))
+    model = ChameleonForConditionalGeneration(config).eval()
+    ids = generate(model, torch.tensor([[0, 8250, 8198]]), mode="image", guidance_text=3.0)
+    assert ids.shape == (1, 3 + 1026) and ids[0, 3] == 8197 and ids[0, -1] == 8196
+    picture = decode_pictures(model, ids[:, 4:-1])[0]
+    assert picture.size == (512, 512)

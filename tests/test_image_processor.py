@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_processor import BatchFeature, ChameleonImageProcessor, load_image
+from processor import BatchFeature, ChameleonImageProcessor, load_image
 
 SMALL = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 SIZES = [(64, 64), (37, 41), (100, 33), (33, 100), (1, 40), (3, 50), (1, 1), (512, 300), (601, 700)]

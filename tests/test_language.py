@@ -2,9 +2,9 @@
 
 from test_world import TWO, rng, scenes
 
-from training import language, world
-from training.language import QUESTIONS
-from training.world import COLOURS, Scene, Thing
+from tiny_world import language, world
+from tiny_world.language import QUESTIONS
+from tiny_world.world import COLOURS, Scene, Thing
 
 
 def test_captions_by_hand():

@@ -18,8 +18,8 @@ from small import SIZES, VQ, scrambled_vocabulary
 from synthetic import write_synthetic_tokenizer
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine.checkpoint import Stored, WithoutInit, open_model, write_checkpoint
-from engine.convert import name_table
+from chameleon_extras.checkpoint import Stored, WithoutInit, open_model, write_checkpoint
+from chameleon_extras.release import name_table
 from tokenizer import image_token_name, load_tokenizer
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -29,8 +29,8 @@ STEP = """
 import sys, time, json, torch
 from pathlib import Path
 from chameleon import ChameleonForConditionalGeneration, KVCache
-from engine.checkpoint import load_checkpoint
-from engine.quantize import quantize_model
+from chameleon_extras.checkpoint import load_checkpoint
+from chameleon_extras.quantize import quantize_model
 before = memory("VmRSS")
 begin = time.perf_counter()
 kind = None if sys.argv[2] == "bf16" else sys.argv[2]
@@ -51,7 +51,7 @@ report = dict(load=round(loaded - begin, 2), load_cpu=round(cpu, 2), steps=secon
 CONVERT = """
 import sys, time, json
 from pathlib import Path
-from engine.convert import convert
+from chameleon_extras.convert import convert
 before = memory("VmRSS")
 begin = time.perf_counter()
 convert(Path(sys.argv[1]), Path(sys.argv[2]), None, int(sys.argv[3]), *sys.argv[4:])

@@ -9,7 +9,7 @@ import pytest
 from small import SIZES, VQ
 
 from chameleon import ChameleonConfig
-from engine.parallel import check_ranks, ranks
+from chameleon_extras.parallel import check_ranks, ranks
 
 TESTS = Path(__file__).resolve().parent
 
@@ -19,9 +19,9 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 import generate
-from engine import parallel
+from chameleon_extras import parallel
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine.quantize import quantize_model
+from chameleon_extras.quantize import quantize_model
 from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabulary
 
 torch.set_num_threads(1)

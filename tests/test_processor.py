@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from synthetic import CORPUS, one_line, texts, write_synthetic_tokenizer
 
-from image_processor import ChameleonImageProcessor
-from processor import ChameleonProcessor
+from processor import ChameleonImageProcessor, ChameleonProcessor
 from tokenizer import load_tokenizer
 
 no_pictures = texts.filter(lambda text: text and "<image>" not in text)

@@ -14,10 +14,10 @@ from test_checkpoint import small_model
 
 import generate
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine import convert
-from engine import quantize as module
-from engine.checkpoint import load_checkpoint
-from engine.quantize import KINDS, Int4Linear, Int8Linear, quantize_model
+from chameleon_extras import convert
+from chameleon_extras import quantize as module
+from chameleon_extras.checkpoint import load_checkpoint
+from chameleon_extras.quantize import KINDS, Int4Linear, Int8Linear, quantize_model
 from processor import ChameleonProcessor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,14 +19,15 @@ import benchmark  # noqa: E402
 
 import generate as module  # noqa: E402
 import train  # noqa: E402
-from engine import convert, explain  # noqa: E402
-from image_processor import load_image  # noqa: E402
-from training import evaluate, figures  # noqa: E402
+from chameleon_extras import command, convert, explain  # noqa: E402
+from processor import load_image  # noqa: E402
+from tiny_world import evaluate, figures  # noqa: E402
 from vqvae import ChameleonVQVAEConfig  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SOURCES = [p for folder in ("", "engine", "training") for p in sorted((ROOT / folder).glob("*.py"))
-           if p.name != "__init__.py"]  # fmt: skip
+FOLDERS = ("", "chameleon_extras", "tiny_world")
+SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))
+           if path.name != "__init__.py"]
 
 
 def section(title: str) -> str:
@@ -93,8 +94,8 @@ def help_of(main) -> str:
 
 
 PROGRAMS = {
-    "generate.py": module.main, "train.py": train.main, "-m engine.convert": convert.main,
-    "-m training.figures": figures.main, "tests/benchmark.py": benchmark.main,
+    "generate.py": module.main, "train.py": train.main, "-m chameleon_extras.convert": convert.main,
+    "-m tiny_world.figures": figures.main, "tests/benchmark.py": benchmark.main,
 }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def test_the_commands_of_generate_are_understood():
     for program, arguments in commands():
         words = shlex.split(arguments, comments=True)
         if program == "generate.py" and words and "..." not in words:
-            options = module.parse(words)
+            options = command.parse(words)
             assert all((ROOT / path).is_file() for path in options.image)
 
 

@@ -15,19 +15,18 @@ from small import SIZES, VQ, batch_with_pictures, randomize, scrambled_vocabular
 import generate
 import train
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from engine import convert, decoding
-from engine.parallel import own_part
-from engine.quantize import quantize_model
-from engine.strips import in_strips
-from image_processor import ChameleonImageProcessor
-from sampling import stream
-from training import documents, evaluate, figures, own_data, vqvae_stage, world
-from training.code_rows import add_code_rows
-from training.pictures import Pictures
+from chameleon_extras import decoding, release
+from chameleon_extras.parallel import own_part
+from chameleon_extras.quantize import quantize_model
+from generate import stream
+from processor import ChameleonImageProcessor
+from tiny_world import documents, evaluate, figures, own_data, vqvae_stage, world
+from tiny_world.code_rows import add_code_rows
+from tiny_world.pictures import Pictures
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [path for folder in ("", "engine", "training")
+SOURCES = [path for folder in ("", "chameleon_extras", "tiny_world")
            for path in sorted((ROOT / folder).glob("*.py"))]
 
 
@@ -156,11 +155,11 @@ def weights() -> None:
             model.lm_head.unpacked()
             model.lm_head.rows(torch.arange(16))(torch.ones(2, 64, dtype=dtype))
     parts = [torch.zeros(16, 64), torch.zeros(16, 64)]
-    for join in (convert.rows, convert.columns):
+    for join in (release.rows, release.columns):
         join(parts)
-    convert.mean([torch.ones(64)] * 2)
-    convert.halves(parts, 8)
-    convert.every_head([torch.ones(8)] * 2, 4)
+    release.mean([torch.ones(64)] * 2)
+    release.halves(parts, 8)
+    release.every_head([torch.ones(8)] * 2, 4)
     own_part(whole.model.layers[0].self_attn.q_norm, 0, 2)
 
 
@@ -215,7 +214,7 @@ def training(folder: Path) -> None:
 
 
 def fast_steps() -> None:
-    """The step that --compile compiles, here as plain Python; large maps in strips."""
+    """The step that --compile compiles, here as plain Python."""
     model = small_model().eval()
     prompts = torch.tensor([[0, 100, 72], [1, 0, 72]])
     for rows in (prompts, prompts[:1]):
@@ -223,8 +222,6 @@ def fast_steps() -> None:
         list(stream(model, rows, decoder=decoding.Decoder(model, compiled=True), **options))
     q, k = torch.rand(2, 4, 1, 16), torch.rand(2, 2, 8, 16)
     decoding.one_query_loops(q, k, k, None, 0.0)  # what a compiler sees in place of the other
-    vq = in_strips(ChameleonVQVAE(ChameleonVQVAEConfig(**VQ)).eval())
-    vq.decode(vq.encode(torch.rand(2, 3, 32, 32)))
 
 
 def drawings() -> None:
@@ -237,7 +234,6 @@ def drawings() -> None:
 
 def test_every_shape_comment_is_what_the_tensor_has(untrained_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "compile_step", lambda function, guards=None: function)
-    monkeypatch.setattr("engine.strips.STRIP", 32 * 8 * 8)
     with Shapes(SOURCES) as shapes:
         decoder()
         writing()

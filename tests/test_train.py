@@ -20,12 +20,12 @@ from small import VQ as SMALL_VQ
 import train
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from processor import ChameleonProcessor
+from tiny_world import documents, evaluate, own_data, vqvae_stage, world
+from tiny_world.code_rows import has_code_rows
+from tiny_world.documents import Corpus, Document, Rows, Writer, visible
+from tiny_world.pictures import Pictures, encode_scenes
+from tiny_world.run import autocast, fast_bf16
 from tokenizer import load_tokenizer
-from training import documents, evaluate, own_data, vqvae_stage, world
-from training.code_rows import has_code_rows
-from training.documents import Corpus, Document, Rows, Writer, visible
-from training.pictures import Pictures, encode_scenes
-from training.run import autocast, fast_bf16
 from vqvae import ChameleonVQVAE
 
 ROOT = Path(train.__file__).parent

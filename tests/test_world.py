@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import world
-from training.world import COLOURS, HELD_OUT, Scene, Thing
+from tiny_world import world
+from tiny_world.world import COLOURS, HELD_OUT, Scene, Thing
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -86,7 +86,7 @@ def test_a_wide_picture_shows_the_scene_in_its_centred_square():
 
 
 def test_pixels_are_those_of_the_image_processor():
-    from image_processor import ChameleonImageProcessor
+    from processor import ChameleonImageProcessor
 
     some = scenes(3)
     pictures = [Image.fromarray(world.render(scene)) for scene in some]

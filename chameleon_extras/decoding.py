@@ -57,7 +57,7 @@ from chameleon import (
     rotary_table,
     sdpa_attention,
 )
-from engine.quantize import Int8Linear
+from chameleon_extras.quantize import Int8Linear
 
 FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
 AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few

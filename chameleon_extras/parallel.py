@@ -22,7 +22,7 @@ bits: those are cut here, in the same places, and torch adds up or gathers what 
 
 A Hugging Face folder in the dtype one computes in is mapped, and the ranks share its pages. Meta's
 files, which have to be joined, and weights to be quantized each rank reads for itself: better
-write them once by engine/convert.py.
+write them once by convert.py.
 """
 
 import dataclasses
@@ -33,14 +33,10 @@ import torch
 import torch.nn as nn
 
 from chameleon import ChameleonForConditionalGeneration
-from engine.quantize import KINDS, TORCHAO, group_size, kind_of
+from chameleon_extras.files import ranks
+from chameleon_extras.quantize import KINDS, TORCHAO, group_size, kind_of
 
 COLUMNS = ("o_proj", "down_proj")  # layers of which a rank has columns; of all others it has rows
-
-
-def ranks() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_ranks(config, N: int, quantize: str | None = None) -> None:
@@ -56,11 +52,6 @@ def check_ranks(config, N: int, quantize: str | None = None) -> None:
         if quantize == "int4" and width // group_size(width) % N:
             raise ValueError(f"{N} processes cannot share {width} inputs in 4-bit groups of "
                              f"{group_size(width)}: take --quantize int8")
-
-
-def writes() -> bool:
-    """Is this the process that writes the files? All of them make the same."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def join(device: torch.device) -> torch.device:

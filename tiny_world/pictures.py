@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint import write_atomically
-from training import world
-from training.world import Scene
+from chameleon_extras.files import write_atomically
+from tiny_world import world
+from tiny_world.world import Scene
 from vqvae import ChameleonVQVAE
 
 ALIKE = 4  # how many codes count as looking like a code

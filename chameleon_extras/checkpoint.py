@@ -18,23 +18,19 @@ Such a folder can be saved, too. It is the same but for its linear layers, whose
     NAME.weight  (O, I/2) uint8, two in   NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
                  a byte, the first high
 
-as engine/quantize.py explains them, and for that field in config.json. The files are then called
+as quantize.py explains them, and for that field in config.json. The files are then called
 model.int8.safetensors, since a reader who does not know them would take such weights for numbers.
 
 There is no table of names: parameters are called as in the files. `model.safetensors` of the 7B
 model has 548 tensors; those of the VQ-VAE's decoder (model.vqmodel.decoder.*) may be absent, as
 facebook/chameleon-7b was published without them. Meta's own files, and Anole's, look like such a
-folder from here: engine/convert.py gives them these names.
+folder from here: release.py gives them these names.
 """
 
 import json
-import math
-import os
 import re
-from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -42,33 +38,28 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig
-from engine.quantize import KINDS, TORCHAO, check_kind, kind_of, pack, quantize_model, swap_layers
-from image_processor import read_json
+from chameleon_extras.files import Stored, open_safetensors, write_atomically
+from chameleon_extras.quantize import (
+    KINDS,
+    TORCHAO,
+    check_kind,
+    kind_of,
+    pack,
+    quantize_model,
+    swap_layers,
+)
+from chameleon_extras.release import (
+    DECODER_PREFIX,
+    find_release,
+    open_release,
+    pairs_to_halves,
+    with_vqgan,
+)
+from tokenizer import read_json
 
 OWN_FILES = re.compile(
     r"model(\.int[48])?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-DECODER_PREFIX = "model.vqmodel.decoder."
 QUANTIZED = "quantized_weights"  # in config.json: one of KINDS; absent where weights are plain
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I8": torch.int8, "U8": torch.uint8}
-
-
-class Stored(NamedTuple):
-    """A tensor that still lies on disk."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def copied(self) -> "Stored":
-        """The same, read into memory of its own. There it begins at a multiple of 64 bytes, as
-        kernels for packed weights need it, wherever it lies in its file.
-        """
-        return self._replace(read=lambda: self.read().clone())
 
 
 def read_config(folder: Path) -> ChameleonConfig:
@@ -78,8 +69,6 @@ def read_config(folder: Path) -> ChameleonConfig:
 
 def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
     """-> config, and of which of KINDS the folder's weights are, None for plain ones."""
-    from engine.convert import find_release, open_release
-
     release = find_release(folder)
     if release:
         return open_release(release)[0], None
@@ -122,45 +111,14 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
     return [folder / name for name in names]
 
 
-def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
-                     ) -> dict[str, Stored]:
-    """-> {name: tensor on disk}; reads the header only.
-
-    The file stays mapped as long as one of its tensors is used. `apart` maps it anew for each
-    tensor, so that memory gets the pages of one back before the next is read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    def read_apart(name: str) -> Tensor:
-        with safe_open(path, framework="pt", device=str(device)) as again:
-            return again.get_tensor(name)
-
-    try:
-        file, tensors = safe_open(path, framework="pt", device=str(device)), {}
-        for name in file.keys():  # noqa: SIM118, it is no dict
-            header = file.get_slice(name)
-            if header.get_dtype() not in DTYPES:
-                raise ValueError(f"{path}: {name} is {header.get_dtype()}, which is none of "
-                                 f"{', '.join(DTYPES)}: weights quantized elsewhere are not read")
-            shape, dtype = tuple(header.get_shape()), DTYPES[header.get_dtype()]
-            read = partial(read_apart if apart else file.get_tensor, name)
-            tensors[name] = Stored(shape, dtype, read)
-        return tensors
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is truncated or no safetensors file ({e}): "
-                         "download it again") from None
-
-
 def open_checkpoint(
     folder: Path, device: str | torch.device, vqgan: Path | None = None, apart: bool = False
 ) -> tuple[ChameleonConfig, str | None, dict[str, Stored]]:
     """A folder of any layout -> config, how its weights are quantized, and the tensors under
     Hugging Face's names and in its order.
 
-    `vqgan` is a file with a VQ-VAE to take instead of the folder's, see convert.py.
+    `vqgan` is a file with a VQ-VAE to take instead of the folder's, see release.py.
     """
-    from engine.convert import find_release, open_release, pairs_to_halves, with_vqgan
-
     release = find_release(folder)
     if release:
         (config, tensors), kind = open_release(release), None
@@ -202,22 +160,6 @@ def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stor
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{folder}: the weights do not fit the config: "
                          f"{'; '.join(problems[:8])}{more}".replace("torch.", ""))
-
-
-def pick_device(name: str | torch.device) -> torch.device:
-    """A device by its name, "auto" being the fastest there is; ValueError if it is not there."""
-    if name == "auto":
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"the device {name} is none of cpu, cuda, mps")
-        torch.empty(0, device=device)
-        return torch.device("cpu") if device.type == "cpu" else device  # files know no cpu:0
-    except (RuntimeError, AssertionError, TypeError) as e:
-        reason = str(e).splitlines()[0].split(". ")[0]
-        raise ValueError(f"the device {name} cannot be used here: {reason}") from None
 
 
 class WithoutInit(TorchFunctionMode):
@@ -299,17 +241,6 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
         model.lm_head.weight = model.model.embed_tokens.weight
     model = model.to(device).eval()
     return quantize_model(model, TORCHAO) if late else model
-
-
-def write_atomically(path: Path, write: Callable[[Path], None], keep: bool = True) -> None:
-    """A reader sees the old file or the whole new one, never half of it. keep=False: only a try."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it too
-    try:
-        write(part)
-        if keep:
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_checkpoint(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:

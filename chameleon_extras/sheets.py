@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from engine.checkpoint import write_atomically
-from engine.parallel import writes
-from image_processor import ChameleonImageProcessor
+from chameleon_extras.files import write_atomically, writes
+from processor import ChameleonImageProcessor
 
 GAP = 4  # pixels between pictures of a sheet
+GOLDEN_ANGLE = 137.508  # degrees; its multiples fill the circle evenly and never meet
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
@@ -69,10 +69,17 @@ def there_and_back(model, pixels: torch.Tensor, side: int,
     return contact_sheet(panels, columns), edge, 10 * math.log10(4 / error.item())
 
 
+def code_hue(code: int) -> float:
+    """Degrees; neighbouring codes differ."""
+    return code * GOLDEN_ANGLE % 360
+
+
+def code_colour(code: int) -> str:
+    return f"hsl({code_hue(code):.0f} 60% 75%)"
+
+
 def code_grid(codes: Sequence[Sequence[int]], side: int) -> Image.Image:
     """Codes (h, w) -> a picture about `side` pixels wide; equal codes have equal colours."""
-    from engine.explain import code_hue
-
     rows, columns = len(codes), len(codes[0])
     cell = max(1, side // columns)
     grid = Image.new("RGB", (columns * cell, rows * cell))

@@ -52,7 +52,7 @@ def add_code_rows(model: ChameleonForConditionalGeneration) -> None:
     """Computes the rows of the codes in the embedding and in the head; before the model moves."""
     codebook = model.model.vqmodel.quantize.embedding.weight  # (K, E)
     for table in (model.model.embed_tokens, model.lm_head):
-        rows = CodeRows(model.model.code_to_id, codebook, model.config.hidden_size)
+        rows = CodeRows(model.model.vocabulary.code_to_id, codebook, model.config.hidden_size)
         parametrize.register_parametrization(table, "weight", rows)
 
 

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from training import world
-from training.run import Run, autocast
+from tiny_world import world
+from tiny_world.run import Run, autocast
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 # Ours, then the released model's.
@@ -229,7 +229,7 @@ def train_vqvae(run: Run) -> None:
         run.log("vqvae", step, curves)
         if run.due(step, steps):
             run.save("vqvae", step + 1, vq, optimizer, rng, codebook)
-    from training.evaluate import survival
+    from tiny_world.evaluate import survival
 
     right, total = survival(vq.eval(), 400)
     run.say(f"vqvae: {right:.1%} of {total} things keep colour and shape")

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from chameleon import ChameleonForConditionalGeneration
-from image_processor import load_image
-from processor import ChameleonProcessor
-from training.documents import Document, Writer
+from processor import ChameleonProcessor, load_image
+from tiny_world.documents import Document, Writer
 
 
 def read_examples(folder: Path) -> list[tuple[str, list, list]]:

@@ -28,7 +28,8 @@ Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE (
 Three ways to get there:
     load_checkpoint(..., quantize="int8")       each matrix on its own as it comes from the disk, so
                                                 that memory never holds the whole model in bf16
-    python -m engine.convert SRC DST --quantize int8      once and for all: DST is half as large
+    python -m chameleon_extras.convert SRC DST --quantize int8
+                                                once and for all: DST is half as large
     quantize_model(model, "int8")               a model that is in memory already
 All give the same bits. "torchao-int8" puts the weights of the torchao package, which rounds by the
 same formula, into a model in memory; it is there to compare with.

@@ -1,8 +1,8 @@
 """The figures of the README, drawn from what the checkpoint really does and training really logged.
 
-    python -m training.figures tiny                         all that a checkpoint shows
-    python -m training.figures tiny --curves tiny.train/curves.csv
-    python -m training.figures tiny --curves with=a/curves.csv "no z-loss=b/curves.csv"
+    python -m tiny_world.figures tiny                         all that a checkpoint shows
+    python -m tiny_world.figures tiny --curves tiny.train/curves.csv
+    python -m tiny_world.figures tiny --curves with=a/curves.csv "no z-loss=b/curves.csv"
 
     checkpoint --walk, generate--> stream.svg      one row of ids: text, a picture, text
                                --> codes.png       pictures, their codes, and what the codes say
@@ -33,15 +33,20 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
-from engine.explain import Names, code_colour
-from engine.sheets import contact_sheet, enlarge, save_picture, there_and_back
-from generate import OneLineParser, exit_code, generate
+from chameleon_extras.explain import Names
+from chameleon_extras.files import OneLineParser, exit_code, write_atomically
+from chameleon_extras.sheets import (
+    code_colour,
+    contact_sheet,
+    enlarge,
+    save_picture,
+    there_and_back,
+)
+from generate import check_seeds, decode_pictures, generate, pieces, stream
 from generate import main as command
-from image_processor import ChameleonImageProcessor, load_image
-from sampling import check_seeds, decode_pictures, pieces, stream
-from training import language, world
-from training.evaluate import SEED, load
+from processor import ChameleonImageProcessor, load_image
+from tiny_world import language, world
+from tiny_world.evaluate import SEED, load
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "examples" / "figures"

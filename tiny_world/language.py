@@ -1,31 +1,66 @@
-"""The small English of the toy world: captions, questions and answers, requests to draw.
+"""The English of the toy world: captions, questions with their answers, requests to draw.
 
     rng, Scene -> ask_*       -> question, answer     (None if the scene has no such question)
     rng, Scene -> state       -> a true statement, for pretraining
     rng, Scene -> ask_drawing -> Request              words, and what a drawing must show for them
 
-Most questions have several wordings; every answer follows from the scenes alone.
+Who needs it: whoever changes what the toy world talks about. Most questions have several wordings.
+Every answer follows from the scenes alone.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 
 import numpy as np
 
-from training.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, pick
+from tiny_world.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, pick
 
-# What can be counted, looked for or said to be absent: a colour, a shape, or both. No pair of
-# HELD_OUT: hundreds of "there is no purple star" would teach that there never is one.
+Turn = tuple[str, str]  # question, answer
+
+# What can be counted, looked for or said to be absent: a colour, a shape, or both. HELD_OUT pairs
+# are left out: from many a "there is no purple star" the model would learn that there never is one.
 DESCRIPTIONS = [{"colour": colour} for colour in COLOURS] + [{"shape": shape} for shape in SHAPES]
 DESCRIPTIONS += [{"colour": colour, "shape": shape} for colour in COLOURS for shape in SHAPES
                  if (colour, shape) not in HELD_OUT]  # fmt: skip
 NUMBERS = ("None", "One", "Two", "Three")
-CAPTION_PROMPTS = (
-    "What do you see in this image?", "What do you see?", "What is in this picture?",
-    "Describe this image.", "Describe the picture.", "What does this image show?",
-    "What can you see in this picture?", "Caption this image.", "What is this?",
-    "Can you describe this image?", "Tell me what you see.", "What is shown here?",
-)  # fmt: skip
+WORDINGS = {
+    "caption": (
+        "What do you see in this image?", "What do you see?", "What is in this picture?",
+        "Describe this image.", "Describe the picture.", "What does this image show?",
+        "What can you see in this picture?", "Caption this image.", "What is this?",
+        "Can you describe this image?", "Tell me what you see.", "What is shown here?"),
+    "colour": (
+        "What colour is the {}?", "Which colour is the {}?", "What is the colour of the {}?"),
+    "shape": ("What shape is the {}?", "Which shape does the {} have?", "What is the {}?"),
+    "size": (
+        "Is the {} small or large?", "Is the {} large or small?", "What size is the {}?",
+        "How large is the {}?"),
+    "place": ("Where is the {}?", "Where do you see the {}?"),
+    "background": (
+        "What colour is the background?", "Which colour does the background have?",
+        "What is the background?", "What is the colour of the background?"),
+    "count": ("How many {} are there?", "How many {} do you see?", "Count the {}."),
+    "existence": (
+        "Is there {}?", "Do you see {}?", "Is there {} in the picture?", "Can you see {}?"),
+    "both": (
+        "What do these images show?", "What do you see in these pictures?",
+        "Describe both images.", "What is in each picture?"),
+    "common": (
+        "What do these images have in common?", "What do these pictures have in common?",
+        "What is the same in both images?"),
+    "which": ("Which image has {}?", "Which picture shows {}?", "Which of the two has {}?"),
+    "difference": (
+        "What is different?", "What changed?", "What is the difference between these images?",
+        "What is different in the second image?"),
+}  # fmt: skip
+EDIT_PROMPTS = {
+    "colour": ("Draw this in {}.", "Make it {}.", "Change the colour to {}."),
+    "shape": ("Draw this as {}.", "Make it {}.", "Turn this into {}."),
+    "size": ("Make it {}.", "Draw this {}."),
+    "place": ("Draw this {}.", "Put it {}."),
+    "background": ("Draw this on {} background.", "Put it on {} background."),
+}
 DRAW_PROMPTS = (
     "Draw {}.", "Draw me {}.", "Generate an image of {}.", "Show me {}.", "Paint {}.",
     "Make a picture of {}.", "Create an image of {}.", "Can you draw {}?", "Please draw {}.",
@@ -43,7 +78,7 @@ THEN_SAY = (", then say what it is.", " and describe it.", ", then describe it."
 
 
 def vary(rng: np.random.Generator, text: str) -> str:
-    """The small carelessness of people who type: case, final stop, spelling, politeness."""
+    """A text as people type it: British or American spelling, case, with or without full stop."""
     if rng.random() < 0.4:
         text = text.replace("olour", "olor")
     if rng.random() < 0.3:
@@ -63,8 +98,13 @@ def sentence(words: str) -> str:
     return words[0].upper() + words[1:] + "."
 
 
+def listed(words: list[str]) -> str:
+    """["a", "b", "c"] -> "a, b and c" """
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def relation(first: Thing, second: Thing) -> str:
-    """How a thing stands to a later one in reading order: above it, or in its row left of it."""
+    """Where a thing is, seen from a later one in reading order: above, or left in the same row."""
     return "above" if first.place[0] < second.place[0] else "to the left of"
 
 
@@ -73,8 +113,7 @@ def caption(scene: Scene) -> str:
     names = [article(str(thing)) for thing in scene.things]
     if len(names) == 2:
         names = [f"{names[0]} {relation(*scene.things)} {names[1]}"]
-    listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-    return sentence(f"{listed} on a {scene.background} background")
+    return sentence(f"{listed(names)} on a {scene.background} background")
 
 
 def matches(thing: Thing, **named: str) -> bool:
@@ -86,7 +125,7 @@ def phrase(rng: np.random.Generator, size: str = "", colour: str = "", shape: st
 
 
 def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
-    """Words that fit this thing alone and do not name its `hide`; None if there are none."""
+    """Words that fit this thing alone and do not name its field `hide`; None if there are none."""
     ways = [("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour")]
     if len(scene.things) == 1:
         ways.append(())
@@ -102,98 +141,74 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 # Questions about one picture: (rng, scene) -> (question, answer), or None if the scene has no
 # such question. Where an answer could be guessed, the answer is drawn first.
 #
-# Where a thing has to be found or compared, the answer says what is there before it concludes.
-# Asked for a bare yes or no, this small model stayed at chance for thousands of steps; what it has
-# written itself it can look up, and that can be practised without pictures (Corpus.practice). A
-# conclusion about a place first repeats the words that have to be found again: "A small red star at
-# the top. I see the small red star", and what followed them there, follows here. After "Where is
-# the star?" a bare "At the top." stayed at chance.
+# Where a thing has to be found or compared, the answer describes the scene before it concludes. A
+# model of this size does not learn a bare "Yes." or "No.". It can look up what it has written, and
+# it learns to do so from text alone (Corpus.practice). An answer about a place first repeats the
+# thing: "A small red star at the top. I see the small red star at the top." The repeated words lead
+# to the place that followed them in the description.
 
 
 def look(scene: Scene) -> str:
-    """All there is, with the places: "A small red circle at the top and a ... on the left." """
+    """All things with their places: "A small red circle at the top and a ... on the left." """
     names = [f"{article(str(thing))} {PLACES[thing.place]}" for thing in scene.things]
-    return sentence(" and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names))
+    return sentence(listed(names))
 
 
 def found(*things: Thing) -> str:
-    """Things of a picture again, with their places: "I see the large blue square on the left." """
+    """Some things once more, with their places: "I see the large blue square on the left." """
     return "I see " + " and ".join(f"the {thing} {PLACES[thing.place]}" for thing in things) + "."
 
 
 def look_at_both(first: Scene, second: Scene) -> str:
-    """For two pictures of one thing each."""
+    """What two pictures of one thing each show."""
     shown = (f"{article(str(s.things[0]))} {PLACES[s.things[0].place]} on {s.background}"
              for s in (first, second))  # fmt: skip
     return "The first shows {}, the second {}.".format(*shown)
 
 
-def ask_caption(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    return pick(rng, CAPTION_PROMPTS), caption(scene)
+def ask_caption(rng: np.random.Generator, scene: Scene) -> Turn:
+    return pick(rng, WORDINGS["caption"]), caption(scene)
 
 
-def ask_colour(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
+def ask_field(rng: np.random.Generator, scene: Scene, field: str) -> Turn | None:
+    """Colour, shape or size of a thing that the question names by its other fields."""
     thing = pick(rng, scene.things)
-    name = refer(rng, scene, thing, hide="colour")
-    wordings = "What colour is the {}?", "Which colour is the {}?", "What is the colour of the {}?"
-    answer = f"{look(scene)} The {name} is {thing.colour}."
-    return name and (pick(rng, wordings).format(name), answer)
+    name = refer(rng, scene, thing, hide=field)
+    value = article(thing.shape) if field == "shape" else getattr(thing, field)
+    answer = f"{look(scene)} The {name} is {value}."
+    return name and (pick(rng, WORDINGS[field]).format(name), answer)
 
 
-def ask_shape(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
-    thing = pick(rng, scene.things)
-    name = refer(rng, scene, thing, hide="shape")
-    wordings = "What shape is the {}?", "Which shape does the {} have?", "What is the {}?"
-    answer = f"{look(scene)} The {name} is {article(thing.shape)}."
-    return name and (pick(rng, wordings).format(name), answer)
-
-
-def ask_size(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
-    thing = pick(rng, scene.things)
-    name = refer(rng, scene, thing, hide="size")
-    wordings = (
-        "Is the {} small or large?", "Is the {} large or small?", "What size is the {}?",
-        "How large is the {}?",
-    )  # fmt: skip
-    answer = f"{look(scene)} The {name} is {thing.size}."
-    return name and (pick(rng, wordings).format(name), answer)
-
-
-def ask_place(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
-    if rng.random() < 0.3:  # the other way round: what is at this place?
+def ask_place(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    """Where a thing is, or what is at a place."""
+    if rng.random() < 0.3:
         place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
         there = [thing for thing in scene.things if thing.place == place]
         answer = found(*there) if there else f"I see nothing {PLACES[place]}."
         return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing)
-    wordings = "Where is the {}?", "Where do you see the {}?"
     answer = f"{look(scene)} {found(thing)}"
-    return name and (pick(rng, wordings).format(name), answer)
+    return name and (pick(rng, WORDINGS["place"]).format(name), answer)
 
 
-def ask_background(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    wordings = (
-        "What colour is the background?", "Which colour does the background have?",
-        "What is the background?", "What is the colour of the background?",
-    )  # fmt: skip
-    return pick(rng, wordings), sentence(scene.background)
+def ask_background(rng: np.random.Generator, scene: Scene) -> Turn:
+    return pick(rng, WORDINGS["background"]), sentence(scene.background)
 
 
-def ask_count(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    groups = {}  # number -> the descriptions that so many things fit
+def ask_count(rng: np.random.Generator, scene: Scene) -> Turn:
+    groups = {}  # number -> the descriptions that fit so many things
     for named in DESCRIPTIONS:
         number = sum(matches(thing, **named) for thing in scene.things)
         groups.setdefault(number, []).append(named)
     groups.setdefault(len(scene.things), []).extend([{}] * 3)  # "How many shapes are there?"
     number = pick(rng, groups)
     words = phrase(rng, **pick(rng, groups[number])) + "s"
-    wordings = "How many {} are there?", "How many {} do you see?", "Count the {}."
-    return pick(rng, wordings).format(words), f"{look(scene)} {NUMBERS[number]}."
+    return pick(rng, WORDINGS["count"]).format(words), f"{look(scene)} {NUMBERS[number]}."
 
 
-def ask_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """Half of the answers are yes; a no shares a colour or a shape with the scene when it can."""
+def ask_existence(rng: np.random.Generator, scene: Scene) -> Turn:
+    """Half of the answers are yes. What a "no" asks for has, if it can, a field of a real thing."""
     fields = pick(rng, (("colour",), ("shape",), ("colour", "shape"), ("colour", "shape")))
     thing, wanted = pick(rng, scene.things), bool(rng.random() < 0.5)
     named = {field: getattr(thing, field) for field in fields}
@@ -201,25 +216,24 @@ def ask_existence(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
                           or any(matches(t, **named) for t in scene.things)):
         field = pick(rng, fields)
         named[field] = pick(rng, COLOURS if field == "colour" else SHAPES)
-    wordings = "Is there {}?", "Do you see {}?", "Is there {} in the picture?", "Can you see {}?"
-    question = pick(rng, wordings).format(article(phrase(rng, **named)))
+    question = pick(rng, WORDINGS["existence"]).format(article(phrase(rng, **named)))
     return question, f"{look(scene)} {'Yes' if wanted else 'No'}."
 
 
 def relate(rng: np.random.Generator, scene: Scene) -> tuple[Thing, Thing, tuple[str, str]]:
-    """Two things and (how the first stands to the second, the opposite)."""
+    """Two things of a scene, and (where the first is, seen from the second; the opposite)."""
     i, j = rng.choice(len(scene.things), 2, replace=False)
     axes = [n for n in (0, 1) if scene.things[i].place[n] != scene.things[j].place[n]]
     axis = pick(rng, axes)
     first, second = sorted((scene.things[i], scene.things[j]), key=lambda t: t.place[axis])
     words = ("to the left of", "to the right of") if axis else ("above", "below")
-    if rng.random() < 0.5:  # the same seen from the other thing
+    if rng.random() < 0.5:
         first, second, words = second, first, words[::-1]
     return first, second, words
 
 
-def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | None:
-    """Above, below, left, right: which of two, yes or no, and what stands there."""
+def ask_relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    """Above, below, left or right: which of two, yes or no, or what is there."""
     if len(scene.things) < 2:
         return None
     first, second, words = relate(rng, scene)
@@ -229,7 +243,7 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
     kind = pick(rng, ("which", "yes", "no", "what"))
     needed = (first, second)
     if kind == "what" and len(scene.things) == 2:
-        question, needed = f"What is {words[0]} the {names[1]}?", (second,)  # the other is asked
+        question, needed = f"What is {words[0]} the {names[1]}?", (second,)
         answer = article(f"{first.colour} {first.shape}")
     elif kind in ("which", "what"):
         either = " or ".join(words if rng.random() < 0.5 else words[::-1])
@@ -237,26 +251,27 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> tuple[str, str] | No
         answer = words[0].removesuffix(" of")
     else:
         question = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?"
-        # "To the left. No." How it is, then whether that was asked: at once, one in four was wrong.
+        # "To the left. No.": first the true relation, then whether the question names it.
         answer = f"{words[0].removesuffix(' of')}. {sentence(kind).removesuffix('.')}"
     return question, f"{look(scene)} {found(*needed)} {sentence(answer)}"
 
 
 QUESTIONS = {
-    "caption": ask_caption, "colour": ask_colour, "shape": ask_shape, "count": ask_count,
+    "caption": ask_caption, "colour": partial(ask_field, field="colour"),
+    "shape": partial(ask_field, field="shape"), "count": ask_count,
     "background": ask_background, "existence": ask_existence, "relation": ask_relation,
-    "size": ask_size, "place": ask_place,
+    "size": partial(ask_field, field="size"), "place": ask_place,
 }  # fmt: skip
 
 
 def state(rng: np.random.Generator, scene: Scene) -> str:
-    """A true statement about the scene, never the caption: what pretraining reads off a picture."""
+    """A true statement about the scene, never the caption."""
     kind = pick(rng, ("thing", "thing", "place", "count", "background", "absence", "relation"))
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing, hide=pick(rng, ("colour", "shape", "size")))
     if kind == "count":
-        number = ("one shape", "two shapes", "three shapes")[len(scene.things) - 1]
-        return sentence(f"there {'is' if len(scene.things) == 1 else 'are'} {number}")
+        number = ("is one shape", "are two shapes", "are three shapes")[len(scene.things) - 1]
+        return sentence(f"there {number}")
     if kind == "background":
         return sentence(f"the background is {scene.background}")
     if kind == "absence":
@@ -273,72 +288,50 @@ def state(rng: np.random.Generator, scene: Scene) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Two pictures of one thing each: those of `sample_pair`, or, for a change, `sample_edit`.
+# Two pictures of one thing each, from `sample_pair` or `sample_edit`.
 
 
-def ask_both(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str]:
-    """What each of two pictures of one thing shows: all that the other questions compare."""
-    wordings = (
-        "What do these images show?", "What do you see in these pictures?",
-        "Describe both images.", "What is in each picture?",
-    )  # fmt: skip
-    return pick(rng, wordings), look_at_both(first, second)
+def ask_both(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
+    """What both pictures show. All other answers about two pictures begin with this one."""
+    return pick(rng, WORDINGS["both"]), look_at_both(first, second)
 
 
-def ask_common(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str]:
-    """For two pictures of one thing each."""
+def ask_common(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
     a, b = first.things[0], second.things[0]
-    wordings = (
-        "What do these images have in common?", "What do these pictures have in common?",
-        "What is the same in both images?",
-    )  # fmt: skip
     words = [a.colour] * (a.colour == b.colour) + [a.shape + "s"] * (a.shape == b.shape)
     answer = f"Both are {' '.join(words)}." if words else "Nothing."
-    return pick(rng, wordings), f"{look_at_both(first, second)} {answer}"
+    return pick(rng, WORDINGS["common"]), f"{look_at_both(first, second)} {answer}"
 
 
-def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> tuple[str, str] | None:
+def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> Turn | None:
     """A colour, a shape or a background that only one of the two pictures has."""
     chosen, other = (first, second) if rng.random() < 0.5 else (second, first)
     field = pick(rng, ("colour", "shape", "both", "background"))
     if field == "background":
-        there = chosen.background != other.background
+        differs = chosen.background != other.background
         words = f"a {chosen.background} background"
     else:
         fields = ("colour", "shape") if field == "both" else (field,)
         thing = pick(rng, chosen.things)
         named = {name: getattr(thing, name) for name in fields}
-        there = not any(matches(t, **named) for t in other.things)
+        differs = not any(matches(t, **named) for t in other.things)
         words = article(phrase(rng, **named))
-    wordings = "Which image has {}?", "Which picture shows {}?", "Which of the two has {}?"
     answer = f"{look_at_both(first, second)} The {'first' if chosen is first else 'second'}."
-    return (pick(rng, wordings).format(words), answer) if there else None
+    return (pick(rng, WORDINGS["which"]).format(words), answer) if differs else None
 
 
-def ask_difference(rng: np.random.Generator, first: Scene, second: Scene,
-                   change: str) -> tuple[str, str]:
-    wordings = (
-        "What is different?", "What changed?", "What is the difference between these images?",
-        "What is different in the second image?",
-    )  # fmt: skip
-    return pick(rng, wordings), f"{look_at_both(first, second)} The {change}."
+def ask_difference(rng: np.random.Generator, first: Scene, second: Scene, change: str) -> Turn:
+    return pick(rng, WORDINGS["difference"]), f"{look_at_both(first, second)} The {change}."
 
 
 def ask_edit(rng: np.random.Generator, after: Scene, change: str) -> str:
-    """The request that turns the picture into `after`, for example "Draw this in blue." """
+    """The request that turns a picture into `after`, for example "Draw this in blue." """
     thing = after.things[0]
-    wordings = {
-        "colour": ("Draw this in {}.", "Make it {}.", "Change the colour to {}."),
-        "shape": ("Draw this as {}.", "Make it {}.", "Turn this into {}."),
-        "size": ("Make it {}.", "Draw this {}."),
-        "place": ("Draw this {}.", "Put it {}."),
-        "background": ("Draw this on {} background.", "Put it on {} background."),
-    }
     words = {
         "colour": thing.colour, "shape": article(thing.shape), "size": thing.size,
         "place": PLACES[thing.place], "background": article(after.background),
     }  # fmt: skip
-    return pick(rng, wordings[change]).format(words[change])
+    return pick(rng, EDIT_PROMPTS[change]).format(words[change])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,7 +340,7 @@ def ask_edit(rng: np.random.Generator, after: Scene, change: str) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What a drawing must show; what is empty or not named is left to the painter."""
+    """What a drawing must show. Fields that are empty or not named are free."""
 
     text: str  # "a small red circle above a blue square on a white background"
     things: tuple[dict, ...]  # the named fields of each thing
@@ -356,36 +349,33 @@ class Request:
 
 
 def ask_drawing(rng: np.random.Generator, scene: Scene) -> Request:
-    """A request that the scene fulfils: colour and shape always, the rest sometimes."""
-    named = []
+    """A request that the scene fulfils. It always names colour and shape, sometimes the rest."""
+    named, words = [], []
     for thing in scene.things:
         fields = ["colour", "shape"] + ["size"] * bool(rng.random() < 0.5)
-        fields += ["place"] * bool(len(scene.things) == 1 and rng.random() < 0.3)
         named.append({field: getattr(thing, field) for field in fields})
-    words = []
-    for n in named:
-        place = " " + PLACES[n["place"]] if "place" in n else ""
-        words.append(article(phrase(rng, **{k: v for k, v in n.items() if k != "place"})) + place)
+        words.append(article(phrase(rng, **named[-1])))
+        if len(scene.things) == 1 and rng.random() < 0.3:
+            named[-1]["place"] = thing.place
+            words[-1] += " " + PLACES[thing.place]
     how = ""
     if len(words) == 2 and rng.random() < 0.7:
         how = relation(*scene.things)
         words = [f"{words[0]} {how} {words[1]}"]
-    text = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
     background = scene.background if rng.random() < 0.5 else ""
-    text += f" on a {background} background" if background else ""
+    text = listed(words) + (f" on a {background} background" if background else "")
     return Request(text, tuple(named), background, how)
 
 
 def fulfils(scene: Scene, request: Request) -> bool:
-    """Does a picture (as read) show exactly the requested things, with all that was named?"""
+    """Does a scene show the requested things and no more, with all that the request names?"""
     if len(scene.things) != len(request.things):
         return False
     if request.background not in ("", scene.background):
         return False
     for things in permutations(scene.things):
         named = all(matches(t, **wanted) for t, wanted in zip(things, request.things))
-        in_order = things[0].place < things[-1].place  # what `relation` is about
-        if named and (not request.relation
-                      or (in_order and request.relation == relation(*things))):
+        in_order = things[0].place < things[-1].place  # as `relation` needs them
+        if named and (not request.relation or in_order and request.relation == relation(*things)):
             return True
     return False

@@ -26,7 +26,7 @@ class Stats:
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
         self.model = model
         self.seconds, self.rows, self.codes = [], 1, 0
-        self.is_code = set(model.model.code_to_id.tolist())
+        self.is_code = set(model.model.vocabulary.code_to_id.tolist())
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -67,7 +67,7 @@ def step_bytes(model: ChameleonForConditionalGeneration, share_of_codes: float =
         tensors = [*module.parameters(), *module.buffers()]
         return sum(t.nbytes for t in tensors)
 
-    part = len(model.model.code_to_id) / model.config.vocab_size
+    part = len(model.model.vocabulary.code_to_id) / model.config.vocab_size
     head = size(model.lm_head) * (1 - share_of_codes + share_of_codes * part)
     return size(model.model.layers) + head
 

@@ -1,19 +1,20 @@
-"""From scenes to training rows: documents in the model's own format, packed side by side.
+"""Training documents in the model's own format, and the batches they are packed into.
 
-    Corpus --draws--> Document --Rows packs--> ids, read, position, weight (B, T), mask (B, T, T)
+    scenes --Corpus--> Document --Rows--> ids, read, position, weight (B, T), mask (B, T, T)
 
-    document of many questions about one picture, drawn as a tree:
+Who needs it: whoever wants to know what the decoder is trained on. Several questions about one
+picture form one document with a shared beginning and independent branches:
 
-        <s> <racm3:break> S codes <eoss> -+- question <reserved08706> answer </s>     branch 1
-        branch 0, the shared beginning    +- question <reserved08706> answer </s>     branch 2
-                                          +- ...
+    <s> <racm3:break> S codes <eoss> -+- question <reserved08706> answer </s>     branch 1
+    branch 0, the shared beginning    +- question <reserved08706> answer </s>     branch 2
+                                      +- ...
 
-Letters: B rows, T tokens of a row, S codes of a picture, K codes of the codebook. `weight` is that
-of a token's loss.
+A picture costs S + 2 tokens; a question with its answer costs about 35. So one picture serves
+several questions. The branches cannot attend to each other, because a later answer could otherwise
+be copied from an earlier one. The positions of every branch continue from the shared beginning, as
+they will in a real prompt.
 
-A picture costs S + 2 tokens, a question and its answer about 35, so one picture serves several.
-But in plain sequence a later answer could be read off an earlier one; so branches do not see each
-other, and positions of each go on right behind the shared beginning, as they will in a prompt.
+Letters: B rows, T tokens of a row, S codes of a picture, K codes of the codebook.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,31 +25,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tiny_world import language, world
+from tiny_world.pictures import Pictures
+from tiny_world.world import Scene
 from tokenizer import Tokenizer
-from training import language, world
-from training.pictures import Pictures
-from training.world import Scene
 
-IMAGE_WEIGHT = 0.6  # of a picture's token in the loss, relative to a text token's; the paper: 1
-DECISION = 12.0  # of an answer's last sentence as a whole: often one word, but the one that counts
-EMPTY_PROMPT = 0.1  # share of drawings without a prompt, for guidance
-SLIPS = (0.0, 0.1, 0.3)  # share of a drawing's codes that are read wrongly, see Corpus.drawn
-BLUR = (0.0, 0.3, 0.5)  # share of a given picture's codes read as similar ones, see Corpus.given
+IMAGE_WEIGHT = 0.6  # loss weight of a picture's token; a text token has 1; the paper: 1
+CONCLUSION_WEIGHT = 12.0  # loss weight of an answer's last sentence, divided among its tokens
+EMPTY_PROMPT = 0.1  # share of drawings without a prompt; classifier-free guidance needs them
+# The share of input codes that are corrupted is drawn anew for each picture, from one of these.
+CORRUPTED_DRAWING = (0.0, 0.1, 0.3)  # in an answer, see Corpus.drawn
+CORRUPTED_PROMPT = (0.0, 0.3, 0.5)  # in a question, see Corpus.given
 
 
 @dataclass
 class Document:
-    """One sequence, or several that share a beginning. All lists have one entry per token."""
+    """One sequence, or several that share a beginning. Each list has one entry per token."""
 
     ids: list[int] = field(default_factory=list)
-    weight: list[float] = field(default_factory=list)  # of the loss of predicting THIS token
-    branch: list[int] = field(default_factory=list)  # 0: the shared beginning, seen by all
+    weight: list[float] = field(default_factory=list)  # of the loss of predicting this token
+    branch: list[int] = field(default_factory=list)  # 0 is the shared beginning
     position: list[int] = field(default_factory=list)
-    read: list[int] = field(default_factory=list)  # what the model reads: `ids`, but for slips
+    read: list[int] = field(default_factory=list)  # the inputs: `ids` with some corrupted codes
 
     def add(self, ids: list[int], weight: float | list[float], branch: int = 0,
             read: list[int] | None = None) -> None:
-        """Continues a branch; its first token is placed right behind the shared beginning."""
+        """Appends tokens. A new branch starts at the position after the shared beginning."""
         if branch and branch not in self.branch[-1:]:
             start = self.branch.count(0)
         else:
@@ -61,14 +63,14 @@ class Document:
 
 
 class Picture(NamedTuple):
-    """The codes of a picture (S,): those to be learned, and those read in their place."""
+    """A picture whose inputs and targets differ: teacher forcing with corrupted codes."""
 
-    codes: np.ndarray
-    read: np.ndarray
+    codes: np.ndarray  # (S,), the targets
+    read: np.ndarray  # (S,), the inputs
 
 
 class Writer:
-    """Turns text and scenes into ids, in exactly the format of ChameleonProcessor.
+    """Writes text and scenes as ids, in exactly the format of ChameleonProcessor.
 
         <s> text <racm3:break> S codes <eoss> text <reserved08706> answer </s>
     """
@@ -82,24 +84,31 @@ class Writer:
         self.begin, self.end = [v.begin_image_id], [v.end_image_id]
 
     def write(self, document: Document, parts: Sequence, text: float, image: float) -> None:
-        """Appends text (str) and pictures (Scene, Picture), with the weight of their tokens."""
+        """Appends parts: text (str) and pictures (Scene or Picture).
+
+        `text` and `image` are the loss weights of a text token and of a picture's token.
+        """
         for part in parts:
             if isinstance(part, str):
                 document.add(self.tokenizer.encode(part), text)
                 continue
             both = part if isinstance(part, Picture) else (self.codes[part], self.codes[part])
             ids, read = (self.code_to_id[codes].tolist() for codes in both)
-            weight = [text, *[image] * len(ids), text]  # the two marks count as text does
+            weight = [text, *[image] * len(ids), text]
             document.add(self.begin + ids + self.end, weight, read=self.begin + read + self.end)
 
     def answer(self, text: str) -> tuple[list[int], list[float]]:
-        """An answer to a question -> its ids with </s>, and the weight of each in the loss."""
+        """An answer -> its ids with </s>, and the loss weight of each.
+
+        The last sentence is the conclusion, and often a single word. It weighs CONCLUSION_WEIGHT
+        as a whole, so that a long description in front does not outweigh it.
+        """
         ids = self.tokenizer.encode(text) + self.eos
         last = 1 + len(self.tokenizer.encode(text.rsplit(". ", 1)[-1]))
-        return ids, [1.0] * (len(ids) - last) + [max(1.0, DECISION / last)] * last
+        return ids, [1.0] * (len(ids) - last) + [max(1.0, CONCLUSION_WEIGHT / last)] * last
 
     def asked(self, prompt: Sequence) -> Document:
-        """A prompt and the end of its turn, without loss: what an answer is added to."""
+        """A prompt and its end of turn, without loss. The caller adds the answer."""
         document = Document()
         document.add(self.bos, 0.0)
         self.write(document, prompt, 0.0, 0.0)
@@ -107,20 +116,20 @@ class Writer:
         return document
 
     def question(self, prompt: Sequence, answer: str) -> Document:
-        """One question about pictures, one answer; loss as `answer` weighs it."""
+        """A prompt and a text answer, weighted by `answer`."""
         document = self.asked(prompt)
         document.add(*self.answer(answer))
         return document
 
     def chat(self, prompt: Sequence, answer: Sequence) -> Document:
-        """One prompt, one answer of text and pictures; loss on the answer and the final </s>."""
+        """A prompt and an answer of text and pictures. Only the answer is in the loss."""
         document = self.asked(prompt)
         self.write(document, answer, 1.0, IMAGE_WEIGHT)
         document.add(self.eos, 1.0)
         return document
 
     def completion(self, *parts: str | Scene) -> Document:
-        """Plain text and pictures, no turns; loss on every token."""
+        """Text and pictures without turns. Every token is in the loss."""
         document = Document()
         document.add(self.bos, 0.0)
         self.write(document, parts, 1.0, IMAGE_WEIGHT)
@@ -130,10 +139,11 @@ class Writer:
     def branches(
         self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int
     ) -> Document:
-        """What is shared first, then turns that do not see each other, as many as fit into `room`.
+        """A shared beginning and one branch for each turn, as many as fit into `room` tokens.
 
-        turns: (question, answer) for chat; an empty question makes the answer a plain statement.
-        Without a picture nobody could know what an answer begins with: no loss on that sentence.
+        A turn is (question, answer). With an empty question the answer is a plain statement, and
+        all its tokens weigh 1. With an empty `shared`, no picture tells what the answer's first
+        sentence describes, so that sentence is not in the loss.
         """
         document = Document()
         document.add(self.bos, 0.0)
@@ -153,9 +163,8 @@ class Writer:
         return document
 
 
-# What a user may leave between a picture and the words beside it.
-GAPS = ("",) * 6 + (" ", " ", "\n")
-# How often each question is asked in sft: what is learned last is asked most.
+GAPS = ("",) * 6 + (" ", " ", "\n")  # what a user may type between a picture and the words
+# How often sft asks each kind of question, relative to the others: hard kinds more often.
 ASKED = {
     "caption": 1.5, "existence": 3.0, "relation": 3.0, "shape": 1.5, "colour": 1.5,
     "size": 1.0, "place": 3.5, "count": 3.0, "background": 0.3,
@@ -163,16 +172,15 @@ ASKED = {
 
 
 class Corpus:
-    """Draws documents about a fixed set of pictures, whose codes are computed once."""
+    """Draws random documents about a fixed set of pictures."""
 
     row_tokens = 384  # the paper: 4096
-    shares = (0.14, 0.18)  # of practice and of lists in sft, until train.PRACTICE changes them
+    shares = (0.14, 0.18)  # of `practice` and of `lists` in sft; see train.PRACTICE
 
     def __init__(self, writer: Writer, pictures: Pictures, rng: np.random.Generator) -> None:
         self.writer, self.pictures, self.rng = writer, pictures, rng
-        names = list(ASKED)
-        weights = np.array([ASKED[name] for name in names])
-        self.questions, self.asked = names, weights / weights.sum()
+        weights = np.array(list(ASKED.values()))
+        self.questions, self.asked = list(ASKED), weights / weights.sum()
 
     def chance(self, p: float) -> bool:
         return bool(self.rng.random() < p)
@@ -184,7 +192,7 @@ class Corpus:
         return self.one_of(self.pictures.singles)
 
     def busy_scene(self) -> Scene:
-        """Mostly two or three things: with one, a question is answered without being read."""
+        """A scene, rarely of one thing: there the answer does not depend on the question."""
         scene = self.scene()
         while len(scene.things) == 1 and self.chance(0.5):
             scene = self.scene()
@@ -198,7 +206,7 @@ class Corpus:
                 return language.vary(self.rng, turn[0]), turn[1]
 
     def place_pictures(self, question: str, scenes: tuple) -> tuple:
-        """Question and pictures in either order, each as often."""
+        """Question and pictures as parts of a prompt, in either order with equal probability."""
         gap = self.one_of(GAPS)
         if self.chance(0.5):
             return (question + gap, *scenes)
@@ -213,12 +221,12 @@ class Corpus:
     def pretrain(self, room: int) -> Document:
         rng, writer, kind = self.rng, self.writer, self.rng.random()
         scene = self.scene()
-        if kind < 0.35:  # picture first: many statements, each read off the picture alone
+        if kind < 0.35:  # a picture, then independent statements about it
             turns = [("", text) for text in self.statements(scene, 12)]
             return writer.branches((scene,), turns, IMAGE_WEIGHT, room)
-        if kind < 0.45:  # picture, then its caption and where things are
+        if kind < 0.45:  # a picture, then its caption and description
             return writer.completion(scene, " ".join(self.statements(scene, 2)))
-        if kind < 0.77:  # caption first
+        if kind < 0.77:  # a caption or a request, then the picture
             words = language.caption(scene) if self.chance(0.5) else None
             words = words or language.sentence(language.ask_drawing(rng, scene).text)
             prompt = () if self.chance(EMPTY_PROMPT) else (language.vary(rng, words),)
@@ -235,22 +243,24 @@ class Corpus:
     # --- sft: prompt and answer
 
     def sft(self, room: int) -> Document:
-        """One of eight kinds. The shares are of documents. A practice document fills what is left
-        of its row, so that a share of 0.14 makes 25 % of all tokens, and one of 0.36 makes 56 %.
+        """One document of a random kind. `room` is the number of tokens left in its row.
+
+        `shares` counts documents. A document of `practice` fills the room, so a share of 0.14
+        yields 25 % of all tokens and a share of 0.36 yields 56 %.
         """
         kind, (practice, lists) = self.rng.random(), self.shares
         if kind < practice:
             return self.practice(room)
         if kind < practice + lists:
             return self.lists()
-        kind = (kind - practice - lists) / (1 - practice - lists)  # 0..1 among the others
-        if kind < 0.14:
+        kind = (kind - practice - lists) / (1 - practice - lists)  # uniform in 0..1 again
+        if kind < 0.14:  # many questions about one picture
             scene = self.busy_scene()
             turns = [self.question(scene) for _ in range(14)]
             gap = self.one_of(GAPS)
             turns = [(gap + question, answer) for question, answer in turns]
             return self.writer.branches(self.given(scene), turns, 0.0, room)
-        if kind < 0.23:
+        if kind < 0.23:  # one question
             scene = self.busy_scene()
             question, answer = self.question(scene)
             return self.writer.question(self.place_pictures(question, self.given(scene)), answer)
@@ -265,22 +275,25 @@ class Corpus:
         return self.writer.chat((language.vary(self.rng, question),), (answer,))
 
     def practice(self, room: int) -> Document:
-        """Conclusions alone, from a description in words, as if it had been read off a picture.
+        """Conclusions drawn from a description in words, without a picture.
 
-        To describe a picture is learned long before, but to find one of its things again in the
-        description takes some ten million tokens of practice, and a picture costs as many as six
-        of these: <s> description -+- question <reserved08706> conclusion </s>, and so on. A third
-        is in the order of a real answer, with the question in front.
+            <s> description -+- question <reserved08706> conclusion </s>
+                             +- ...
+
+        The model learns to describe a picture early. To look up one thing in that description
+        takes about ten million tokens more. Text is the cheap way to learn it: a picture costs as
+        many tokens as six of these branches. In a third of these documents each branch has the
+        order of a real answer: question, description, conclusion.
         """
         rng, turns = self.rng, []
         in_order, kind = self.chance(0.35), rng.random()
         while len(turns) < (12 if in_order else 30):
-            if in_order or not turns:  # one scene for all, or for each its own
+            if in_order or not turns:  # a new scene for each turn, or one scene for all
                 count = int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
                 scene = world.sample_scene(rng, count, self.heard_of())
                 pair = world.sample_pair(rng, self.chance(0.3))
                 while pair[2] in ("colour", "both") and self.chance(0.6):
-                    pair = world.sample_pair(rng, self.chance(0.3))  # equal shapes are found last
+                    pair = world.sample_pair(rng, self.chance(0.3))  # equal shapes are harder
                 edit = world.sample_edit(rng, self.chance(0.3))
             share = rng.random()
             if kind < 0.5:
@@ -293,7 +306,7 @@ class Corpus:
             else:
                 ask = language.ask_common if share < 0.6 else language.ask_which
                 turn = ask(rng, *pair[:2])
-            if turn and ". " in turn[1]:  # more than a description
+            if turn and ". " in turn[1]:  # a description and a conclusion
                 turns.append((language.vary(rng, turn[0]), turn[1]))
         if in_order:
             return self.writer.branches((), turns, 0.0, room)
@@ -302,14 +315,14 @@ class Corpus:
         return self.writer.branches((seen,), turns, 0.0, room)
 
     def heard_of(self) -> bool | None:
-        """Half of the scenes in words have a HELD_OUT pair for sure: pictures never will."""
+        """`held_out` of a scene in words: half of them name a pair that no picture shows."""
         return True if self.chance(0.5) else None
 
     def again(self) -> tuple[str, str]:
-        """Many things in words, and each of them again, in another order.
+        """A description of three to eight things, and all of them again in another order.
 
-        Finding again, as in `practice`, in its purest form: once colour and shape are said, the
-        place can only be looked up, and with up to eight things a guess is seldom right.
+        This is the purest exercise in looking things up. Once colour and shape are said, only the
+        description tells the place, and a guess is seldom right.
         """
         scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), self.heard_of())
         said = [language.found(thing) for thing in scene.things]
@@ -317,13 +330,13 @@ class Corpus:
         return language.look(scene), " ".join(said[i] for i in order)
 
     def lists(self) -> Document:
-        """What `again` says, as a conversation."""
+        """The two texts of `again` as prompt and answer."""
         words, found = self.again()
         return self.writer.chat((words,), (found,))
 
     def drawing(self) -> Document:
         scene = self.scene()
-        if self.chance(EMPTY_PROMPT):  # what guidance compares with: <s> <racm3:break> codes
+        if self.chance(EMPTY_PROMPT):
             return self.writer.completion(scene)
         wanted = language.ask_drawing(self.rng, scene).text
         request = self.one_of(language.DRAW_PROMPTS).format(wanted)
@@ -334,32 +347,33 @@ class Corpus:
         return self.writer.chat((language.vary(self.rng, request),), answer)
 
     def drawn(self, scene: Scene) -> Scene | Picture:
-        """A picture as an answer: some of its codes are read as those of its twin.
+        """A picture to be drawn, with corrupted inputs: codes of its twin replace some of its own.
 
-        A twin has other colours or shapes at the same places. What was drawn so far cannot be
-        trusted then, and each code has to be found from the words. Else a purple tip is always
-        continued as a purple triangle, for it is never that of a star.
+        The twin has other colours or shapes at the same places. Such inputs cannot be trusted, so
+        the model has to predict each code from the prompt. Otherwise it would continue the purple
+        tip of a star as a triangle, because no picture of the training set shows a purple star.
         """
         twin = self.pictures.twins.get(scene)
-        slips = self.one_of(SLIPS)
-        if twin is None or not slips:
+        share = self.one_of(CORRUPTED_DRAWING)
+        if twin is None or not share:
             return scene
         codes, other = self.writer.codes[scene], self.writer.codes[twin]
-        return Picture(codes, np.where(self.rng.random(len(codes)) < slips, other, codes))
+        corrupted = self.rng.random(len(codes)) < share  # (S,)
+        return Picture(codes, np.where(corrupted, other, codes))
 
     def given(self, *scenes: Scene) -> tuple[Picture, ...]:
-        """Pictures in a question: some of their codes are read as others that look alike.
+        """Pictures of a question, with corrupted inputs.
 
-        A code is learned from the pictures it occurs in, and a tip that only blue stars had will
-        say "blue" on a purple star. Read for each other, codes that decode to nearly the same
-        pixels come to mean the same; code_rows.py is the other means to this end.
+        Some codes are replaced by one of their nearest neighbours in the codebook, which decode to
+        almost the same pixels. So neighbours come to mean the same. Otherwise a code that occurs
+        in blue stars only would mean "blue" in a purple star, too. code_rows.py has the same aim.
         """
         alike, pictures = self.pictures.alike, []
         for scene in scenes:
             codes = self.writer.codes[scene]
             other = alike[codes, self.rng.integers(alike.shape[1], size=len(codes))]  # (S,)
-            blurred = self.rng.random(len(codes)) < self.one_of(BLUR)
-            pictures.append(Picture(codes, np.where(blurred, other, codes)))
+            corrupted = self.rng.random(len(codes)) < self.one_of(CORRUPTED_PROMPT)  # (S,)
+            pictures.append(Picture(codes, np.where(corrupted, other, codes)))
         return tuple(pictures)
 
     def edit(self) -> Document:
@@ -371,18 +385,18 @@ class Corpus:
         return self.writer.chat(self.place_pictures(request, pictures[:1]), pictures[1:])
 
     def recoded(self, *scenes: Scene) -> tuple[Picture, ...]:
-        """Pictures in which about half of the codes have changed their meaning with each other.
+        """Pictures after one random permutation of about half of all codes, the same for all.
 
-        They show nothing known, so that a thing can only be moved by copying its codes.
+        They decode to nothing known. So the model can only move a thing by copying its codes.
         """
-        meaning = np.arange(len(self.pictures.alike))  # (K,)
-        changed = self.rng.random(len(meaning)) < 0.5
-        meaning[changed] = self.rng.permutation(meaning[changed])
-        recoded = (meaning[self.writer.codes[scene]] for scene in scenes)
+        new_code = np.arange(len(self.pictures.alike))  # (K,)
+        permuted = self.rng.random(len(new_code)) < 0.5  # (K,)
+        new_code[permuted] = self.rng.permutation(new_code[permuted])
+        recoded = (new_code[self.writer.codes[scene]] for scene in scenes)
         return tuple(Picture(codes, codes) for codes in recoded)
 
     def two_pictures(self, room: int) -> Document:
-        """Two pictures and several questions, or one question on either side of them."""
+        """Two pictures with a branch for each of several questions, or with one question."""
         rng = self.rng
         if self.chance(0.5):
             first, second, change = self.one_of(self.pictures.edits)
@@ -394,7 +408,7 @@ class Corpus:
         turns += [language.ask_both(rng, first, second)]
         turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
         if self.chance(0.7):
-            order = self.rng.permutation(len(turns))  # the last ones may find no room
+            order = self.rng.permutation(len(turns))  # the last ones may not fit
             turns = [turns[i] for i in order]
             return self.writer.branches(self.given(first, second), turns, 0.0, room)
         question, answer = self.one_of(turns)
@@ -403,17 +417,19 @@ class Corpus:
 
 
 # ---------------------------------------------------------------------------------------------
-# Rows: documents packed side by side, with positions and a mask that keep them apart
+# Rows of documents, one after the other; positions and a mask keep them independent
 
 
 class Rows:
-    """Draws batches of B rows of T tokens."""
+    """Packs documents into batches of B rows of T tokens."""
 
     def __init__(self, corpus: Corpus, pad: int) -> None:
         self.corpus, self.pad, self.waiting = corpus, pad, None
 
     def row(self, draw: Callable[[int], Document], T: int) -> list[Document]:
-        """Documents until less than T / 4 is free or one does not fit: that opens the next row."""
+        """The documents of one row. It ends when less than T / 4 is free, or with a document that
+        does not fit, which then opens the next row.
+        """
         documents, room = [], T
         while room >= T // 4:
             document = self.waiting or draw(room)
@@ -426,9 +442,9 @@ class Rows:
         return documents
 
     def batch(self, draw: Callable[[int], Document], B: int, T: int) -> dict[str, Tensor]:
-        """-> ids, read, position, weight (B, T), mask (B, T, T): who may see whom, causality aside
+        """-> ids, read, position, weight (B, T) and mask (B, T, T), see `visible`.
 
-        ids are the targets; the model reads `read`, which is the same but for slips.
+        `ids` are the targets and `read` the inputs, in which some codes are corrupted.
         """
         arrays = {
             "ids": np.full((B, T), self.pad), "read": np.full((B, T), self.pad),
@@ -449,9 +465,9 @@ class Rows:
 
 
 def visible(document: Tensor, branch: Tensor) -> Tensor:
-    """document, branch (B, T) -> bool (B, T, T): token t may look at token j.
+    """document, branch (B, T) -> bool (B, T, T): may token t attend to token j, causality aside?
 
-    Only inside one document, and there at the shared beginning (branch 0) or the own branch.
+    It may if both are in one document, and j is in its shared beginning (branch 0) or t's branch.
     """
     same = document[:, :, None] == document[:, None]  # (B, T, T)
     return same & ((branch[:, None] == 0) | (branch[:, :, None] == branch[:, None]))

@@ -1,14 +1,15 @@
-"""Meta's release and Anole's forks, read under Hugging Face's names; and the command that converts.
+"""Meta's release and Anole's forks, read under Hugging Face's names.
 
-    python -m engine.convert SRC DST                 any layout below -> a Hugging Face folder
-    python -m engine.convert SRC DST --vqgan FILE    with the VQ-VAE of FILE, decoder included
-    python -m engine.convert SRC DST --quantize int8 weights in 8 bits: half of the bytes
+    models/7b/consolidated.00.pth ...  --open_release--> config, {Hugging Face's name: tensor}
+    tokenizer/vqgan.ckpt               --open_vqgan----> the same of the VQ-VAE
+    tokenizer/text_tokenizer.json    --load_processor--> ChameleonProcessor
 
-SRC is known by what it holds:
-    config.json, *.safetensors                 Hugging Face: facebook/chameleon-7b
-    the same, q_norm.weight of one dimension   written by Anole's fork of transformers
+Who needs it: whoever has Meta's own files, or a VQ-VAE in a file of its own. `open_checkpoint` of
+checkpoint.py comes here when a folder looks like one of these:
+
     consolidated*.pth, params.json             one model of Meta's release
     models/7b or models/30b, tokenizer/        the release's root; GAIR/Anole-7b-v0.1 is laid out so
+    *.safetensors, q_norm.weight of one dimension    written by Anole's fork of transformers
 
 Meta's name in each of the P shards, how they are joined, Hugging Face's name (letters are those of
 chameleon.py; layers.N. and model.layers.N. left out):
@@ -32,12 +33,7 @@ Nothing is read before it is needed: pickles are memory-mapped and hold tensors 
 (weights_only), so memory never has more than the one file that is being written.
 """
 
-import argparse
-import pickle
 import re
-import shutil
-import sys
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,24 +41,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from engine.checkpoint import DECODER_PREFIX, Stored, open_model, open_safetensors, write_checkpoint
-from engine.processor_files import write_release_tokenizer, write_sentencepiece_tokenizer
-from engine.quantize import KINDS, kind_of
-from image_processor import ChameleonImageProcessor, read_json
-from processor import ChameleonProcessor
-from tokenizer import IMAGE_PLACEHOLDERS, load_tokenizer
+from chameleon import ChameleonConfig
+from chameleon_extras.files import Stored, load_pickle, open_safetensors
+from processor import ChameleonImageProcessor, ChameleonProcessor
+from tokenizer import IMAGE_PLACEHOLDERS, load_tokenizer, read_json
 from vqvae import ChameleonVQVAEConfig
 
 VQ_PREFIX = "model.vqmodel."
+DECODER_PREFIX = VQ_PREFIX + "decoder."
 CODEBOOK = VQ_PREFIX + "quantize.embedding.weight"
 VQ_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-TOKENIZER_AND_PROCESSOR = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "preprocessor_config.json", "processor_config.json",
-    "generation_config.json", "chat_template.json", "chat_template.jinja",
-)
-
 
 # ---------------------------------------------------------------------------------------------
 # How P shards of a tensor become one. Given meta tensors, these tell shapes and cost nothing.
@@ -178,30 +166,6 @@ def read_params(release: Path) -> dict:
     if not params.get("qk_normalization", True):
         raise ValueError(f"{release / 'params.json'}: qk_normalization is off: Chameleon has it on")
     return params
-
-
-def load_pickle(path: Path) -> dict[str, Tensor]:
-    """A .pth or .ckpt -> {name: tensor, memory-mapped}. ValueError if it is broken or more.
-
-    A pickle is a program. weights_only runs the part of it that builds tensors and nothing else.
-    """
-    try:
-        with open(path, "rb") as file:
-            starts_as_zip = file.read(2) == b"PK"  # before torch 1.6: no zip, and no mmap
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=starts_as_zip)
-    except FileNotFoundError:
-        raise ValueError(f"no file {path}") from None
-    except (IsADirectoryError, PermissionError) as e:
-        raise ValueError(f"{path} cannot be read: {e.strerror}") from None
-    except (RuntimeError, OSError, EOFError, KeyError, AttributeError, TypeError, ValueError,
-            pickle.UnpicklingError, zipfile.BadZipFile):
-        raise ValueError(f"{path} is truncated, or holds more than tensors: "
-                         "download it again") from None
-    if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
-        data = data["state_dict"]
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no tensors by name: it is no checkpoint")
-    return {name: tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
 
 
 def load_shards(release: Path, params: dict) -> list[dict[str, Tensor]]:
@@ -365,10 +329,6 @@ def pairs_to_halves(c: ChameleonConfig, tensors: dict[str, Stored]) -> dict[str,
     return tensors
 
 
-# ---------------------------------------------------------------------------------------------
-# The command
-
-
 def load_processor(folder: Path) -> ChameleonProcessor:
     """As ChameleonProcessor.from_pretrained, of Meta's release too, which has no file for it."""
     release = find_release(folder)
@@ -378,83 +338,3 @@ def load_processor(folder: Path) -> ChameleonProcessor:
     vq = vq_config(release, open_vqgan(place / "vqgan.ckpt"))
     pictures = ChameleonImageProcessor(size=vq.resolution, crop_size=vq.resolution)
     return ChameleonProcessor(pictures, load_tokenizer(place), vq.codes_per_image)
-
-
-def write_processor(source: Path, folder: Path) -> None:
-    """Tokenizer and processor, so that transformers' AutoProcessor reads them, too."""
-    release = find_release(source)
-    if release:
-        load_processor(release).save_pretrained(folder)
-        return write_release_tokenizer(folder)
-    for name in TOKENIZER_AND_PROCESSOR:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        write_sentencepiece_tokenizer(folder)
-
-
-def convert(source: Path, target: Path, vqgan: Path | None = None,
-            max_shard_bytes: int = 5 * 10**9, quantize: str | None = None) -> None:
-    """Writes the folder `target`, whole or not at all. ValueError says what stands in the way."""
-    part = target.with_name(target.name + ".part")
-    if target.exists():
-        raise ValueError(f"{target} exists already: name a folder that does not")
-    if part.exists():
-        raise ValueError(f"{part} is what an interrupted conversion left: remove it first")
-    if not target.absolute().parent.is_dir():
-        raise ValueError(f"the folder {target.absolute().parent} does not exist: make it first")
-    model, tensors = open_model(ChameleonForConditionalGeneration, source, "cpu", vqgan, quantize)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    free = shutil.disk_usage(target.absolute().parent).free
-    if total > free:
-        raise ValueError(f"{target} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} left")
-    part.mkdir()
-    try:
-        write_checkpoint(part, model.config, tensors, max_shard_bytes, kind_of(model), "converting")
-        write_processor(source, part)
-        part.rename(target)
-    except BaseException:  # Ctrl-C and a full disk too: what is half is removed
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def byte_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMG".index(match[2] or " "))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """-> exit code, see `generate.exit_code`."""
-    from safetensors import SafetensorError
-
-    from generate import OneLineParser, exit_code  # which imports this file
-
-    parser = OneLineParser(
-        prog="convert",
-        description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.",
-    )
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
-    parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
-    parser.add_argument("--vqgan", type=Path, metavar="FILE",
-                        help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
-    parser.add_argument("--shard-size", type=byte_size, default="5GB", metavar="SIZE",
-                        help="largest file, and so the memory that is needed (default: 5GB)")
-    parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
-    options = parser.parse_args(arguments)
-    def run() -> None:
-        if not options.target.name:
-            raise ValueError("DST must be the name of a folder that is not there yet")
-        try:
-            convert(options.source, options.target, options.vqgan, options.shard_size,
-                    options.quantize)
-        except SafetensorError as e:
-            raise ValueError(e) from None
-        print(f"{options.target}: written", file=sys.stderr)
-
-    return exit_code("convert", run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

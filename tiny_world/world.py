@@ -1,22 +1,24 @@
-"""A toy world of coloured shapes: pictures, and a reader of pictures. Its English: language.py.
+"""A toy world of coloured shapes: it renders pictures, and reads from a picture what it shows.
 
     rng -> sample_scene -> Scene -> render -> picture (H, W, 3) uint8
-                picture -> read_scene -> Scene        the judge of reconstructions and drawings
+                picture -> read_scene -> Scene        judges reconstructions and drawings
 
-Everything random comes from the one numpy Generator that is passed in, so a seed is a data set.
+    Thing    one coloured shape: colour, shape, size, place, and a small random offset
+    Scene    a plain background with one to three things in reading order
 
-    Thing    one coloured shape: colour, shape, size, place (and a little jitter)
-    Scene    a plain background with one to three things, listed in reading order
+Who needs it: whoever trains or evaluates the tiny checkpoint. language.py holds its English.
+All random draws come from the numpy Generator that the caller passes, so a seed is a data set.
 
-A few (colour, shape) pairs are HELD_OUT: no picture that the decoder learns from shows them, and no
-sentence about a picture names them. The VQ-VAE, which learns pixels and no words, sees them, and
-sentences without a picture name them, as people have heard of what they never saw. A model that
-names or draws them has learned the colour and the shape, not the picture.
+HELD_OUT holds two (colour, shape) pairs that test composition. No picture of the decoder's training
+set shows them, and no sentence about a picture names them. The VQ-VAE sees them, because it learns
+pixels and no words. Sentences without a picture name them, as people talk of things they have never
+seen. A decoder that names or draws these pairs has learned colour and shape separately.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ COLOURS = {
     "orange": (246, 128, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-SIZES = {"small": 0.1, "large": 0.15}  # radius of the circle, in picture widths
+SIZES = {"small": 0.1, "large": 0.15}  # radius of a circle, in picture widths
 BACKGROUNDS = {"white": 255, "black": 0, "gray": 128}
 # (row, column) of a 3 x 3 grid -> the words for it
 PLACES = {
@@ -41,10 +43,10 @@ PLACES = {
 }  # fmt: skip
 SIDE = 36  # pixels: each place is 12 x 12, exactly 3 x 3 patches of a VQ-VAE that divides by 4
 HELD_OUT = frozenset({("purple", "star"), ("green", "triangle")})
-JITTER = 1 / 48  # how far a thing strays from its place, in picture widths
+JITTER = 1 / 48  # largest random offset of a thing from its place, in picture widths
 # The outer radius of each shape relative to the circle's, so that all four look equally large.
 REACH = {"circle": 1.0, "square": 0.90, "triangle": 1.22, "star": 1.2}
-BLOB = 0.25  # the reader's limit: squared error of the best rendering, per covered pixel
+BLOB = 0.25  # above this squared error per covered pixel, the reader recognizes no shape
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Thing:
     shape: str
     size: str
     place: tuple[int, int]  # (row, column), 0..2
-    dy: float = 0.0  # jitter, in picture widths
+    dy: float = 0.0  # random offset, in picture widths
     dx: float = 0.0
 
     def __str__(self) -> str:
@@ -67,7 +69,7 @@ class Scene:
 
 
 def pick(rng: np.random.Generator, options):
-    """One of the options (a sequence or a dict's keys), each as likely."""
+    """One of the options (a sequence, or a dict's keys), all equally likely."""
     options = options if isinstance(options, Sequence) else list(options)
     return options[int(rng.integers(len(options)))]
 
@@ -75,7 +77,7 @@ def pick(rng: np.random.Generator, options):
 def sample_thing(
     rng: np.random.Generator, place: tuple[int, int], held_out: bool | None = False
 ) -> Thing:
-    """One thing at `place`; its (colour, shape) is in HELD_OUT or not; None: it may be either."""
+    """A thing at `place`. `held_out`: is its (colour, shape) in HELD_OUT? None: it may be."""
     while True:
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
         if held_out is None or ((colour, shape) in HELD_OUT) == held_out:
@@ -87,12 +89,10 @@ def sample_thing(
 def sample_scene(
     rng: np.random.Generator, count: int | None = None, held_out: bool | None = False
 ) -> Scene:
-    """A random scene of `count` things, by default one to three.
+    """A random scene of `count` things, by default one to three, no two alike in colour and shape.
 
-    No two are alike in both colour and shape.
-
-    held_out: the first thing drawn is a HELD_OUT composition (the others are ordinary); None: any
-    thing may be.
+    held_out: True makes the first thing drawn a HELD_OUT pair, and only that; False allows none;
+    None allows any.
     """
     count = count or int(rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25)))
     places = sorted(PLACES)
@@ -108,25 +108,28 @@ def sample_scene(
 
 
 def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene, str]:
-    """Two pictures of one thing each, and what they share: colour, shape, both or nothing."""
+    """Two scenes of one thing each, and what they share: colour, shape, both or nothing.
+
+    held_out: the first scene shows a HELD_OUT pair; else neither does.
+    """
     shared = pick(rng, ("colour", "shape", "both", "nothing"))
+    wanted = shared in ("colour", "both"), shared in ("shape", "both")
     while True:
         first, second = sample_scene(rng, 1, held_out), sample_scene(rng, 1)
         thing, other = first.things[0], second.things[0]
-        if shared in ("colour", "both"):
+        if wanted[0]:
             other = replace(other, colour=thing.colour)
-        if shared in ("shape", "both"):
+        if wanted[1]:
             other = replace(other, shape=thing.shape)
         same = thing.colour == other.colour, thing.shape == other.shape
-        wanted = shared in ("colour", "both"), shared in ("shape", "both")
         if same == wanted and (held_out or (other.colour, other.shape) not in HELD_OUT):
             return first, replace(second, things=(other,)), shared
 
 
 def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene, str]:
-    """A picture of one thing, the same with one field changed, and the field's name.
+    """A scene of one thing, the same with one field changed, and the field's name.
 
-    held_out: the first picture shows a HELD_OUT composition; else neither does.
+    held_out: the first scene shows a HELD_OUT pair; else neither does.
     """
     before = sample_scene(rng, 1, held_out)
     field = pick(rng, ("colour", "shape", "size", "place", "background"))
@@ -142,7 +145,7 @@ def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
 
 
 def sample_twin(rng: np.random.Generator, scene: Scene) -> Scene:
-    """The same places, sizes and background with other colours, other shapes or both."""
+    """The scene with other colours, other shapes or both at the same places."""
     while True:
         things = []
         for thing in scene.things:
@@ -160,22 +163,21 @@ def sample_twin(rng: np.random.Generator, scene: Scene) -> Scene:
 
 # ---------------------------------------------------------------------------------------------
 # Pictures
-# ---------------------------------------------------------------------------------------------
 
 
 def coverage(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers, 0..1; y, x and radius in pixels, y down, centre 0.
+    """The share of each pixel that a shape covers, 0 to 1. y, x, radius: pixels from its centre.
 
-    Each shape is a signed distance d (negative inside); a pixel whose centre is d away from a
-    straight edge is covered by about 1/2 - d, which is the anti-aliasing.
+    d is the signed distance to the outline, negative inside. A pixel at distance d from a straight
+    edge is covered by about 1/2 - d. This is the anti-aliasing.
     """
     if shape == "circle":
         d = np.hypot(x, y) - radius
     elif shape == "square":
         d = np.maximum(abs(x), abs(y)) - radius
     else:
-        # A regular n-gon or n-star is 2n mirrored wedges; in each the outline is one straight
-        # line, from the tip (radius, angle 0) to the notch (inner * radius, angle pi / n).
+        # A regular n-gon or n-star consists of 2n mirrored wedges. In each the outline is one
+        # straight line from the tip (radius, angle 0) to the notch (inner * radius, angle pi / n).
         n, inner = (3, 0.5) if shape == "triangle" else (5, 0.42)
         r, angle = np.hypot(x, y), np.arctan2(x, -y)  # angle from the upward tip
         angle = abs((angle + np.pi / n) % (2 * np.pi / n) - np.pi / n)  # folded into one wedge
@@ -188,15 +190,15 @@ def coverage(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndar
 def render(scene: Scene, height: int = SIDE, width: int | None = None) -> np.ndarray:
     """scene -> picture (H, W, 3) uint8.
 
-    The scene fills the largest centred square; the rest of a wider or taller picture is
-    background. So the centre crop of the image processor never cuts a thing.
+    The scene fills the largest centred square, and background the rest. So the image processor's
+    centre crop never cuts a thing.
     """
     width = width or height
     side = min(height, width)
     picture = np.full((height, width, 3), BACKGROUNDS[scene.background], np.float32)  # (H, W, 3)
     for thing in scene.things:
         cy, cx = thing_centre(thing, height, width)
-        reach = int(side * 0.22) + 2  # no shape reaches farther
+        reach = int(side * 0.22) + 2  # the largest radius, and two pixels
         rows = slice(max(0, int(cy) - reach), int(cy) + reach)
         columns = slice(max(0, int(cx) - reach), int(cx) + reach)
         window = picture[rows, columns]  # (h, w, 3), a view
@@ -212,7 +214,7 @@ def render(scene: Scene, height: int = SIDE, width: int | None = None) -> np.nda
 def thing_centre(thing: Thing, height: int, width: int) -> tuple[float, float]:
     """The centre (y, x) of a thing in pixels."""
     side = min(height, width)
-    # A triangle's middle lies above the centre it is drawn around, by a quarter of its radius.
+    # The middle of a triangle's height lies a quarter of its radius above its centre.
     drop = 0.25 * SIZES[thing.size] * REACH["triangle"] if thing.shape == "triangle" else 0.0
     y = (2 * thing.place[0] + 1) / 6 + thing.dy + drop
     x = (2 * thing.place[1] + 1) / 6 + thing.dx
@@ -220,77 +222,73 @@ def thing_centre(thing: Thing, height: int, width: int) -> tuple[float, float]:
 
 
 def render_pixels(scenes: Sequence[Scene]) -> np.ndarray:
-    """B scenes -> pixels (B, 3, H, W) fp32, -1 to 0.989.
+    """B scenes -> pixels (B, 3, H, W) fp32, as ChameleonImageProcessor computes them.
 
-    The very numbers of ChameleonImageProcessor, whose white is 255 * 0.0078 - 1 = 0.989.
+    White is 255 * 0.0078 - 1 = 0.989.
     """
     pictures = np.stack([render(scene) for scene in scenes])  # (B, H, W, 3)
     pixels = (pictures * 0.0078).astype(np.float32) - 1
-    # Contiguous: a permuted view would make every convolution run in the slower channels_last.
+    # Contiguous, since on a permuted view every convolution would run in channels_last: slower.
     return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # (B, 3, H, W)
 
 
 # ---------------------------------------------------------------------------------------------
-# The reader: the judge of what a picture shows, with no learning in it
+# The reader finds what a picture shows by rules, without any learning.
 
 
 def read_scene(picture: np.ndarray | Image.Image) -> Scene:
-    """A square picture of this world -> the Scene it shows (jitter included).
+    """A square picture (N, N, 3) -> the Scene it shows, with offsets.
 
-    Analysis by synthesis: in each of the nine places the colour that explains the pixels best,
-    then the shape and size whose rendering comes nearest. `shape` is "blob" where no rendering
-    comes near, so that a smeared drawing is not taken for a circle.
+    Analysis by synthesis: for each of the nine places, the reader takes the colour that explains
+    the pixels best, then the shape and size whose rendering comes nearest. It calls the shape
+    "blob" where no rendering comes near, so that a smeared drawing does not count as a circle.
     """
     picture = np.asarray(picture, np.float32)  # (N, N, 3)
-    middle = np.median(picture, axis=(0, 1))  # (3,), things never cover half of the picture
+    middle = np.median(picture, axis=(0, 1))  # (3,), as things cover less than half
     background = min(BACKGROUNDS, key=lambda name: np.abs(middle - BACKGROUNDS[name]).sum())
-    things = []
-    for place in PLACES:
-        thing = read_place(picture - BACKGROUNDS[background], place, BACKGROUNDS[background])
-        if thing:
-            things.append(thing)
-    return Scene(background, tuple(things))
+    level = BACKGROUNDS[background]
+    things = (read_place(picture - level, place, level) for place in PLACES)
+    return Scene(background, tuple(thing for thing in things if thing))
 
 
 def read_place(difference: np.ndarray, place: tuple[int, int], background: float) -> Thing | None:
-    """What stands at one place; difference (N, N, 3) is the picture minus its background."""
+    """The thing at one place, None if there is none. difference (N, N, 3): picture - background."""
     side = len(difference)
     edges = [round(side * i / 3) for i in range(4)]
     rows, columns = (slice(edges[i], edges[i + 1]) for i in place)
     window = difference[rows, columns]  # (h, w, 3)
-    # With alpha the coverage, a pixel is alpha * direction: project on it, see what is left over.
-    best = None
-    for name, colour in COLOURS.items():
-        direction = np.array(colour, np.float32) - background  # (3,)
+
+    def coverage_by(colour: str) -> tuple[float, np.ndarray]:
+        """A pixel is coverage * direction -> the squared rest of this fit, the coverage (h, w)."""
+        direction = np.array(COLOURS[colour], np.float32) - background  # (3,)
         alpha = np.clip(window @ direction / (direction @ direction), 0, 1)  # (h, w)
-        rest = np.square(window - alpha[..., None] * direction).sum()
-        if best is None or rest < best[0]:
-            best = rest, name, alpha
-    _, colour, alpha = best
-    if alpha.sum() < 0.5 * (SIZES["small"] * side) ** 2:  # a small star covers 3.5 times as much
+        return np.square(window - alpha[..., None] * direction).sum(), alpha
+
+    colour = min(COLOURS, key=lambda name: coverage_by(name)[0])
+    alpha = coverage_by(colour)[1]  # (h, w)
+    if alpha.sum() < 0.5 * (SIZES["small"] * side) ** 2:  # a small star: 3.5 times as much
         return None
     y = np.arange(alpha.shape[0])[:, None] + 0.5  # (h, 1)
     x = np.arange(alpha.shape[1])[None] + 0.5  # (1, w)
     cy, cx = (alpha * y).sum() / alpha.sum(), (alpha * x).sum() / alpha.sum()
-    best = None
-    for shape in SHAPES:
-        for size, radius in SIZES.items():
-            template = coverage(shape, y - cy, x - cx, radius * REACH[shape] * side)  # (h, w)
-            error = np.square(alpha - template).sum() / template.sum()
-            if best is None or error < best[0]:
-                best = error, shape, size
-    error, shape, size = best
+
+    def error(form: tuple[str, str]) -> float:
+        shape, size = form
+        template = coverage(shape, y - cy, x - cx, SIZES[size] * REACH[shape] * side)  # (h, w)
+        return np.square(alpha - template).sum() / template.sum()
+
+    shape, size = form = min(product(SHAPES, SIZES), key=error)
     dy = (rows.start + cy) / side - (2 * place[0] + 1) / 6
     dx = (columns.start + cx) / side - (2 * place[1] + 1) / 6
-    return Thing(colour, shape if error < BLOB else "blob", size, place, float(dy), float(dx))
+    return Thing(colour, shape if error(form) < BLOB else "blob", size, place, float(dy), float(dx))
 
 
 # ---------------------------------------------------------------------------------------------
-# python -m training.world FOLDER: the pictures in examples/
+# python -m tiny_world.world FOLDER: the pictures in examples/
 
 
 def write_examples(folder: Path) -> None:
-    """The README's pictures, larger than the model sees them, one of them not square."""
+    """Renders the README's pictures, larger than the model sees them. One is not square."""
     def thing(words: str, row: int, column: int) -> Thing:
         size, colour, shape = words.split()
         return Thing(colour, shape, size, (row, column))

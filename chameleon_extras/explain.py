@@ -28,11 +28,11 @@ from PIL import Image
 from torch import Tensor
 
 from chameleon import ChameleonForConditionalGeneration, KVCache, allowed_keys
-from image_processor import ChameleonImageProcessor
+from chameleon_extras.sheets import code_colour
+from processor import ChameleonImageProcessor
 from tokenizer import Tokenizer, image_token_name
 
 SHADES = " ░▒▓█"
-GOLDEN_ANGLE = 137.508  # degrees; its multiples fill the circle evenly and never meet
 CHUNK = 128  # places whose logits exist at one time: all of 4096 x 65536 would be 1 GiB
 LINES, GRID = 40, 12  # most lines of tokens, most codes a side, that a terminal is shown
 VQ = "model.vqmodel."
@@ -372,15 +372,6 @@ def svg_codes(codes: list[list[int]], side: int) -> str:
                          f'font-size="{cell * 0.34:.0f}">{code}</text>'
                          for y, row in enumerate(codes) for x, code in enumerate(row))
     return svg_cells(codes, side, lambda code: f'fill="{code_colour(code)}"', over=digits)
-
-
-def code_hue(code: int) -> float:
-    """Degrees; neighbouring codes differ."""
-    return code * GOLDEN_ANGLE % 360
-
-
-def code_colour(code: int) -> str:
-    return f"hsl({code_hue(code):.0f} 60% 75%)"
 
 
 def svg_cells(values: list[list], side: int, attributes, under: str = "", over: str = "") -> str:

@@ -1,0 +1,196 @@
+"""The command that converts a checkpoint: any layout -> a folder that transformers reads, too.
+
+    python -m chameleon_extras.convert SRC DST     SRC: Hugging Face's folder, Meta's or Anole's
+                           --vqgan FILE            with the VQ-VAE of FILE, decoder included
+                           --quantize int8         weights in 8 bits: half of the bytes
+
+Who needs it: whoever wants Meta's files, or quantized weights, on disk once and for all, or wants
+transformers' AutoProcessor to read a folder. release.py lists the layouts.
+
+    tokenizer.model (sentencepiece) ------------+
+    text_tokenizer.json (Meta's release) -------+--> tokenizer.json, tokenizer_config.json
+
+transformers reads byte-level BPE as it is, but for the name of <image> and for <s> in front. To
+read a sentencepiece model, it needs the protobuf package. So a tokenizer.json that gives the same
+ids is written beside it: a BPE whose merges are all the ways to put a piece together from two, the
+piece with the best score first, and bytes for all that has no piece.
+
+That file cannot express one rule: in transformers, the name of a control token in a text, such as
+"<s>", becomes that token. In tokenizer.py text never does.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from chameleon import ChameleonForConditionalGeneration
+from chameleon_extras.checkpoint import open_model, write_checkpoint
+from chameleon_extras.files import OneLineParser, exit_code
+from chameleon_extras.quantize import KINDS, kind_of
+from chameleon_extras.release import find_release, load_processor
+from tokenizer import (
+    BEGIN_IMAGE,
+    END_IMAGE,
+    END_OF_TURN,
+    IMAGE_PLACEHOLDERS,
+    SentencePieceTokenizer,
+    read_json,
+    write_json,
+)
+
+TOKENIZER_AND_PROCESSOR = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "preprocessor_config.json", "processor_config.json",
+    "generation_config.json", "chat_template.json", "chat_template.jinja",
+)
+SPACE = SentencePieceTokenizer.SPACE
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizer and processor
+
+
+def begin_with(bos_id: int) -> dict:
+    """Meta's code puts <s> in front by itself; transformers' tokenizer is told to by its file."""
+    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing", "single": begin,
+        "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [bos_id], "tokens": ["<s>"]}},
+    }
+
+
+def write_tokenizer(folder: Path, data: dict) -> None:
+    """`data` is the contents of tokenizer.json but for its post_processor."""
+    data["post_processor"] = begin_with(data["model"]["vocab"]["<s>"])
+    text = json.dumps(data, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {
+        # Named, since some versions of transformers take Llama's by default and lose all spaces.
+        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "ChameleonProcessor",
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "sep_token": END_OF_TURN, "image_token": IMAGE_PLACEHOLDERS[0], "boi_token": BEGIN_IMAGE,
+        "eoi_token": END_IMAGE, "padding_side": "left", "clean_up_tokenization_spaces": False,
+    })
+
+
+def write_release_tokenizer(folder: Path) -> None:
+    """tokenizer.json, as Meta has it, gets transformers' name for the placeholder."""
+    data, (ours, metas) = read_json(folder / "tokenizer.json"), IMAGE_PLACEHOLDERS
+    vocab = data["model"]["vocab"]
+    data["model"]["vocab"] = {ours if name == metas else name: vocab[name] for name in vocab}
+    for token in data.get("added_tokens") or []:
+        token["content"] = ours if token["content"] == metas else token["content"]
+    write_tokenizer(folder, data)
+
+
+def write_sentencepiece_tokenizer(folder: Path) -> None:
+    """Beside tokenizer.model, the same as a tokenizer.json. ValueError if that file is broken."""
+    from sentencepiece import SentencePieceProcessor
+
+    path = folder / "tokenizer.model"
+    vocab = SentencePieceTokenizer(path).vocab  # checked: it keeps a text as it is
+    model = SentencePieceProcessor(model_proto=path.read_bytes())
+    special = {name for name, id in vocab.items() if model.is_control(id) or model.is_unknown(id)}
+    pieces = [name for name, id in vocab.items() if name not in special and not model.is_byte(id)]
+    pieces.sort(key=lambda name: -model.get_score(vocab[name]))  # the order of training
+    known = set(pieces)
+    merges = [[piece[:k], piece[k:]] for piece in pieces for k in range(1, len(piece))
+              if piece[:k] in known and piece[k:] in known]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    write_tokenizer(folder, {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab[name], "content": name, "special": True, **flags}
+                         for name in sorted(special, key=vocab.get)],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+        ]},
+        "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
+                  "vocab": vocab, "merges": merges},
+    })
+
+
+def write_processor(source: Path, folder: Path) -> None:
+    """Tokenizer and processor, so that transformers' AutoProcessor reads them, too."""
+    release = find_release(source)
+    if release:
+        load_processor(release).save_pretrained(folder)
+        return write_release_tokenizer(folder)
+    for name in TOKENIZER_AND_PROCESSOR:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        write_sentencepiece_tokenizer(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+
+
+def convert(source: Path, target: Path, vqgan: Path | None = None,
+            max_shard_bytes: int = 5 * 10**9, quantize: str | None = None) -> None:
+    """Writes the folder `target`, whole or not at all. ValueError says what stands in the way."""
+    part = target.with_name(target.name + ".part")
+    if target.exists():
+        raise ValueError(f"{target} exists already: name a folder that does not")
+    if part.exists():
+        raise ValueError(f"{part} is what an interrupted conversion left: remove it first")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"the folder {target.absolute().parent} does not exist: make it first")
+    model, tensors = open_model(ChameleonForConditionalGeneration, source, "cpu", vqgan, quantize)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    free = shutil.disk_usage(target.absolute().parent).free
+    if total > free:
+        raise ValueError(f"{target} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} left")
+    part.mkdir()
+    try:
+        write_checkpoint(part, model.config, tensors, max_shard_bytes, kind_of(model), "converting")
+        write_processor(source, part)
+        part.rename(target)
+    except BaseException:  # Ctrl-C and a full disk too: what is half is removed
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def byte_size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMG".index(match[2] or " "))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """-> exit code, see `files.exit_code`."""
+    from safetensors import SafetensorError
+
+    parser = OneLineParser(
+        prog="convert",
+        description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.",
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
+    parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
+    parser.add_argument("--vqgan", type=Path, metavar="FILE",
+                        help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
+    parser.add_argument("--shard-size", type=byte_size, default="5GB", metavar="SIZE",
+                        help="largest file, and so the memory that is needed (default: 5GB)")
+    parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
+    options = parser.parse_args(arguments)
+    def run() -> None:
+        if not options.target.name:
+            raise ValueError("DST must be the name of a folder that is not there yet")
+        try:
+            convert(options.source, options.target, options.vqgan, options.shard_size,
+                    options.quantize)
+        except SafetensorError as e:
+            raise ValueError(e) from None
+        print(f"{options.target}: written", file=sys.stderr)
+
+    return exit_code("convert", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

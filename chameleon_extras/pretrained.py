@@ -1,0 +1,103 @@
+"""The options of `from_pretrained` under transformers' names, and what they mean here.
+
+    ("facebook/chameleon-7b", torch_dtype=..., device_map=..., quantization_config=...)
+        --find_folder--> a folder --load_checkpoint--> the model, on its device
+
+Who needs it: whoever comes from transformers' documentation. Each option is turned into one of
+`load_checkpoint`'s; an option that is not offered is refused by name.
+Source: the documentation of transformers' PreTrainedModel.from_pretrained and BitsAndBytesConfig.
+"""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from chameleon_extras.checkpoint import load_checkpoint
+from chameleon_extras.decoding import set_attention
+from chameleon_extras.files import HUB_OPTIONS, find_folder, pick_device
+from chameleon_extras.quantize import check_kind
+
+# DIFFERS: flash_attention_2 is torch's own flash kernel, where it can run (CUDA, half precision,
+# no padding), and torch's next best kernel elsewhere; the flash-attn package is not used.
+ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
+
+
+@dataclass
+class BitsAndBytesConfig:
+    """As transformers' class of that name; the names that are not here are refused by Python.
+
+    load_in_8bit   one scale for each output row, as `--quantize int8`
+                   DIFFERS: bitsandbytes computes rows with large activations in fp16 (LLM.int8)
+    load_in_4bit   bnb_4bit_quant_type "nf4": the same numbers as bitsandbytes, bit for bit
+    """
+
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: str = "fp4"
+    bnb_4bit_compute_dtype: torch.dtype | str | None = None  # the model's dtype is used
+    bnb_4bit_use_double_quant: bool = False
+
+
+def kind_of_quantization(config: object) -> str | None:
+    """BitsAndBytesConfig, ours or transformers', or a dict -> one of quantize.KINDS, or None."""
+    read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
+    if read("load_in_8bit"):
+        return "int8"
+    if not read("load_in_4bit"):
+        return None
+    if read("bnb_4bit_quant_type") != "nf4":
+        raise ValueError(f"bnb_4bit_quant_type {read('bnb_4bit_quant_type')!r} is not offered: "
+                         "use 'nf4'")
+    if read("bnb_4bit_use_double_quant"):
+        raise ValueError("bnb_4bit_use_double_quant is not offered: leave it out")
+    return "nf4"
+
+
+def as_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """torch.bfloat16, "bfloat16" -> the dtype; "auto" and None -> None, the file's own."""
+    if name is None or name == "auto":
+        return None
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is no floating dtype of torch: say bfloat16, float32 ...")
+    return dtype
+
+
+def as_device(device_map: str | int | dict | torch.device | None) -> torch.device:
+    """ "auto", "cpu", "cuda", "cuda:0", 0, {"": 0} -> the device; None is the CPU."""
+    if isinstance(device_map, dict):
+        if len(set(device_map.values())) != 1:
+            raise ValueError("device_map spreads the model over several devices: use torchrun for "
+                             "that, or name one device")
+        device_map = next(iter(device_map.values()))
+    return pick_device("cpu" if device_map is None else device_map)
+
+
+def load_pretrained(
+    cls: type, folder: str | Path, dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None, device_map=None, device=None,
+    low_cpu_mem_usage: bool = True,  # accepted: memory never holds the checkpoint twice
+    attn_implementation: str | None = None, quantization_config: object = None,
+    use_safetensors: bool = True,  # accepted: safetensors are what is read
+    **hub: object,
+) -> nn.Module:
+    """What the model classes' `from_pretrained` does. ValueError, in one line, for what is wrong."""
+    if unknown := sorted(hub.keys() - set(HUB_OPTIONS)):
+        own = [n for n in inspect.signature(load_pretrained).parameters if n not in ("cls", "hub")]
+        raise ValueError(f"from_pretrained has no option {', '.join(unknown)}; it has "
+                         f"{', '.join(own[1:])}, {', '.join(HUB_OPTIONS)}")
+    if attn_implementation not in (None, *ATTENTION):
+        raise ValueError(f"attn_implementation {attn_implementation!r} is none of "
+                         f"{', '.join(ATTENTION)}")
+    kind = kind_of_quantization(quantization_config) if quantization_config is not None else None
+    if kind:
+        check_kind(kind)
+    dtype = as_dtype(torch_dtype if dtype is None else dtype)
+    place = as_device(device if device_map is None else device_map)
+    model = load_checkpoint(cls, find_folder(folder, **hub), dtype, place, quantize=kind)
+    if attn_implementation is not None:
+        set_attention(model, ATTENTION[attn_implementation])
+    return model

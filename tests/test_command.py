@@ -1,0 +1,377 @@
+"""The command line: everything a user can get wrong, and what is written to disk."""
+
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import generate as module
+from chameleon import ChameleonForConditionalGeneration
+from chameleon_extras import command
+from generate import pieces
+from tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def run(untrained_folder, tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+
+    def command(*arguments: str, model=untrained_folder):
+        try:
+            code = module.main(["--model", str(model), "--device", "cpu", *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_text_streams_to_stdout_and_nothing_else_does(run):
+    code, out, err = run("--prompt", "Hi<image>", "--image", "red.png", "--max-new-tokens", "5")
+    assert code == 0 and out.endswith("\n") and len(out) > 1 and err == ""
+
+
+def test_a_batch_answers_in_order_and_each_as_if_alone(run):
+    prompts = ["a", "What do you see?<image>"]
+    picture, limit = ("--image", "red.png"), ("--max-new-tokens", "6")
+    first = run("--prompt", prompts[0], *limit)[1]
+    second = run("--prompt", prompts[1], *picture, *limit)[1]
+    code, out, err = run("--prompt", prompts[0], "--prompt", prompts[1], *picture, *limit)
+    assert code == 0 and out == first + second and err.splitlines() == prompts
+
+
+def test_completion_leaves_the_end_of_turn_out(run):
+    both = [run("--prompt", "abc", "--max-new-tokens", "8", *extra)[1]
+            for extra in ([], ["--completion"])]
+    assert both[0] != both[1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_weights_answer_and_draw(run, tmp_path, kind):
+    code, out, _ = run("--prompt", "abc", "--quantize", kind, "--max-new-tokens", "4")
+    assert code == 0 and len(out) > 1
+    code, _, _ = run("--prompt", "Draw", "--quantize", kind, "--mode", "image", "--out", "q.png")
+    assert code == 0 and Image.open(tmp_path / "q.png").size == (16, 16)
+
+
+def test_a_picture_is_written_where_one_says(run, tmp_path):
+    code, out, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
+    assert code == 0 and out == "" and "a.png: 1 picture" in err
+    assert Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+def test_several_pictures_come_with_a_contact_sheet(run, tmp_path):
+    code, _, _ = run("--prompt", "Draw", "--mode", "image", "--out", "a.png", "--count", "3")
+    assert code == 0
+    sheet = Image.open(tmp_path / "a.png").convert("RGB")
+    for n in (1, 2, 3):
+        single = Image.open(tmp_path / f"a-{n}.png")
+        y, x = divmod(n - 1, 2)
+        box = (4 + 20 * x, 4 + 20 * y)
+        assert sheet.crop((*box, box[0] + 16, box[1] + 16)).tobytes() == single.tobytes()
+    # Picture n of a batch is the one that its own seed draws alone.
+    run("--prompt", "Draw", "--mode", "image", "--out", "b.png", "--seed", "1")
+    assert Image.open(tmp_path / "b.png").tobytes() == Image.open(tmp_path / "a-2.png").tobytes()
+
+
+def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):
+    for seed in range(60):  # hot enough that some seed soon begins a picture
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        code, out, err = run("--prompt", "Tell", "--mode", "interleaved", "--out", "d", "--seed",
+                             str(seed), "--max-new-tokens", "60", "--temperature", "30")
+        assert code == 0 and "document.html" in err
+        if "[d/1.png]" in out:
+            break
+    markdown = (tmp_path / "d" / "document.md").read_text()
+    page = (tmp_path / "d" / "document.html").read_text()
+    pictures = sorted((tmp_path / "d").glob("*.png"))
+    assert len(pictures) == out.count(".png]") >= 1
+    assert markdown.count("![picture") == page.count("data:image/png;base64") == len(pictures)
+    assert "color-scheme" in page and "http" not in page  # dark mode safe, self-contained
+
+
+def test_no_document_is_written_over_another(run, tmp_path):
+    ask = ("--prompt", "Tell", "--mode", "interleaved", "--max-new-tokens", "3")
+    for name in ("document", "document-2", "document-3"):
+        code, _, err = run(*ask)
+        assert code == 0 and err.strip() == f"{name}/document.html"
+    first = (tmp_path / "document" / "document.html").read_bytes()
+    code, out, err = run(*ask, "--out", "document", "--seed", "5")
+    assert code == 2 and out == "" and "holds a document already" in err and err.count("\n") == 1
+    assert (tmp_path / "document" / "document.html").read_bytes() == first
+
+
+def test_a_bar_grows_with_the_picture_and_passes_every_id_on(untrained_folder, monkeypatch):
+    import tqdm
+
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            self.total, self.n, self.closed = total, 0, False
+            bars.append(self)
+
+        def update(self):
+            self.n += 1
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    vocabulary = model.model.vocabulary
+    code = int(vocabulary.code_to_id[0])
+    picture = [vocabulary.begin_image_id, *[code] * 16, vocabulary.end_image_id]
+    ids = [300, *picture, 301, *picture[:4]]
+    passed = list(command.with_bar((torch.tensor([i]) for i in ids), model))
+    assert [int(i) for i in passed] == ids
+    assert [(bar.n, bar.total, bar.closed) for bar in bars] == [(17, 17, True), (3, 17, True)]
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_stats_are_one_line_on_stderr_and_change_no_answer(run, mode):
+    ask = ("--prompt", "abc", "--mode", mode, *(("--out", "a.png") if mode == "image" else ()))
+    _, plain, quiet = run(*ask)
+    code, out, err = run(*ask, "--stats")
+    assert code == 0 and out == plain
+    line = err.removeprefix(quiet)
+    found = re.fullmatch(
+        r"(\d+) steps of 1 row\(s\): first after ([\d.]+) s, then ([\d.]+) tokens/s "
+        r"\(([\d.]+) ms a step\); reads ([\d.]+) GB/s, (\d+) % of the ([\d.]+) GB/s "
+        r"measured here; peak memory ([\d.]+) GB\n", line)
+    steps, first, rate, step, *_, memory = map(float, found.groups())
+    assert first > 0 and abs(rate * step / 1000 - 1) < 0.1 and memory > 0.1
+    assert steps == 18 if mode == "image" else steps > 1
+
+
+def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path):
+    code, _, err = run("--reconstruct", "--image", "red.png", "--out", "r.png")
+    assert code == 0 and "4 x 4 codes each, PSNR" in err
+    assert Image.open(tmp_path / "r.png").size == (3 * 516 + 4, 520)
+
+
+def interrupted(steps, after: int):
+    yield from itertools.islice(steps, after)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after, drawn", [(0, []), (1, []), (5, [4]), (17, [16])])
+def test_ctrl_c_hands_over_what_is_done_and_goes_on_up(untrained_folder, after, drawn):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    tokenizer = load_tokenizer(untrained_folder)
+    steps = module.stream(model, torch.tensor([[0, 300]]), mode="image")
+    made = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in pieces(model, tokenizer, interrupted(steps, after)):
+            made.append(piece)
+    assert [piece.drawn for piece in made] == drawn
+    assert all(piece.image.size == (16, 16) for piece in made)
+
+
+def test_ctrl_c_on_the_command_saves_the_partial_picture_and_exits_130(run, tmp_path, monkeypatch):
+    stream = module.stream
+    monkeypatch.setattr(command, "stream", lambda *a, **o: interrupted(stream(*a, **o), 9))
+    code, _, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
+    assert code == 130 and Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+def test_partial_pictures_come_every_so_many_codes(untrained_folder):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    tokenizer = load_tokenizer(untrained_folder)
+    steps = module.stream(model, torch.tensor([[0, 300]]), mode="image")
+    assert [p.drawn for p in pieces(model, tokenizer, steps, every=6)] == [6, 12, 16]
+
+
+def test_streamed_text_equals_the_text_of_all_ids(untrained_folder):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    tokenizer = load_tokenizer(untrained_folder)
+    options = dict(max_new_tokens=40, do_sample=True, temperature=3.0, eos_token_id=[])
+    steps = list(module.stream(model, torch.tensor([[0, 300]]), **options))
+    streamed = "".join(p.text for p in pieces(model, tokenizer, iter(steps)))
+    assert streamed == tokenizer.decode([int(i) for i in steps])
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+def write_broken_pictures(folder):
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "folder.png").mkdir()
+    whole = (folder / "red.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+
+
+ASK = ("--prompt", "What is this?<image>", "--image")
+BAD = {
+    "missing picture": ((*ASK, "nowhere.png"), "nowhere.png"),
+    "text file as picture": ((*ASK, "text.png"), "text.png"),
+    "folder as picture": ((*ASK, "folder.png"), "folder.png"),
+    "truncated picture": ((*ASK, "cut.png"), "cut.png"),
+    "decompression bomb": ((*ASK, "bomb.png"), "too large"),
+    "one picture too many": ((*ASK, "red.png", "--image", "red.png"), "2 picture(s) for 1"),
+    "one picture too few": (("--prompt", "a<image>"), "0 picture(s) for 1"),
+    "empty prompt": (("--prompt", ""), "empty"),
+    "no prompt": ((), "--prompt"),
+    "prompt too long": (("--prompt", "abc " * 2000), "context holds 256"),
+    "no room for a picture": (("--prompt", "q" * 240, "--mode", "image"), "a picture takes 18"),
+    "negative temperature": (("--prompt", "a", "--temperature", "-1"), "temperature must be"),
+    "top-p 0": (("--prompt", "a", "--top-p", "0"), "top_p must be"),
+    "negative top-k": (("--prompt", "a", "--top-k", "-2"), "top_k must be"),
+    "no new tokens": (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens must be"),
+    "unknown device": (("--prompt", "a", "--device", "quantum"), "the device quantum cannot be"),
+    "text to a picture file": (("--prompt", "a", "--out", "a.png"), "--mode image"),
+    "not a picture's ending": (("--prompt", "a", "--mode", "image", "--out", "a.doc"), ".png"),
+    "no folder for it": (("--prompt", "a", "--mode", "image", "--out", "no/a.png"), "does not"),
+    "document onto a file": (("--prompt", "a", "--mode", "interleaved", "--out", "red.png"),
+                             "is a file"),
+    "count of text": (("--prompt", "a", "--count", "2"), "--mode image"),
+    "reconstruct nothing": (("--reconstruct",), "--image"),
+    "a kernel of another device": (("--prompt", "a", "--attention", "efficient"),
+                                   "attention 'efficient' is for CUDA"),
+    "a temperature that is nearly greedy": (("--prompt", "a", "--temperature", "1e-39"),
+                                            "temperature must be"),
+    "a seed too large": (("--prompt", "a", "--seed", str(2**63)), "below 2^63"),
+    "reconstruct a document": (("--reconstruct", "--image", "red.png", "--mode", "interleaved"),
+                               "leave --mode"),
+    "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --compile out"),
+    "reconstruct by sampling": (("--reconstruct", "--image", "red.png", "--image-top-k", "5"),
+                                "leave --image-top-k out"),
+    "guided text": (("--prompt", "a", "--guidance-text", "3"), "leave --guidance-text out"),
+    "a long picture": (("--prompt", "a", "--mode", "image", "--max-new-tokens", "9"),
+                       "leave --max-new-tokens out"),
+    "greedy nucleus": (("--prompt", "a", "--top-p", "0.9"), "add --temperature 1"),
+    "greedy codes": (("--prompt", "a", "--mode", "image", "--image-top-k", "5",
+                      "--image-temperature", "0"), "add --image-temperature 1"),
+    "weak guidance": (("--prompt", "a", "--mode", "image", "--guidance-text", "-1"),
+                      "guidance_text must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tmp_path, name,
+                                                                         monkeypatch):
+    write_broken_pictures(tmp_path)
+    if name != "unknown device":
+        monkeypatch.setattr(command, "load_checkpoint", lambda *_: pytest.fail("weights were read"))
+    arguments, message = BAD[name]
+    code, out, err = run(*arguments)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode, out, theirs, words", [
+    ("image", "a.png", "a-2.png", "would replace a-2.png"),
+    ("interleaved", "d", "d/2.png", "holds a document already"),
+    ("image", "x" * 250 + ".png", None, "File name too long"),
+    ("image", "a.xbm", None, "name it .png"),
+    ("interleaved", "red.png/d", None, "red.png"),
+])
+def test_no_file_of_others_is_lost_and_no_drawing_for_want_of_a_place(
+        run, tmp_path, monkeypatch, mode, out, theirs, words):
+    monkeypatch.setattr(command, "load_checkpoint", lambda *_: pytest.fail("weights were read"))
+    if theirs:
+        (tmp_path / theirs).parent.mkdir(exist_ok=True)
+        (tmp_path / theirs).write_bytes(b"theirs")
+    count = ("--count", "3") if mode == "image" else ()
+    code, _, err = run("--prompt", "Draw", "--mode", mode, "--out", out, *count)
+    assert code == 2 and words in err and err.count("\n") == 1
+    assert not theirs or (tmp_path / theirs).read_bytes() == b"theirs"
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_trying_whether_a_place_can_be_written_leaves_nothing_there(run, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("broken weights")
+
+    monkeypatch.setattr(command, "load_checkpoint", broken)
+    before = sorted(tmp_path.iterdir())
+    code, _, err = run("--prompt", "Draw", "--mode", "image", "--out", "a.png")
+    assert code == 2 and "broken weights" in err and sorted(tmp_path.iterdir()) == before
+
+
+def test_of_several_processes_only_the_first_writes(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    before = sorted(tmp_path.iterdir())
+    for mode, out in (("image", "a.png"), ("interleaved", "d")):
+        short = ("--max-new-tokens", "3") if mode == "interleaved" else ()
+        code, _, _ = run("--prompt", "Draw", "--mode", mode, "--out", out, *short)
+        assert code == 0 and sorted(tmp_path.iterdir()) == before
+
+
+def test_pictures_without_a_name_get_one_each(run, tmp_path):
+    for name in ("picture.png", "picture-2.png", "picture-3.png"):
+        assert run("--prompt", "Draw", "--mode", "image")[0] == 0
+        assert (tmp_path / name).is_file()
+
+
+def test_a_disk_that_cannot_be_written_is_one_line(run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "save_picture", full)
+    code, out, err = run("--prompt", "a", "--mode", "image")
+    assert code == 2 and out == "" and "No space left" in err and err.count("\n") == 1
+
+
+def test_the_first_answer_does_not_wait_for_the_compiler_to_be_imported(untrained_folder):
+    script = ("import sys, generate; generate.main(sys.argv[1:]); "
+              "sys.exit('torch._dynamo' in sys.modules)")
+    command = [sys.executable, "-c", script, "--model", str(untrained_folder), "--device", "cpu",
+               "--prompt", "a", "--max-new-tokens", "3", "--stats"]
+    subprocess.run(command, cwd=Path(module.__file__).parent, check=True, capture_output=True)
+
+
+def test_a_reader_that_goes_away_is_no_error(untrained_folder):
+    command = [sys.executable, module.__file__, "--model", str(untrained_folder), "--device",
+               "cpu", "--prompt", "a", "--max-new-tokens", "60", "--temperature", "9"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 0
+
+
+@pytest.mark.parametrize("file, message", [
+    (None, "folder"), ("config.json", "config.json"), ("model.safetensors", "model.safetensors"),
+    ("tokenizer.model", "tokenizer"),
+])
+def test_an_incomplete_model_folder_is_one_line(run, untrained_folder, tmp_path, file, message):
+    folder = tmp_path / "model"
+    if file:
+        shutil.copytree(untrained_folder, folder)
+        (folder / file).unlink()
+    code, out, err = run("--prompt", "a", model=folder)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "a", "--tempo", "3"], "--tempo"),
+    (["--prompt", "a", "--temperature", "warm"], "--temperature"),
+    (["--prompt", "a", "--dtype", "int3"], "--dtype"),
+])
+def test_wrong_options_are_one_line_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("prompts, count, expected", [
+    (["a"], 0, ["a"]),
+    (["a"], 2, ["<image><image>a"]),
+    (["a", "b"], 2, ["<image>a", "<image>b"]),
+    (["a<image>", "b"], 1, ["a<image>", "b"]),
+])
+def test_pictures_without_a_place_go_in_front(prompts, count, expected):
+    assert command.place_images(prompts, count) == expected
+
+
+def test_pictures_that_could_go_anywhere_are_refused():
+    with pytest.raises(ValueError, match="3 pictures for 2 prompts"):
+        command.place_images(["a", "b"], 3)
