@@ -19,29 +19,32 @@ V       vocabulary: text AND images     65536   vocab_size
 S       image tokens per picture        1024    vq_config.codes_per_image
 N       pictures over all rows, pixels (N, 3, height, width)
 
-What differs from a plain Llama (https://arxiv.org/abs/2405.09818, section 2.3):
-- QK-norm: a LayerNorm on every query and key head, before RoPE (ChameleonLayerNorm says why).
-- The 34B model also moves its norms after attention and feed-forward (`swin_norm`), which
-  bounds what each block adds to the residual stream.
-- Early fusion: the vocabulary holds 8192 image codes beside the text, and nothing below the
-  embedding knows which is which. Image tokens are causal like all others, because the same
-  next-token objective must also be able to WRITE them one by one.
+What differs from a plain Llama (Chameleon, https://arxiv.org/abs/2405.09818, section 2.3):
+- QK-norm: a LayerNorm on each query and key head, before RoPE. `ChameleonLayerNorm` says why.
+- The 34B model also applies its norms after attention and feed-forward (`swin_norm`). That bounds
+  what each block adds to the residual stream.
+- Early fusion (section 2): the vocabulary holds 8192 image codes beside the text, and no layer
+  knows which is which. Image tokens are causal like all others, because the same next-token
+  objective must also be able to WRITE them one by one.
 
-Parameter names are those of the Hugging Face checkpoint, so its state dict loads without a table.
-Attention comes in two forms behind one interface; choose with `model.set_attention(name)`.
+Sections without a number in front are those of this paper. Parameter names are those of the
+Hugging Face checkpoint, so its state dict loads without a table of names.
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer import VocabularyMap
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
@@ -214,7 +217,10 @@ class ChameleonConfig:
 
 
 class ChameleonRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; statistics in fp32."""
+    """Scales each vector to a root mean square of 1 (arXiv 1910.07467, equation 4; section 2.3).
+
+    x (..., D) -> same. The statistics are fp32, whatever the dtype of x.
+    """
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -222,22 +228,24 @@ class ChameleonRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # y = x / sqrt(mean(x^2) + eps) * weight
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)  # cast first, weigh after: as in the release
 
 
 class ChameleonLayerNorm(nn.Module):
-    """QK-norm: LayerNorm over each head, every head with its own weight and bias.
+    """QK-norm: LayerNorm over each head; every head has its own weight and bias (section 2.3).
 
-    x (B, T, H, Dh) -> same. Section 2.3: without it, training diverged after 20 % of an epoch.
+    x (B, T, H, Dh) -> same. Without it, the paper's 7B training diverged after 20 % of an epoch.
 
-    Why: softmax does not notice when all its inputs are shifted, so norms can grow slowly until
-    bf16 no longer holds them; text and images, sharing all weights, compete by growing. Normed
-    queries and keys bound the scores.
-    Why before RoPE: a rotation keeps length and so keeps the bound, while a weight and
-    bias applied after it would scale the two halves of a pair differently, and q.k would no longer
-    depend on the distance of the positions only.
+    Why: softmax gives the same result when all its inputs are shifted. So the norms of queries and
+    keys can grow slowly until bf16 cannot represent the scores. Text and images share all weights,
+    and each modality increases its norms to outweigh the other. QK-norm (arXiv 2302.05442) bounds
+    the scores.
+    Why before RoPE: a rotation keeps lengths, and so it keeps the bound. A weight and bias behind
+    the rotation would scale the two halves of a pair differently, and then q.k would no longer
+    depend on the distance of the positions alone.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -246,21 +254,23 @@ class ChameleonLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        # y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias          (arXiv 1607.06450)
         normed = F.layer_norm(x, x.shape[-1:], eps=QK_NORM_EPS)
         return normed * self.weight + self.bias
 
 
 def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """position_ids (B, T) -> cos, sin (B, 1, T, Dh), fp32   (RoPE, https://arxiv.org/abs/2104.09864)
+    """RoPE's angles (arXiv 2104.09864, section 3.2.2).   position_ids (B, T) -> cos, sin
 
         angle(p, i) = p * theta^(-2i / Dh)       i = 0 .. Dh/2 - 1
 
-    Computed anew in each call from the config alone: nothing to store, nothing to round to bf16.
-    linear:   p is divided by the factor.
-    dynamic:  past max_position_embeddings, theta grows with the highest position, cache included.
-    DIFFERS: transformers remembers the longest call so far, so a long prompt changes the answers
-    to later ones. Here the table depends on this call's positions only. (As there, keys already
-    in a cache keep the theta they were made with.)
+    cos and sin are (B, 1, T, Dh) in fp32. They are computed in each call from the config alone, so
+    nothing is stored that a cast to bf16 could round.
+    linear:   p is divided by the factor (arXiv 2306.15595).
+    dynamic:  beyond max_position_embeddings, theta grows with the highest position, cache included.
+    DIFFERS: transformers remembers the longest call so far, so that a long prompt changes the
+    answers to later ones. Here the table depends on this call's positions only. (As there, keys in
+    a cache keep the theta that they were made with.)
     """
     Dh, device = config.head_dim, position_ids.device
     theta, factor = config.rope_theta, config.rope_factor
@@ -278,12 +288,12 @@ def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair (x_i, x_{i+Dh/2}) by angle(p, i).   x (B, H, T, Dh) -> same
+    """Rotates each pair (x_i, x_{i+Dh/2}) by angle(p, i).   x (B, H, T, Dh) -> same
 
-        (a, b) -> (a cos - b sin, b cos + a sin)
+        (a, b) -> (a cos - b sin, b cos + a sin)        (arXiv 2104.09864, equation 34)
 
-    DIFFERS: Meta's own files pair neighbours (x_2i, x_2i+1). Same function, other order of rows
-    in q_proj and k_proj; the Hugging Face checkpoint, and so this file, uses halves.
+    DIFFERS: Meta's own files pair neighbours (x_2i, x_2i+1). That is the same function with another
+    order of rows in q_proj and k_proj. The Hugging Face checkpoint uses halves, as this file does.
     """
     a, b = x.chunk(2, dim=-1)  # each (B, H, T, Dh/2)
     return x * cos + torch.cat((-b, a), dim=-1) * sin  # (B, H, T, Dh)
@@ -336,7 +346,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
 def eager_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The readable form: softmax(q k^T / sqrt(Dh)) v.
+    """The readable form of attention (arXiv 1706.03762, equation 1). Query heads may share key and
+    value heads (arXiv 2305.13245): the 34B model has 8 for 64 query heads.
 
     q (B, H, T, Dh), k and v (B, Hkv, L, Dh), mask as from `allowed_keys`
     -> output (B, H, T, Dh), weights (B, H, T, L)
@@ -346,6 +357,7 @@ def eager_attention(
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, L, Dh)
     if mask is None:
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)  # (T, L)
+    # y = softmax(q k^T / sqrt(Dh)) v
     scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, T, L)
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
@@ -355,7 +367,8 @@ def eager_attention(
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The same by PyTorch's fused kernels, which never hold the (T, L) weights."""
+    """The same by PyTorch's fused kernels, which never hold the (T, L) weights (arXiv 2205.14135).
+    """
     causal = mask is None and q.shape[2] > 1  # one query may see every key: nothing to forbid
     output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
@@ -448,7 +461,7 @@ class ChameleonAttention(nn.Module):
 
 
 class ChameleonMLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))   (B, T, D) -> (B, T, D)"""
+    """SwiGLU (arXiv 2002.05202, equation 6; section 2.3).   (B, T, D) -> (B, T, D)"""
 
     def __init__(self, c: ChameleonConfig) -> None:
         super().__init__()
@@ -458,11 +471,12 @@ class ChameleonMLP(nn.Module):
         self.act = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
+        # y = down(act(gate(x)) * up(x))
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class ChameleonDecoderLayer(nn.Module):
-    """The layer of the 7B model: norms in front (pre-norm, as in Llama)."""
+    """The layer of the 7B model: norms in front (pre-norm, as in Llama; section 2.3)."""
 
     def __init__(self, c: ChameleonConfig, layer: int) -> None:
         super().__init__()
@@ -472,21 +486,27 @@ class ChameleonDecoderLayer(nn.Module):
         self.post_attention_layernorm = ChameleonRMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor | None]:
+        # h = x + attention(norm(x))        out = h + mlp(norm(h))
         y, weights = self.self_attn(self.input_layernorm(x), *attention_arguments)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), weights
 
 
 class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
-    """The layer of the 34B model: norms after the blocks, so that no block can add something huge.
+    """The layer of the 34B model: norms after the blocks, which bounds what a block can add.
 
-    Same parameters, same names (section 2.3, which takes the order from Swin Transformers).
+    Same parameters, same names. Section 2.3 takes this order from Swin Transformers.
     """
 
     def forward(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor | None]:
+        # h = x + norm(attention(x))        out = h + norm(mlp(h))
         y, weights = self.self_attn(x, *attention_arguments)
         x = x + self.input_layernorm(y)
         return x + self.post_attention_layernorm(self.mlp(x)), weights
+
+
+# ---------------------------------------------------------------------------------------------
+# What a first reader skips: the outputs and generic methods that transformers' users expect
 
 
 class ModelOutput:
@@ -530,7 +550,99 @@ class ChameleonOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class ChameleonModel(nn.Module):
+class PreTrainedModel(nn.Module):
+    """What both models share under the names of transformers' PreTrainedModel."""
+
+    config: ChameleonConfig
+    gradient_checkpointing = False
+
+    @property
+    def body(self) -> "ChameleonModel":
+        return getattr(self, "model", self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.body.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.body.embed_tokens.weight.dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.body.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.body.embed_tokens = value
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
+
+    def tie_weights(self) -> None:
+        """One matrix for embedding and head, if the config says so."""
+        if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
+            self.lm_head.weight = self.body.embed_tokens.weight
+
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
+        """Keeps the rows of ids that stay; new rows start as in a new model."""
+        body, old = self.body, self.config.vocab_size
+        body.embed_tokens = resized(body.embed_tokens, old, vocab_size, body.init_weights)
+        if hasattr(self, "lm_head"):
+            self.lm_head = resized(self.lm_head, old, vocab_size, body.init_weights)
+        self.config.vocab_size = vocab_size
+        self.tie_weights()
+        return body.embed_tokens
+
+    def gradient_checkpointing_enable(self, *ignored: object, **also_ignored: object) -> None:
+        """Training keeps each layer's input alone, and computes the rest again when it is needed:
+        about a third more time, and memory for one layer instead of all (arXiv 1604.06174).
+        """
+        self.body.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.body.gradient_checkpointing = False
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options) -> Self:
+        """Reads a folder in the layout of Hugging Face, Meta or Anole, or a hub id.
+
+        Options are transformers': dtype (or torch_dtype; None keeps what the file holds, and the
+        VQ-VAE is fp32 in any case), device_map, attn_implementation, quantization_config.
+        ValueError, in one line, says what is wrong.
+        """
+        # Files and their checks are no part of the model; they import this file.
+        from chameleon_extras.pretrained import load_pretrained
+
+        return load_pretrained(cls, folder, **options)
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Writes config.json and safetensors that transformers and `from_pretrained` read."""
+        from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
+
+        save_checkpoint(self, Path(folder), max_shard_size)
+
+
+def resized(table: nn.Module, old: int, new: int, init: Callable[[nn.Module], None]) -> nn.Module:
+    """An embedding or a head with `new` rows, the first of them those of `table`."""
+    twin = copy.copy(table)
+    weight = nn.Parameter(table.weight.new_empty(new, table.weight.shape[1]))
+    twin._parameters = table._parameters | {"weight": weight}
+    for name in ("num_embeddings", "out_features"):
+        if hasattr(table, name):
+            setattr(twin, name, new)
+    init(twin)
+    twin.weight.data[: min(old, new)] = table.weight.data[: min(old, new)]
+    return twin
+
+
+# ---------------------------------------------------------------------------------------------
+# The models
+
+
+class ChameleonModel(PreTrainedModel):
     """Everything but the head. Equals transformers' ChameleonModel. Weights start random, with a
     standard deviation of `initializer_range` and a row of zeros for padding.
     """
@@ -554,21 +666,6 @@ class ChameleonModel(nn.Module):
             nn.init.zeros_(module.weight[module.padding_idx].detach())
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-
-    @property
-    def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **options) -> "ChameleonModel":
-        """The model without its head, of a folder that holds both; options are those of
-        ChameleonForConditionalGeneration.from_pretrained.
-        """
-        return ChameleonForConditionalGeneration.from_pretrained(folder, **options).model
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Pixels in [-1, 1] (N, 3, height, width) -> vocabulary ids (N, S) in raster order."""
@@ -636,6 +733,8 @@ class ChameleonModel(nn.Module):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         c = self.config
         use_cache = c.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False  # what is computed twice must not be written twice
         attends = c.output_attentions if output_attentions is None else output_attentions
         hiddens = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         if inputs_embeds is None:
@@ -657,7 +756,10 @@ class ChameleonModel(nn.Module):
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [x], []
         for layer in self.layers:
-            x, weights = layer(x, rope, mask, cache, attends)
+            if self.gradient_checkpointing and self.training:
+                x, weights = checkpoint(layer, x, rope, mask, None, attends, use_reentrant=False)
+            else:
+                x, weights = layer(x, rope, mask, cache, attends)
             hidden_states.append(x if hiddens else None)
             attentions.append(weights)
         if cache is not None:
@@ -674,7 +776,7 @@ class ChameleonModel(nn.Module):
         return output.to_tuple() if plain else output
 
 
-class ChameleonForConditionalGeneration(nn.Module):
+class ChameleonForConditionalGeneration(PreTrainedModel):
     """The decoder with its head. Equals transformers' class of the same name.
 
     `generate` writes with it; generate.py shows how. Weights start random; `from_pretrained` reads
@@ -687,16 +789,7 @@ class ChameleonForConditionalGeneration(nn.Module):
         self.model = ChameleonModel(config, with_vq_decoder)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.apply(self.model.init_weights)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        self.tie_weights()
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_tokens(pixel_values)
@@ -759,7 +852,10 @@ class ChameleonForConditionalGeneration(nn.Module):
         return output.to_tuple() if plain else output
 
     def _loss(self, logits: Tensor, labels: Tensor, masked: bool) -> Tensor:
-        """Cross entropy of each token given those before it: logits[t] against labels[t + 1]."""
+        """Cross entropy of each token given those before it, be it text or image (section 2).
+
+            loss = - mean_t log softmax(logits[t])[labels[t + 1]]       where labels are not IGNORE
+        """
         # DIFFERS: transformers returns an infinite loss here, without a word.
         if masked and torch.isin(labels, self.model.vocabulary.code_to_id).any():
             raise ValueError("labels contain image codes, whose logits are masked: call the model "
@@ -768,37 +864,13 @@ class ChameleonForConditionalGeneration(nn.Module):
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
         )
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | str | None = None,
-                        device: str | torch.device = "cpu",
-                        device_map: str | None = None) -> "ChameleonForConditionalGeneration":
-        """Reads a folder in the Hugging Face layout. `dtype` None or "auto" keeps what the file
-        holds; the VQ-VAE is fp32 in any case. `device_map` is transformers' word for `device`;
-        both know "auto", the fastest there is. ValueError, in one line, says what is wrong.
-        """
-        # Files and their checks are no part of the model; they import this file.
-        from chameleon_extras.checkpoint import load_checkpoint
-        from chameleon_extras.files import pick_device
-
-        if isinstance(dtype, str):
-            name, dtype = dtype, getattr(torch, dtype, None)
-            if name != "auto" and not isinstance(dtype, torch.dtype):
-                raise ValueError(f"dtype {name!r} is no dtype of torch: say bfloat16, float32 ...")
-        return load_checkpoint(cls, Path(folder), dtype, pick_device(device_map or device))
-
-    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 10**9) -> None:
-        """Writes config.json and safetensors that transformers and `from_pretrained` read."""
-        from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
-
-        save_checkpoint(self, Path(folder), max_shard_bytes)
-
 
 # ---------------------------------------------------------------------------------------------
 # The other public classes by this module's name, as transformers has them in one:
 # `from chameleon import ChameleonProcessor`. Their files are read when they are asked for.
 
 HOMES = {"ChameleonProcessor": "processor", "ChameleonImageProcessor": "processor",
-         "Tokenizer": "tokenizer", "generate": "generate", "stream": "generate"}
+         "AutoTokenizer": "tokenizer", "BitsAndBytesConfig": "chameleon_extras.pretrained"}
 
 
 def __getattr__(name: str) -> object:

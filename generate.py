@@ -328,25 +328,26 @@ class Contexts:
 # What is checked before the first step
 
 
-def check_options(max_new_tokens: int | None, **options: float | None) -> None:
+RULES = (  # part of an option's name, what its value must be, and the check
+    ("temperature", "0 (greedy) or at least 0.0001", lambda x: x == 0 or 1e-4 <= x < float("inf")),
+    ("top_k", "1 or more, or 0 for no limit", lambda x: x >= 0),
+    ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("penalty", "from 0.01 to 100 (1 is none)", lambda x: 0.01 <= x <= 100),
+    ("guidance", "from 0 to 1000 (1 is none)", lambda x: 0 <= x <= 1000),
+    ("max_new_tokens", "at least 1", lambda x: x >= 1),
+    ("min_new_tokens", "0 or more", lambda x: x >= 0),
+    ("return_sequences", "at least 1", lambda x: x >= 1),
+)
+
+
+def check_options(**options: float | None) -> None:
     """ValueError, naming the option, if one is out of range."""
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     for name, value in options.items():
-        if value is None and "top_k" not in name:
+        _, wanted, holds = next(rule for rule in RULES if rule[0] in name)
+        if value is None and name not in ("top_k", "image_top_k", "max_new_tokens"):
             raise ValueError(f"{name} is None: leave it out for its default")
-        if "temperature" in name and not (value == 0 or 1e-4 <= value < float("inf")):
-            raise ValueError(f"{name} must be 0 (greedy) or at least 0.0001, got {value}")
-        if "top_k" in name and value is not None and value < 0:
-            raise ValueError(f"{name} must be 1 or more, or 0 for no limit, got {value}")
-        if "top_p" in name and not 0 < value <= 1:
-            raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
-        if "penalty" in name and not 0.01 <= value <= 100:
-            raise ValueError(f"{name} must be from 0.01 to 100 (1 is none), got {value}")
-        if "guidance" in name and not 0 <= value <= 1000:
-            raise ValueError(f"{name} must be from 0 to 1000 (1 is none), got {value}")
-        if "return_sequences" in name and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None and not (isinstance(value, (int, float)) and holds(value)):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def check_seeds(seeds: int | list[int], rows: int) -> list[int]:
@@ -409,7 +410,11 @@ def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) 
     ids = list(asked) if isinstance(asked, (list, tuple)) else [asked]
     if eos_token_id is None:
         ids.append(vocabulary.end_of_turn_id)
-    return [i for i in ids if i is not None]
+    ids = [i for i in ids if i is not None]
+    V = model.config.vocab_size
+    if wrong := [i for i in ids if not (isinstance(i, int) and 0 <= i < V)]:
+        raise ValueError(f"eos_token_id {wrong[0]!r} is no id of this model, which has 0..{V - 1}")
+    return ids
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,10 +514,11 @@ def stream(
     and prompts that cannot work; a wrong number of pictures shows at the first id.
     """
     check_options(
-        max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        repetition_penalty=repetition_penalty, image_temperature=image_temperature,
-        image_top_k=image_top_k, image_top_p=image_top_p, guidance_text=guidance_text,
-        guidance_image=guidance_image, num_return_sequences=num_return_sequences)
+        max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, temperature=temperature,
+        top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
+        image_temperature=image_temperature, image_top_k=image_top_k, image_top_p=image_top_p,
+        guidance_text=guidance_text, guidance_image=guidance_image,
+        num_return_sequences=num_return_sequences)
     if not do_sample and mode != "image" and (temperature not in (0, 1) or top_k or top_p < 1):
         warnings.warn("temperature, top_k and top_p change nothing here: without do_sample=True, "
                       "text is greedy", stacklevel=2)

@@ -1,43 +1,46 @@
-"""Prompts and pictures become what the model takes; pixels become a picture again.
+"""What goes into the model: prompts become ids and pictures become pixels. And pixels come back.
 
-    "What is this?<image>"                          picture file --load_image--> PIL picture
-             |                                                                        |
-    Tokenizer.encode, piece by piece                           ChameleonImageProcessor, see below
-             |                                                                        |
-    <s> What is this ? <racm3:break> <image> x S <eoss> <reserved08706>               |
-             |                                                                        |
-    input_ids (B, T), attention_mask (B, T)                        pixel_values (N, 3, H, W)
+    "What is this?<image>"                               picture file
+              |                                                |  load_image
+              |  ChameleonProcessor                       PIL picture
+              |                                                |  ChameleonImageProcessor
+    input_ids (B, T), attention_mask (B, T)          pixel_values (N, 3, H, W)
 
-    ChameleonImageProcessor, for the released model:
-              to RGB, transparency on white                       (H, W, 3) uint8
-              shortest edge to 512, Lanczos                       (512, W', 3) or (H', 512, 3)
-              centre crop                                         (512, 512, 3)
-              u8 * 0.0078, then - 1                               (512, 512, 3) float32, [-1, 0.989]
-              channels first, stacked                             (N, 3, 512, 512)
-    PIL picture <--postprocess: clamp, (x + 1) / 2 * 255-- pixels (N, 3, H, W) of the VQ-VAE
+    ids of this prompt:   <s> What is this ? <racm3:break> <image> x S <eoss> <reserved08706>
+
+    pixels of a picture:  RGB, transparency on white    (H, W, 3) uint8
+                          shortest edge to 512          (512, W', 3) or (H', 512, 3)
+                          centre crop                   (512, 512, 3)
+                          level * 0.0078 - 1            (512, 512, 3) float32, -1 to 0.989
+                          channels first, stacked       (N, 3, 512, 512)
+
+    and back:             pixels (N, 3, H, W) of the VQ-VAE --postprocess--> N PIL pictures
 
 Letter, word   meaning
-B, T           prompts; ids of a row
-N, S           pictures; codes per picture
-H, W           height and width. Arrays are (H, W); PIL names sizes the other way round, (W, H)
-level          uint8 0..255, what a picture file holds
-pixel          float, about [-1, 1]
+B, T           prompts in a batch; ids in a row
+N, S           pictures of all prompts; codes per picture, one <image> each
+H, W           height and width of a picture. Arrays are (H, W), PIL's sizes are (W, H)
+C              channels: 1 grey, 3 RGB, 4 RGBA
+level          what a picture file holds: uint8, 0..255
+pixel          what the VQ-VAE takes and gives: float, about [-1, 1]
 
-What differs from most models' preparation
-- A prompt ends with the end-of-turn id for a chat, and without it for text completion.
-- The factor is 0.0078, not 2 / 255 = 0.00784: transformers' number, white becomes 0.989.
-- Numbers are those of transformers 4.43 to 4.57 ("slow" ChameleonImageProcessor), bit for bit.
-  The weights saw Meta's own u8 / 255 * 2 - 1; rescale_factor=2 / 255 gives that.
-- The EXIF orientation is ignored, as by Meta and transformers; 16-bit levels above 255 clip.
+What differs from the processors of most models
+- The S <image> ids only hold the place. The model replaces them by the codes of pixel_values.
+- A prompt for a chat ends with the end-of-turn id, a text to be completed does not.
+- The factor is 0.0078 as in transformers, not 2 / 255 = 0.00784, so white is 0.989. Meta trained
+  with level / 255 * 2 - 1, which rescale_factor=2 / 255 gives.
+- All numbers equal those of transformers 4.43 to 4.57 (ChameleonImageProcessor), bit for bit.
+- EXIF orientation is ignored, as by Meta and transformers. 16-bit levels above 255 are clipped.
 
-Sources: arXiv 2405.09818 section 2.1 (a 512 x 512 picture is 1024 codes); the documentation of
-transformers' ChameleonImageProcessor and ChameleonProcessor.
+Sources: https://arxiv.org/abs/2405.09818, section 2.1 (a 512 x 512 picture becomes 1024 codes);
+the documentation of transformers' ChameleonImageProcessor and ChameleonProcessor.
 """
 
 import copy
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -46,21 +49,65 @@ from PIL import Image
 from tokenizer import Tokenizer, load_tokenizer, read_json, write_json
 
 Picture = Image.Image | np.ndarray | torch.Tensor
-Pictures = Picture | list  # one picture, a stack (N, ...), or lists of them, however nested
+Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of both
 Stacked = list[np.ndarray] | np.ndarray | torch.Tensor
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """A picture file -> PIL picture, fully read; of an animation, the first frame.
+# ---------------------------------------------------------------------------------------------
+# What both parts use
 
-    ValueError, in one line, for whatever is no whole picture of a sane size.
+
+class BatchFeature(dict):
+    """What both processors return, as in transformers: a dict whose keys are attributes, too."""
+
+    def __getattr__(self, name: str) -> Stacked:
+        if name not in self:
+            raise AttributeError(f"no {name!r} here, only {', '.join(self)}")
+        return self[name]
+
+    def to(self, *args, device: torch.device | str | int | None = None,
+           dtype: torch.dtype | None = None) -> "BatchFeature":
+        """Moves and casts in place: .to("cuda"), .to(torch.bfloat16), .to("cuda", torch.bfloat16).
+
+        Only float tensors are cast: bfloat16 has no 257, so ids would change.
+        """
+        for arg in args:
+            device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                self[name] = value.to(device, dtype if value.is_floating_point() else None)
+        return self
+
+
+def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Stacked:
+    """N arrays of one shape (...) -> (N, ...): tensor ("pt") or array ("np"); None: the list."""
+    if return_tensors not in ("pt", "np", None):
+        raise ValueError(f"return_tensors={return_tensors!r}: 'pt', 'np' or None")
+    if return_tensors is None:
+        return arrays
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) != 1:
+        raise ValueError(f"cannot stack shapes {shapes}: crop or pad to one" if shapes else
+                         "no picture given: pass at least one")
+    stacked = np.stack(arrays)  # (N, ...)
+    return torch.from_numpy(stacked) if return_tensors == "pt" else stacked
+
+
+# ---------------------------------------------------------------------------------------------
+# One picture, step by step
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """A picture file -> PIL picture in memory; of an animation, the first frame.
+
+    ValueError, in one line, if the file is missing, damaged, too large or no picture.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF data and the like, which nobody reads
+            warnings.simplefilter("ignore")  # about EXIF data and the like, not used here
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()  # open() reads the header alone: a file cut short shows only here
+                image.load()  # open() reads only the header; a truncated file fails here
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"picture {str(path)!r} is too large, scale it down: {error}") from None
     except OSError as error:  # includes PIL's UnidentifiedImageError
@@ -73,193 +120,8 @@ def load_image(path: str | Path) -> Image.Image:
     return image
 
 
-class BatchFeature(dict):
-    """What the processors return: a dict whose keys are attributes too, with .to(device, dtype)."""
-
-    def __getattr__(self, name: str) -> Stacked:
-        if name not in self:
-            raise AttributeError(f"no {name!r} here, only {', '.join(self)}")
-        return self[name]
-
-    def to(self, *args, device: torch.device | str | int | None = None,
-           dtype: torch.dtype | None = None) -> "BatchFeature":
-        """Move and cast in place: .to("cuda"), .to(torch.bfloat16), .to("cuda", torch.bfloat16).
-
-        Only floats are cast: above 256, bfloat16 holds every second integer, so ids would change.
-        """
-        for arg in args:
-            device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
-        for name, value in self.items():
-            if isinstance(value, torch.Tensor):
-                self[name] = value.to(device, dtype if value.is_floating_point() else None)
-        return self
-
-
-class ChameleonImageProcessor:
-    """Pictures -> pixel_values, and back. Options and defaults as documented for transformers.
-
-    Every option can be given to the constructor, and again to one call.
-    """
-
-    DEFAULTS = {
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": 512},  # or {"height": h, "width": w}, or an int: shortest edge
-        "resample": 1,  # PIL's number of the filter: 1 is Lanczos
-        "do_center_crop": True,
-        "crop_size": {"height": 512, "width": 512},  # or an int: a square
-        "do_rescale": True,
-        "rescale_factor": 0.0078,
-        "do_normalize": True,
-        "image_mean": [1.0, 1.0, 1.0],  # or one number for all channels
-        "image_std": [1.0, 1.0, 1.0],
-    }
-    # A picture of 1 x 100,000 with its short edge at 512 would need 79 GB before the crop.
-    MAX_RESIZED_PIXELS = 2**27
-
-    def __init__(self, **options):
-        unknown = set(options) - set(self.DEFAULTS)
-        if unknown:
-            raise TypeError(f"unknown option {min(unknown)!r}, not one of {list(self.DEFAULTS)}")
-        for name, default in self.DEFAULTS.items():
-            value = options.get(name)
-            setattr(self, name, copy.deepcopy(default if value is None else value))
-        if isinstance(self.size, int):
-            self.size = {"shortest_edge": self.size}
-        if isinstance(self.crop_size, int):
-            self.crop_size = {"height": self.crop_size, "width": self.crop_size}
-        self._check()
-
-    def _check(self) -> None:
-        for name, kinds in (("size", ({"shortest_edge"}, {"height", "width"})),
-                            ("crop_size", ({"height", "width"},))):
-            value = getattr(self, name)
-            if not isinstance(value, dict) or set(value) not in kinds or not all(
-                    isinstance(n, int) and n > 0 for n in value.values()):
-                wanted = " or ".join(str(sorted(kind)) for kind in kinds)
-                raise ValueError(f"{name}={value!r}: want {wanted}, whole numbers above 0")
-        if self.resample not in list(Image.Resampling):
-            raise ValueError(f"resample={self.resample!r}: PIL's filters are 0..5, 1 is Lanczos")
-        for name in ("rescale_factor", "image_mean", "image_std"):
-            value = np.ravel(getattr(self, name))
-            if value.dtype.kind not in "if" or (name == "image_std" and not value.all()):
-                raise ValueError(f"{name}={value.tolist()}: want numbers, for image_std not 0")
-        for name, default in self.DEFAULTS.items():
-            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: want True or False")
-
-    def __call__(self, images: Pictures, **options) -> BatchFeature:
-        """As preprocess."""
-        return self.preprocess(images, **options)
-
-    def preprocess(self, images: Pictures, return_tensors: str | None = None,
-                   data_format: str | None = "channels_first",
-                   input_data_format: str | None = None, **options) -> BatchFeature:
-        """Pictures -> {"pixel_values": (N, 3, H, W)}: tensor ("pt"), array ("np") or list (None).
-
-        images: one picture, a stack (N, ...) or (nested) lists. A picture is a PIL image, an array
-        or a tensor (H, W), (H, W, C) or (C, H, W): uint8, or fractions 0..1 with do_rescale=False.
-        data_format: "channels_first", "channels_last", or None for the input's own.
-        """
-        own = self.to_dict()
-        given = {name: own.get(name) if v is None else v for name, v in options.items()}
-        settings = ChameleonImageProcessor(**{**own, **given})
-        arrays = []
-        for image in flat_pictures(images):
-            if settings.do_convert_rgb and isinstance(image, Image.Image) and image.mode != "RGB":
-                image = image.convert("RGBA")  # whatever carries transparency, palettes included
-            array, layout = to_array(image, input_data_format)  # (H, W, C)
-            array = settings.prepare(array)  # (H', W', C)
-            target = data_format or layout
-            if target not in ("channels_first", "channels_last"):
-                raise ValueError(f"data_format={target!r}: channels_first, channels_last or None")
-            arrays.append(array.transpose(2, 0, 1) if target == "channels_first" else array)
-        return BatchFeature(pixel_values=stack(arrays, return_tensors))  # (N, C, H', W')
-
-    def prepare(self, array: np.ndarray) -> np.ndarray:
-        """(H, W, C) levels -> (H', W', C) float32 pixels: the steps in their documented order."""
-        if self.do_convert_rgb:
-            array = on_white(array)  # (H, W, 3)
-        if self.do_resize:
-            array = self.resize(array)  # (H', W', C)
-        if self.do_center_crop:
-            array = center_crop(array, **self.crop_size)  # (height, width, C)
-        if self.do_rescale:
-            if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
-                warnings.warn("pixels lie in 0..1 already: pass do_rescale=False", stacklevel=3)
-            # Multiplied in float64 and rounded once; float32 * float32 is an ulp off in places.
-            array = (array.astype(np.float64) * self.rescale_factor).astype(np.float32)
-        if self.do_normalize:
-            mean, std = np.float32(self.image_mean), np.float32(self.image_std)
-            if mean.size not in (1, array.shape[2]) or std.size not in (1, array.shape[2]):
-                raise ValueError(f"image_mean and image_std must fit {array.shape[2]} channel(s)")
-            # pixel = (level * 0.0078 - 1) / 1
-            array = (array.astype(np.float32) - mean) / std
-        return array
-
-    def resize(self, array: np.ndarray) -> np.ndarray:
-        """(H, W, C) -> (H', W', C). PIL resamples levels, so fractions become levels on the way."""
-        levels, fractions = to_levels(array)
-        height, width = self.resized_size(*levels.shape[:2])
-        image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
-        resized = np.asarray(image.resize((width, height), self.resample))
-        resized = resized.reshape(height, width, -1)  # (H', W', C), also for one channel
-        if fractions:
-            return (resized.astype(np.float64) * (1 / 255)).astype(np.float32)
-        return resized
-
-    def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of a picture -> (H', W'), the shorter one equal to size["shortest_edge"]."""
-        if "height" in self.size:
-            return self.size["height"], self.size["width"]
-        edge, short, long = self.size["shortest_edge"], min(height, width), max(height, width)
-        # DIFFERS: truncated as in transformers; Meta's code rounds (one row or column at times).
-        long = int(edge * long / short)
-        if edge * long > self.MAX_RESIZED_PIXELS:
-            raise ValueError(f"a picture of {width} x {height} pixels is too long: crop it first")
-        return (edge, long) if height < width else (long, edge)
-
-    @staticmethod
-    def postprocess(pixel_values: torch.Tensor) -> list[Image.Image]:
-        """Pixels (N, 3, H, W), about [-1, 1] -> N pictures."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixels must be (N, 3, H, W), got {tuple(pixel_values.shape)}")
-        # level = trunc((clamp(pixel, -1, 1) + 1) / 2 * 255)
-        levels = (pixel_values.detach().float().clamp(-1, 1) + 1) / 2 * 255
-        levels = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()  # (N, H, W, 3)
-        return [Image.fromarray(image) for image in levels.numpy()]
-
-    def to_dict(self) -> dict:
-        """All options, as a new processor takes them."""
-        return {name: getattr(self, name) for name in self.DEFAULTS}
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, which transformers reads too."""
-        kind = {"image_processor_type": "ChameleonImageProcessor"}
-        write_json(Path(folder) / "preprocessor_config.json", {**self.to_dict(), **kind})
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ChameleonImageProcessor":
-        """Read preprocessor_config.json, or processor_config.json as transformers 5 writes it."""
-        file = Path(folder) / "preprocessor_config.json"
-        joint = Path(folder) / "processor_config.json"
-        data = read_json(file) if file.is_file() else None
-        if data is None and joint.is_file():
-            file, data = joint, read_json(joint).get("image_processor")
-        if not isinstance(data, dict):
-            raise ValueError(f"{folder}: no preprocessor_config.json in it "
-                             f"(ChameleonImageProcessor().save_pretrained(folder) writes one)")
-        try:  # other keys, such as image_processor_type or do_pad, are none of our options
-            return cls(**{name: value for name, value in data.items() if name in cls.DEFAULTS})
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-
-
-# ---------------------------------------------------------------------- one picture, step by step
-
-
 def flat_pictures(images: Pictures) -> list[Picture]:
-    """One picture, a stack (N, ...) or nested lists of both -> flat list of pictures."""
+    """One picture, a stack (N, ...) or nested lists of both -> flat list, or ValueError."""
     if isinstance(images, (list, tuple)):
         return [picture for item in images for picture in flat_pictures(item)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
@@ -270,11 +132,24 @@ def flat_pictures(images: Pictures) -> list[Picture]:
     raise ValueError(f"a picture must be PIL, numpy or torch, not {type(images).__name__}{hint}")
 
 
-def to_array(image: Picture, layout: str | None = None) -> tuple[np.ndarray, str]:
-    """One picture -> (H, W, C) and the layout it came in: "channels_first" or "channels_last".
+def guess_layout(shape: tuple[int, int, int]) -> str:
+    """Shape -> layout: the axis of size 1 or 3, else of size 4, is C. The first axis wins a tie."""
+    first, last = shape[0] in (1, 3), shape[2] in (1, 3)
+    if first and last:
+        warnings.warn(f"channels of {shape} taken first: pass input_data_format", stacklevel=4)
+    if first or (shape[0] == 4 and not last):
+        return "channels_first"
+    if last or shape[2] == 4:
+        return "channels_last"
+    raise ValueError(f"a picture of shape {shape} has no axis of 1, 3 or 4 channels")
 
-    DIFFERS: transformers 4 guesses one layout for the whole batch from the first picture's shape,
-    and so takes a PIL picture one pixel high for channels first. PIL is always channels last.
+
+def to_array(image: Picture, layout: str | None = None) -> tuple[np.ndarray, str]:
+    """One picture -> array (H, W, C), and the layout it had: "channels_first" or "channels_last".
+
+    DIFFERS: transformers 4 guesses one layout for all pictures from the shape of the first, and a
+    PIL picture one pixel high counts as channels first. Here each picture has its own layout, and
+    PIL pictures are always channels last. ValueError if it is no picture.
     """
     if isinstance(image, Image.Image):
         array, layout = np.asarray(image), "channels_last"
@@ -296,22 +171,10 @@ def to_array(image: Picture, layout: str | None = None) -> tuple[np.ndarray, str
     return (array.astype(np.uint8) * 255 if array.dtype == bool else array), layout
 
 
-def guess_layout(shape: tuple[int, int, int]) -> str:
-    """The axis of 1, 3 or else 4 numbers holds the channels; if both could, the first one does."""
-    first, last = shape[0] in (1, 3), shape[2] in (1, 3)
-    if first and last:
-        warnings.warn(f"channels of {shape} taken first: pass input_data_format", stacklevel=4)
-    if first or (shape[0] == 4 and not last):
-        return "channels_first"
-    if last or shape[2] == 4:
-        return "channels_last"
-    raise ValueError(f"a picture of shape {shape} has no axis of 1, 3 or 4 channels")
-
-
 def on_white(array: np.ndarray) -> np.ndarray:
-    """(H, W, 1, 3 or 4) -> (H, W, 3): grey is repeated, transparency blended on white.
+    """(H, W, 1, 3 or 4) -> (H, W, 3): repeats grey, blends transparency on white.
 
-    DIFFERS: transformers 5 blends with PIL's alpha_composite, at most one level away from this.
+    DIFFERS: transformers 5 uses PIL's alpha_composite, which is up to one level off this rule.
     """
     if array.shape[2] == 3:
         return array
@@ -321,12 +184,12 @@ def on_white(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"{array.shape[2]} channels are not grey, RGB or RGBA")
     white = 1.0 if array.dtype.kind == "f" else 255
     rgb, alpha = array[:, :, :3], array[:, :, 3:] / white  # (H, W, 3), (H, W, 1)
-    # out = (1 - a) * 255 + a * rgb, truncated to a level by astype
+    # out = (1 - alpha) * 255 + alpha * rgb, which astype truncates to a level
     return ((1 - alpha) * white + alpha * rgb).astype(array.dtype)
 
 
 def to_levels(array: np.ndarray) -> tuple[np.ndarray, bool]:
-    """-> uint8 levels, and True if the input was fractions 0..1. ValueError if it was neither."""
+    """Levels, or fractions 0..1 -> uint8 levels, and True for fractions. ValueError for others."""
     if array.dtype == np.uint8:
         return array, False
     low, high = float(array.min()), float(array.max())
@@ -339,7 +202,7 @@ def to_levels(array: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C) -> (height, width, C) at offset (n - size) // 2; zeros around a smaller picture."""
+    """(H, W, C) -> (height, width, C) from offset (n - size) // 2. A smaller picture gets zeros."""
     top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
     if top < 0 or left < 0:
         more_rows, more_columns = max(height - array.shape[0], 0), max(width - array.shape[1], 0)
@@ -349,18 +212,213 @@ def center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------
-# Prompts and pictures together
+# All steps: pictures -> pixel_values, and back
+
+
+class ChameleonImageProcessor:
+    """Pictures -> pixel_values, and back: transformers' class of that name, with its options.
+
+    A call may override the options of the constructor. TypeError for an unknown option, ValueError
+    for an impossible value.
+    """
+
+    do_convert_rgb: bool
+    do_resize: bool
+    size: dict[str, int]
+    resample: int
+    do_center_crop: bool
+    crop_size: dict[str, int]
+    do_rescale: bool
+    rescale_factor: float
+    do_normalize: bool
+    image_mean: list[float]
+    image_std: list[float]
+
+    DEFAULTS = {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": 512},  # or {"height": h, "width": w}, or an int: shortest edge
+        "resample": 1,  # the filter's number in PIL: Lanczos
+        "do_center_crop": True,
+        "crop_size": {"height": 512, "width": 512},  # or an int: a square
+        "do_rescale": True,
+        "rescale_factor": 0.0078,
+        "do_normalize": True,
+        "image_mean": [1.0, 1.0, 1.0],  # or one number for all channels
+        "image_std": [1.0, 1.0, 1.0],
+    }
+    # Without a limit, a picture of 1 x 100,000 would be resized to 79 GB before the crop.
+    MAX_RESIZED_PIXELS = 2**27
+
+    def __init__(self, **options) -> None:
+        unknown = set(options) - set(self.DEFAULTS)
+        if unknown:
+            raise TypeError(f"unknown option {min(unknown)!r}, not one of {list(self.DEFAULTS)}")
+        for name, default in self.DEFAULTS.items():
+            value = options.get(name)
+            setattr(self, name, copy.deepcopy(default if value is None else value))
+        if isinstance(self.size, int):
+            self.size = {"shortest_edge": self.size}
+        if isinstance(self.crop_size, int):
+            self.crop_size = {"height": self.crop_size, "width": self.crop_size}
+        self._check()
+
+    def _check(self) -> None:
+        """ValueError for an option of the wrong type or range."""
+        for name, kinds in (("size", ({"shortest_edge"}, {"height", "width"})),
+                            ("crop_size", ({"height", "width"},))):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or set(value) not in kinds or not all(
+                    isinstance(n, int) and n > 0 for n in value.values()):
+                wanted = " or ".join(str(sorted(kind)) for kind in kinds)
+                raise ValueError(f"{name}={value!r}: want {wanted}, whole numbers above 0")
+        if self.resample not in list(Image.Resampling):
+            raise ValueError(f"resample={self.resample!r}: PIL's filters are 0..5, 1 is Lanczos")
+        for name in ("rescale_factor", "image_mean", "image_std"):
+            value = np.ravel(getattr(self, name))
+            if value.dtype.kind not in "if" or (name == "image_std" and not value.all()):
+                raise ValueError(f"{name}={value.tolist()}: want numbers, for image_std not 0")
+        for name, default in self.DEFAULTS.items():
+            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: want True or False")
+
+    def __call__(self, images: Pictures, **options) -> BatchFeature:
+        """The same as preprocess."""
+        return self.preprocess(images, **options)
+
+    def preprocess(self, images: Pictures, return_tensors: str | None = None,
+                   data_format: str | None = "channels_first",
+                   input_data_format: str | None = None, **options) -> BatchFeature:
+        """Pictures -> {"pixel_values": (N, 3, H, W)}: a tensor ("pt"), array ("np") or list (None).
+
+        A picture is a PIL image, or an array or tensor (H, W), (H, W, C) or (C, H, W). It holds
+        levels 0..255, or fractions 0..1 with do_rescale=False. data_format: "channels_first",
+        "channels_last", or None for the layout of the input. ValueError for anything else.
+        """
+        own = self.to_dict()
+        given = {name: own.get(name) if v is None else v for name, v in options.items()}
+        settings = ChameleonImageProcessor(**{**own, **given})
+        arrays = []
+        for image in flat_pictures(images):
+            if settings.do_convert_rgb and isinstance(image, Image.Image) and image.mode != "RGB":
+                image = image.convert("RGBA")  # keeps transparency, also of palettes
+            array, layout = to_array(image, input_data_format)  # (H, W, C)
+            array = settings.prepare(array)  # (H', W', C)
+            target = data_format or layout
+            if target not in ("channels_first", "channels_last"):
+                raise ValueError(f"data_format={target!r}: channels_first, channels_last or None")
+            arrays.append(array.transpose(2, 0, 1) if target == "channels_first" else array)
+        return BatchFeature(pixel_values=stack(arrays, return_tensors))  # (N, C, H', W')
+
+    def prepare(self, array: np.ndarray) -> np.ndarray:
+        """(H, W, C) levels -> (H', W', C) float32 pixels, by the steps at the top of this file."""
+        if self.do_convert_rgb:
+            array = on_white(array)  # (H, W, 3)
+        if self.do_resize:
+            array = self.resize(array)  # (H', W', C)
+        if self.do_center_crop:
+            array = center_crop(array, **self.crop_size)  # (height, width, C)
+        if self.do_rescale:
+            if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
+                warnings.warn("pixels lie in 0..1 already: pass do_rescale=False", stacklevel=3)
+            # In float64, rounded once, as in transformers. In float32 some last bits would differ.
+            array = (array.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        if self.do_normalize:
+            mean, std = (np.asarray(v, np.float32) for v in (self.image_mean, self.image_std))
+            if mean.size not in (1, array.shape[2]) or std.size not in (1, array.shape[2]):
+                raise ValueError(f"image_mean and image_std must fit {array.shape[2]} channel(s)")
+            # pixel = (level * rescale_factor - mean) / std = level * 0.0078 - 1
+            array = (array.astype(np.float32) - mean) / std
+        return array
+
+    def resize(self, array: np.ndarray) -> np.ndarray:
+        """(H, W, C) -> (H', W', C). PIL resizes levels only: fractions become levels and back."""
+        levels, fractions = to_levels(array)
+        height, width = self.resized_size(*levels.shape[:2])
+        image = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+        resized = np.asarray(image.resize((width, height), self.resample))
+        resized = resized.reshape(height, width, -1)  # (H', W', C), also for one channel
+        if fractions:
+            return (resized.astype(np.float64) * (1 / 255)).astype(np.float32)
+        return resized
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of a picture -> (H', W'), the shorter one equal to size["shortest_edge"]."""
+        if "height" in self.size:
+            return self.size["height"], self.size["width"]
+        edge, short, long = self.size["shortest_edge"], min(height, width), max(height, width)
+        # DIFFERS: Meta's code rounds the long edge; transformers, and so this line, truncates it.
+        long = int(edge * long / short)
+        if edge * long > self.MAX_RESIZED_PIXELS:
+            raise ValueError(f"a picture of {width} x {height} pixels is too long: crop it first")
+        return (edge, long) if height < width else (long, edge)
+
+    @staticmethod
+    def postprocess(pixel_values: torch.Tensor) -> list[Image.Image]:
+        """Pixels (N, 3, H, W), about [-1, 1] -> N PIL pictures. ValueError for another shape."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixels must be (N, 3, H, W), got {tuple(pixel_values.shape)}")
+        # level = trunc((clamp(pixel, -1, 1) + 1) / 2 * 255)
+        levels = (pixel_values.detach().float().clamp(-1, 1) + 1) / 2 * 255
+        levels = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()  # (N, H, W, 3)
+        return [Image.fromarray(image) for image in levels.numpy()]
+
+    def to_dict(self) -> dict:
+        """All options: ChameleonImageProcessor(**processor.to_dict()) is a copy."""
+        return {name: getattr(self, name) for name in self.DEFAULTS}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes preprocessor_config.json, which transformers reads, too."""
+        kind = {"image_processor_type": "ChameleonImageProcessor"}
+        write_json(Path(folder) / "preprocessor_config.json", {**self.to_dict(), **kind})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ChameleonImageProcessor":
+        """Reads preprocessor_config.json, else processor_config.json of transformers 5."""
+        file = Path(folder) / "preprocessor_config.json"
+        joint = Path(folder) / "processor_config.json"
+        data = read_json(file) if file.is_file() else None
+        if data is None and joint.is_file():
+            file, data = joint, read_json(joint).get("image_processor")
+        if not isinstance(data, dict):
+            raise ValueError(f"{folder}: no preprocessor_config.json in it "
+                             f"(ChameleonImageProcessor().save_pretrained(folder) writes one)")
+        try:  # other keys, such as image_processor_type or do_pad, are ignored
+            return cls(**{name: value for name, value in data.items() if name in cls.DEFAULTS})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# Prompts: text with pictures in it -> input_ids
+
+
+def is_text(value: object) -> TypeGuard[str | list[str]]:
+    """Is it a string, or a list of one or more strings and nothing else?"""
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(isinstance(item, str) for item in value)
+    return isinstance(value, str)
+
+
+def tensor_rows(rows: list[list[int]], return_tensors: str | None) -> Stacked | list[list[int]]:
+    """B rows of T ids -> (B, T) int64, by "pt" or "np". None returns the rows, of any lengths."""
+    if return_tensors is None:
+        return rows
+    if len(set(map(len, rows))) > 1:
+        raise ValueError(f"the prompts have {min(map(len, rows))} to {max(map(len, rows))} ids: "
+                         f"pass padding=True to make them equal")
+    return stack([np.array(row, dtype=np.int64) for row in rows], return_tensors)  # (B, T)
 
 
 class ChameleonProcessor:
-    """Prompts with "<image>" in them, and pictures -> what the model's forward takes.
+    """Prompts and their pictures -> the model's arguments: transformers' class of that name.
 
-    image_seq_length is S, the codes per picture (vqvae.py tells why 1024); image_token is the
-    text that marks a picture's place.
+    image_seq_length: S, the codes per picture (vqvae.py explains 1024). image_token: the text that
+    marks the place of a picture in a prompt. ValueError if S is below 1 or the text is empty.
     """
 
     def __init__(self, image_processor: ChameleonImageProcessor, tokenizer: Tokenizer,
-                 image_seq_length: int = 1024, image_token: str = "<image>"):
+                 image_seq_length: int = 1024, image_token: str = "<image>") -> None:
         if not isinstance(image_seq_length, int) or image_seq_length < 1:
             raise ValueError(f"image_seq_length={image_seq_length!r}: want a whole number above 0")
         if not isinstance(image_token, str) or not image_token:
@@ -376,14 +434,14 @@ class ChameleonProcessor:
                  **image_options) -> BatchFeature:
         """-> input_ids (B, T), attention_mask (B, T) and, with pictures, pixel_values (N, 3, H, W).
 
-        text and images may be positional in either order: transformers changed it in 4.46. images:
-        flat, taken in order over all prompts, or nested, one list per prompt. padding: True or
-        "longest", "max_length", False. return_for_text_completion leaves the end of turn out.
-        image_options: as ChameleonImageProcessor's. ValueError for an empty prompt, a wrong number
-        of pictures, unequal lengths without padding, a max_length that would cut a picture in two.
+        text and images may be positional, in either order: transformers changed it in 4.46.
+        images: a flat list for all prompts in order, or one list per prompt. padding: True or
+        "longest", "max_length", False. return_for_text_completion: without the end-of-turn id.
+        image_options: those of ChameleonImageProcessor. ValueError for an empty prompt, a wrong
+        number of pictures, unequal lengths without padding, or a max_length inside a picture.
         """
         for value in inputs:
-            if is_text(value) and text is None:
+            if text is None and is_text(value):
                 text = value
             elif images is None:
                 images = value
@@ -406,9 +464,9 @@ class ChameleonProcessor:
         return BatchFeature(data)
 
     def match(self, prompts: list[str], images: Pictures | None) -> list[Picture]:
-        """Pictures in the order of their places, row by row; ValueError if the counts differ.
+        """All pictures in the order of their places. ValueError, naming the prompt, on a mismatch.
 
-        DIFFERS: transformers leaves that to the model, which knows only the total of the batch.
+        DIFFERS: transformers leaves this to the model, which can only compare the batch's totals.
         """
         places = [prompt.count(self.image_token) for prompt in prompts]
         for n, prompt in enumerate(prompts):
@@ -432,9 +490,10 @@ class ChameleonProcessor:
         return pictures
 
     def layout(self, prompt: str, completion: bool) -> list[int]:
-        """One prompt -> ids: <s>, the text pieces with a picture's ids between them, end of turn.
+        """One prompt -> its T ids: <s> text <racm3:break> <image> x S <eoss> text <reserved08706>
 
-        Each piece is tokenized on its own: a word never reaches across a picture.
+        Each piece of text is tokenized by itself. With completion there is no <reserved08706>, the
+        end of turn. ValueError if the vocabulary lacks one of these tokens.
         """
         names = self.tokenizer.vocabulary
         picture = [names.begin_image_id, *[names.image_token_id] * self.image_seq_length,
@@ -450,7 +509,7 @@ class ChameleonProcessor:
 
     def truncate(self, rows: list[list[int]], truncation: bool | str, max_length: int | None,
                  padding: bool | str) -> list[list[int]]:
-        """Rows -> their first max_length ids. A picture is never cut: ValueError."""
+        """Rows -> their first max_length ids. ValueError if that would cut a picture."""
         wanted = truncation in (True, "longest_first", "only_first")
         if not wanted and truncation not in (False, None, "do_not_truncate"):
             raise ValueError(f"truncation={truncation!r}: want True or False")
@@ -471,7 +530,7 @@ class ChameleonProcessor:
 
     def pad(self, rows: list[list[int]], padding: bool | str, max_length: int | None,
             side: str) -> dict[str, list[list[int]]]:
-        """Rows -> input_ids of one length (if padding), and attention_mask: 1 real id, 0 <pad>."""
+        """Rows -> input_ids, padded to one length if asked, and attention_mask: 1 id, 0 padding."""
         if side not in ("left", "right"):
             raise ValueError(f"padding_side={side!r}: 'left' or 'right'")
         lengths = {False: 0, None: 0, "do_not_pad": 0, "max_length": max_length,
@@ -487,20 +546,20 @@ class ChameleonProcessor:
                 data[name].append(fill + content if side == "left" else content + fill)
         return data
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True,
+    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = True,
                clean_up_tokenization_spaces: bool = False) -> str:
-        """As Tokenizer.decode. Text comes back as it was, so there are no spaces to clean up."""
+        """As Tokenizer.decode. ValueError with clean_up_tokenization_spaces: it alters text."""
         return self.batch_decode([ids], skip_special_tokens, clean_up_tokenization_spaces)[0]
 
     def batch_decode(self, batch: Iterable, skip_special_tokens: bool = True,
                      clean_up_tokenization_spaces: bool = False) -> list[str]:
-        """As Tokenizer.batch_decode."""
+        """As Tokenizer.batch_decode. ValueError with clean_up_tokenization_spaces."""
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
         return self.tokenizer.batch_decode(batch, skip_special_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's file, preprocessor_config.json and processor_config.json."""
+        """Writes the tokenizer's file, preprocessor_config.json and processor_config.json."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
         data = {"image_seq_length": self.image_seq_length, "image_token": self.image_token}
@@ -509,39 +568,8 @@ class ChameleonProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ChameleonProcessor":
-        """From a checkpoint folder; processor_config.json, if there, gives image_seq_length."""
+        """Reads a checkpoint folder. Without processor_config.json there the defaults hold."""
         tokenizer, file = load_tokenizer(folder), Path(folder) / "processor_config.json"
         data = read_json(file) if file.is_file() else {}
         known = {name: data[name] for name in ("image_seq_length", "image_token") if name in data}
         return cls(ChameleonImageProcessor.from_pretrained(folder), tokenizer, **known)
-
-
-def is_text(value: object) -> bool:
-    """A string, or a list of at least one string and nothing else."""
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(item, str) for item in value)
-    return isinstance(value, str)
-
-
-def tensor_rows(rows: list[list[int]], return_tensors: str | None) -> Stacked | list[list[int]]:
-    """B rows of T ids -> (B, T) int64, "pt" or "np"; None leaves them lists of any lengths."""
-    if return_tensors is None:
-        return rows
-    if len(set(map(len, rows))) > 1:
-        raise ValueError(f"the prompts have {min(map(len, rows))} to {max(map(len, rows))} ids: "
-                         f"pass padding=True to make them equal")
-    return stack([np.array(row, dtype=np.int64) for row in rows], return_tensors)  # (B, T)
-
-
-def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Stacked:
-    """N arrays of one shape (...) -> (N, ...): tensor for "pt", array for "np"; None: the list."""
-    if return_tensors not in ("pt", "np", None):
-        raise ValueError(f"return_tensors={return_tensors!r}: 'pt', 'np' or None")
-    if return_tensors is None:
-        return arrays
-    shapes = sorted({array.shape for array in arrays})
-    if len(shapes) != 1:
-        raise ValueError(f"cannot stack shapes {shapes}: crop or pad to one" if shapes else
-                         "no picture given: pass at least one")
-    stacked = np.stack(arrays)  # (N, ...)
-    return torch.from_numpy(stacked) if return_tensors == "pt" else stacked

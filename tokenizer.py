@@ -1,25 +1,28 @@
-"""Chameleon's vocabulary: text becomes ids and ids become text; codes of pictures have names.
+"""Chameleon's text tokenizer, and the map between codes of pictures and ids of the vocabulary.
 
-    "What is this?" --Tokenizer.encode--> ids --model--> ids --decode, or StreamDecoder--> text
-    codes (N, S) of the VQ-VAE --VocabularyMap, by name--> ids
+    "What is this?" --Tokenizer.encode--> ids --model--> ids --decode or StreamDecoder--> text
+    codes (N, S) of the VQ-VAE <--VocabularyMap, by name--> ids (N, S)
 
-processor.py puts text and pictures together into one row.
+processor.py puts the ids of text and pictures together into one row.
 
-Glossary
-    B, T    prompts in a batch, ids in a row          N, S   pictures in a batch, codes per picture
-    K       codes of the codebook (8192)              V      ids of the vocabulary (65536)
-    code    0..K-1, a row of the VQ-VAE's codebook    id     0..V-1, a row of the embedding table
-    token   what an id stands for                     piece  a part of a text, split for tokenizing
+Letter, word  meaning
+B, T          prompts in a batch; ids in a row
+N, S          pictures in a batch; codes per picture
+K, code       number of codes (8192); code: 0..K-1, a row of the VQ-VAE's codebook
+V, id         number of ids (65536); id: 0..V-1, a row of the decoder's embedding table
+token, name   what an id stands for; its spelling in the vocabulary
+word          a stretch of text that merges do not cross
 
 What differs from the tokenizer of a text-only Llama
-    - K ids are codes of pictures. Code 53 is the id NAMED "IMGIMGFDZ" (A..J are the digits 0..9):
-      ids are found by name here, never computed as code + 4.
-    - Byte-level BPE after six splits; every digit and every punctuation mark is a token of its own.
-    - Text never becomes a control id, however it is spelled. Only "<image>" means something, and
-      ChameleonProcessor, not the tokenizer, gives it its meaning.
+- K ids are codes of pictures. Their names spell the code with A..J for the digits 0..9: "IMGIMGFDZ"
+  is code 53. Ids are looked up by name. Nothing here computes an id as code + 4.
+- It is byte-level BPE. A text is first split into words by six rules; each digit and each
+  punctuation mark is a word of its own.
+- Text never becomes a control id, whatever it says. "<image>" has a meaning in prompts only
+  because ChameleonProcessor looks for it.
 
-Sources: arXiv 2405.09818 section 2.1; the published names and split patterns of the release's
-tokenizer.
+Sources: Chameleon, https://arxiv.org/abs/2405.09818, section 2.1 (65536 ids, 8192 of them codes);
+the names and splits of the released tokenizer.
 """
 
 import codecs
@@ -37,11 +40,12 @@ IMAGE_PLACEHOLDERS = ("<image>", "<reserved08707>")  # HF's name, and Meta's for
 IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")
 
 
-# ------------------------------------------------------- JSON files, for this file and those above
+# ---------------------------------------------------------------------------------------------
+# JSON files, for this file and for processor.py
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object from a file; ValueError naming the file otherwise."""
+    """The JSON object in a file. ValueError, naming the file, if there is none."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -54,36 +58,40 @@ def read_json(file: Path) -> dict:
 
 
 def write_json(file: Path, data: dict) -> None:
-    """Write a JSON object, with sorted keys, into a folder that need not exist yet."""
+    """Writes a JSON object with sorted keys; creates the folder if it is missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# -------------------------------------------------------------------------- codes <-> names <-> ids
+# ---------------------------------------------------------------------------------------------
+# Codes <-> names <-> ids
 
 
 def image_token_name(code: int) -> str:
-    """53 -> "IMGIMGFDZ": the decimal digits as letters A..J, without zero padding."""
+    """53 -> "IMGIMGFDZ": the decimal digits of the code as letters A..J, without zero padding."""
     return f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z"
 
 
 def image_code_from_name(name: str) -> int | None:
-    """ "IMGIMGFDZ" -> 53; None for a name that image_token_name never gives."""
+    """ "IMGIMGFDZ" -> 53. None for a name that belongs to no code."""
     if not IMAGE_TOKEN.fullmatch(name):
         return None
     return int("".join(str("ABCDEFGHIJ".index(letter)) for letter in name[6:-1]))
 
 
 class VocabularyMap(torch.nn.Module):
-    """Names -> ids, and the one table between codes (codebook) and ids (vocabulary).
+    """Converts codes (of the codebook) to ids (of the vocabulary) and back; has the marks' ids.
 
-    vocabulary_map: name -> id, as in config.json; None or {} makes a map without image tokens.
-    Attributes: num_codes K, code_to_id (K,) int64; image_token_id, begin_image_id, end_image_id,
-    end_of_turn_id, each None if the name is absent. ValueError unless the codes are exactly 0..K-1.
+    vocabulary_map: name -> id, as in config.json; None or {} gives a map without image tokens.
+    Attributes: num_codes K; code_to_id (K,) int64; image_token_id, begin_image_id, end_image_id and
+    end_of_turn_id, each None if its name is absent. ValueError unless the codes are exactly 0..K-1.
 
-    It is a module only so that its two tables move to the model's device with the model; neither
-    is part of a checkpoint. Source: transformers' ChameleonImageVocabularyMapping.
+    It is an nn.Module so that its two tables follow the model to its device. They are in no
+    checkpoint. Source: transformers' ChameleonImageVocabularyMapping.
     """
+
+    code_to_id: torch.Tensor
+    id_to_code: torch.Tensor
 
     def __init__(self, vocabulary_map: dict[str, int] | None = None) -> None:
         super().__init__()
@@ -93,35 +101,35 @@ class VocabularyMap(torch.nn.Module):
         self.end_of_turn_id = names.get(END_OF_TURN)
 
         ids = {image_code_from_name(name): token_id for name, token_id in names.items()}
-        ids.pop(None, None)  # all the names that are no image token's
+        ids.pop(None, None)  # None: names that belong to no code
         missing = [code for code in range(len(ids)) if code not in ids]
         if missing:
             raise ValueError(f"the vocabulary has {len(ids)} image tokens, but none is named "
                              f"{image_token_name(missing[0])}: codes must be 0..K-1 without a gap")
         if len({i for i in ids.values() if isinstance(i, int) and i >= 0}) != len(ids):
             raise ValueError("image tokens must have an id each, whole, not negative, none twice")
-        # By name. In the release id = code + 4 happens to hold; a converted model may reorder.
-        # On the CPU: while a model is built on the "meta" device, tensors there hold no numbers.
+        # The release has id = code + 4, but a converted vocabulary may be in another order.
+        # device="cpu": inside `with torch.device("meta")` these tensors would hold no numbers.
         ordered = torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long,
                                device="cpu")  # (K,)
         self.num_codes, beyond = len(ids), max(ids.values(), default=-1) + 1
-        # The inverse table: -1 for ids that are no image token, and a last -1 for ids beyond it.
+        # -1 for an id that is no code. One more -1 at the end stands for all ids beyond the table.
         inverse = torch.full((beyond + 1,), -1, dtype=torch.long, device="cpu")
         inverse[ordered] = torch.arange(self.num_codes, device="cpu")
         self.register_buffer("code_to_id", ordered, persistent=False)
         self.register_buffer("id_to_code", inverse, persistent=False)
 
     def ids_from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes of any shape -> ids, same shape and device. ValueError outside 0..K-1."""
+        """Codes of any shape -> ids, same shape and device. ValueError if one is outside 0..K-1."""
         codes = torch.as_tensor(codes).long()
-        # Unchecked, a negative code would index from the end and look right.
+        # Without this check a negative code would silently index from the end.
         if codes.numel() and not 0 <= codes.min() <= codes.max() < self.num_codes:
             raise ValueError(f"image codes are 0..{self.num_codes - 1}, these are "
                              f"{int(codes.min())}..{int(codes.max())}: are they ids already?")
         return self.code_to_id.to(codes.device)[codes]
 
     def codes_from_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids of any shape -> codes, same shape and device. ValueError on an id that is no code."""
+        """Ids of any shape -> codes, same shape and device. ValueError if an id is no code."""
         ids = torch.as_tensor(ids).long()
         beyond = len(self.id_to_code) - 1
         inside = torch.where((ids >= 0) & (ids < beyond), ids, beyond)
@@ -131,46 +139,47 @@ class VocabularyMap(torch.nn.Module):
         return codes
 
 
-# ------------------------------------------------------------------------------------- text <-> ids
+# ---------------------------------------------------------------------------------------------
+# Text <-> ids: what both file formats share
 
 
 class Tokenizer:
-    """What both file formats share; they supply encode, and the bytes a name stands for.
+    """The base class of both formats. A subclass supplies encode and text_bytes.
 
-    vocab: name -> id. special_ids: the control ids, which encode never gives. bos_token_id "<s>",
+    vocab: name -> id. special_ids: the control ids, which encode never returns. bos_token_id "<s>",
     pad_token_id "<pad>", eos_token_id "</s>", unk_token_id "<unk>", sep_token_id (end of turn) and
-    image_token_id; all but the first two may be None. padding_side is for ChameleonProcessor:
-    "left" puts every prompt's last id into the last column, where generation goes on.
+    image_token_id: all but the first two may be None. padding_side is for ChameleonProcessor:
+    "left" aligns the ends of all prompts, where generation continues. ValueError: no <s> or <pad>.
     """
 
-    def __init__(self, path: str | Path, vocab: dict[str, int], special_ids: Iterable[int]):
+    def __init__(self, path: str | Path, vocab: dict[str, int], special_ids: Iterable[int]) -> None:
         self.path, self.vocab, self.vocabulary = Path(path), vocab, VocabularyMap(vocab)
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.special_ids = frozenset(special_ids)
         self.padding_side = "left"
-        # <s> is id 0 in the release: ask `is None`, never for truth.
-        self.bos_token_id, self.pad_token_id = vocab.get("<s>"), vocab.get("<pad>")
+        if "<s>" not in vocab or "<pad>" not in vocab:
+            raise ValueError(f"{path}: no <s> or no <pad> in it, so not a Chameleon vocabulary")
+        self.bos_token_id, self.pad_token_id = vocab["<s>"], vocab["<pad>"]
         self.eos_token_id, self.unk_token_id = vocab.get("</s>"), vocab.get("<unk>")
         self.sep_token_id = self.vocabulary.end_of_turn_id
         self.image_token_id = self.vocabulary.image_token_id
-        if self.bos_token_id is None or self.pad_token_id is None:
-            raise ValueError(f"{path}: no <s> or no <pad> in it, so not a Chameleon vocabulary")
         self._names = {token_id: name for name, token_id in vocab.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids, without <s>. Never a control id, whatever the text.
+        """Text -> ids, without <s> and without any control id. ValueError for broken unicode.
 
-        DIFFERS: transformers parses "</s>", "IMGIMGABZ" or "<reserved08706>" in a prompt, so that a
-        prompt can inject control ids. Here they are letters (tokenizers' encode_special_tokens).
+        DIFFERS: in transformers "</s>", "IMGIMGABZ" or "<reserved08706>" in a prompt become control
+        ids, so a prompt can inject them. Here they are tokenized like any other text, as
+        `tokenizers` does with encode_special_tokens=True.
         """
         raise NotImplementedError
 
     def text_bytes(self, name: str) -> bytes:
-        """Name of a text token -> the utf-8 bytes it stands for."""
+        """Name of a text token -> the bytes of utf-8 that it stands for."""
         raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Id -> bytes: of a text token, maybe half a character; of a control token, its name."""
+        """Id -> bytes, maybe half a character; for a control id its name. ValueError if unknown."""
         token_id = int(token_id)
         if token_id not in self._names:
             raise ValueError(f"id {token_id} is not in the vocabulary, which ends before "
@@ -178,77 +187,79 @@ class Tokenizer:
         name = self._names[token_id]
         return name.encode() if token_id in self.special_ids else self.text_bytes(name)
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Ids (T,), a list, array or tensor -> text; bytes that are not utf-8 become U+FFFD."""
-        if getattr(ids, "ndim", 1) != 1:
-            raise ValueError(f"decode takes ids (T,), not {tuple(ids.shape)}: use batch_decode")
+    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
+        """Ids (T,) -> text. Bytes that are not utf-8 become U+FFFD. ValueError for unknown ids."""
+        shape = tuple(getattr(ids, "shape", (0,)))  # a list has no shape
+        if len(shape) != 1:
+            raise ValueError(f"decode takes ids (T,), not {shape}: use batch_decode")
         decoder = self.stream_decoder(skip_special_tokens)
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids  # one GPU synchronization
         return "".join(decoder.feed(token_id) for token_id in ids) + decoder.flush()
 
     def batch_decode(self, batch: Iterable, skip_special_tokens: bool = True) -> list[str]:
-        """Ids (B, T), or B rows of any lengths -> B texts."""
+        """Ids (B, T), or B rows of different lengths -> B texts."""
         return [self.decode(ids, skip_special_tokens) for ids in batch]
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> "StreamDecoder":
-        """A decoder to feed one id at a time."""
+        """A decoder that takes one id at a time."""
         return StreamDecoder(self, skip_special_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the tokenizer's file, byte for byte, under the name that transformers expects."""
+        """Copies the tokenizer's file into a folder, under the name that transformers expects."""
         content = self.path.read_bytes()
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"tokenizer{self.path.suffix}").write_bytes(content)
 
 
 class StreamDecoder:
-    """Ids in, text out as soon as it is whole: all pieces joined equal Tokenizer.decode.
+    """Decodes one id at a time. The returned strings, joined, equal Tokenizer.decode of all ids.
 
-    One character may be spread over four ids, so ids are never decoded to text one by one: their
-    bytes are, by a utf-8 decoder that keeps an unfinished character back.
+    One character may need up to four ids. So the bytes of each id go through an incremental utf-8
+    decoder, which holds back the bytes of an incomplete character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._bytes_of = tokenizer.token_bytes
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token_id: int) -> str:
-        """The text that this id completes, "" if it ends in the middle of a character."""
+        """One id -> the text that it completes, "" inside a character. ValueError: unknown id."""
         content = self._bytes_of(token_id)
         return "" if int(token_id) in self._skipped else self._utf8.decode(content)
 
     def flush(self) -> str:
-        """At the end: U+FFFD for a character that was never completed, else ""."""
+        """To be called after the last id: U+FFFD if a character is incomplete, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 def check_text(text: str) -> None:
-    """ValueError for a string that utf-8 cannot hold (half a surrogate pair)."""
+    """ValueError for a string that utf-8 cannot encode: one with half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start + 1} of the text is not valid unicode") from None
 
 
-# --- format 1 of 2: tokenizer.json, byte-level BPE. First how a text is split into words.
+# ---------------------------------------------------------------------------------------------
+# Format 1 of 2: tokenizer.json, byte-level BPE. First the six splits of a text into words.
 
-# Splits 1-3 work on the text: sentinels; names of image tokens (J is missing upstream); tabs,
-# newlines, four spaces, two spaces. What matches becomes a piece, and so does what is between.
+# Splits 1-3: sentinels; names of image tokens (J is missing in the release, too); tabs, newlines,
+# four spaces, two spaces. Each match becomes a piece, and so does the text between two matches.
 STRUCTURE = re.compile(r"(<sentinel:[0-9]+>|IMGIMG[A-I]{1,4}Z|[\t\n]|    |  )")
 
-# Splits 4-6 work on the piece's shape (see Shapes): every number character; every punctuation mark;
-# then GPT-2's pattern, of which this much is left: its "'s|'t|'re..." and its numbers cannot match
-# any more. GPT-2's \s+(?!\S) leaves the last of several spaces to the word that follows; a number
-# or a punctuation mark has ended the piece by then, so only L and O count as following.
+# Splits 4-6, on the shape of a piece (see Shapes): each number character; each punctuation mark;
+# GPT-2's pattern without "'s|'t|'re..." and numbers, whose characters splits 4 and 5 have taken.
+# GPT-2's \s+(?!\S) leaves the last of several spaces to the next word. Here that is (?![LO]): a
+# number or a punctuation mark takes no space, because it has already been split off.
 WORDS = re.compile(r"N|P| ?L+| ?O+|[ _]+(?![LO])|[ _]+")
 
-# Unicode's white space but for " ". Python's \s and isspace also accept U+001C..U+001F.
+# Unicode's white space except " ". Python's \s and isspace would also accept U+001C..U+001F.
 WHITE_SPACE = set("\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | set(
     map(chr, range(0x2000, 0x200B)))
 
-# `tokenizers` knows the punctuation of unicode 8. Later marks (hexadecimal, up to unicode 17) are
-# no punctuation to it, two that have changed their category since still are.
+# `tokenizers` uses the punctuation of unicode 8. So marks added later (listed in hexadecimal, up to
+# unicode 17) are not punctuation, and two marks whose category has changed since still are.
 NEWER_PUNCTUATION = {
     chr(code_point)
     for first, last in re.findall(r"(\w+)-?(\w*)", """
@@ -263,10 +274,10 @@ FORMER_PUNCTUATION = {"\u166d", "\U000111c9"}
 
 
 class Shapes(dict):
-    """Code point -> a letter for its class, so that str.translate turns "Hi, 5€" into "LLP NO".
+    """Code point -> a letter for its class: str.translate turns "Hi, 5€" into the shape "LLP NO".
 
-    L letter, N number, P punctuation, " " space, _ other white space, O all else. Python's re knows
-    no \\p{L}; on the shape it need not. Filled as characters turn up: unicode has a million.
+    L letter, N number, P punctuation, " " space, _ other white space, O everything else. Python's
+    re has no \\p{L}; a pattern for shapes does without. Entries are computed when first needed.
     """
 
     def __missing__(self, code_point: int) -> str:
@@ -280,7 +291,7 @@ class Shapes(dict):
         if character in WHITE_SPACE:
             return "_"
         category = unicodedata.category(character)[0]
-        # The symbols of ascii, $ + < = > ^ ` | ~, count as punctuation.
+        # The ASCII symbols $ + < = > ^ ` | ~ count as punctuation.
         if (character.isascii() and category == "S") or character in FORMER_PUNCTUATION:
             return "P"
         return category if category in "LNP" and character not in NEWER_PUNCTUATION else "O"
@@ -290,16 +301,16 @@ SHAPES = Shapes()
 
 
 def split_words(text: str) -> Iterator[str]:
-    """All six splits: "a 12  b!" -> "a", " ", "1", "2", "  ", "b", "!". No merge crosses a word."""
+    """Text -> words, by all six splits: "a 12  b!" -> "a", " ", "1", "2", "  ", "b", "!"."""
     for piece in STRUCTURE.split(text):
         for match in WORDS.finditer(piece.translate(SHAPES)):
             yield piece[match.start() : match.end()]
 
 
 def byte_characters() -> list[str]:
-    """GPT-2's byte -> character table, which makes any bytes a printable name.
+    """GPT-2's table from byte to character, with which any bytes have a printable name.
 
-    The printable latin-1 bytes stand for themselves, the other 68 for U+0100, U+0101, ... in order.
+    Printable latin-1 bytes are their own characters. The other 68 become U+0100, U+0101, ...
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = map(chr, range(0x100, 0x200))
@@ -307,16 +318,17 @@ def byte_characters() -> list[str]:
 
 
 class ByteLevelBPE(Tokenizer):
-    """The release's format: the six splits above, then bytes, then merges in rank order.
+    """The release's format: text -> words (six splits) -> bytes -> merges, lowest rank first.
 
-    Only vocabulary, merges and added tokens are read from the file; the splits are those above,
-    whatever the file says. No unicode normalisation, no space put in front. ValueError for other
-    files. Source: the format of `tokenizers`; byte-level BPE as in GPT-2.
+    The file supplies vocabulary, merges and added tokens. Its description of the splits is ignored,
+    because those above are fixed. There is no unicode normalization and no added space in front.
+    ValueError if the file is not of this format. Sources: section 2.1 (BPE, arXiv 1508.07909);
+    GPT-2's byte level; the file format of `tokenizers`.
     """
 
-    CACHED_WORDS, CACHED_LETTERS = 65536, 64  # at most so many words of at most so many letters
+    CACHED_WORDS, CACHED_LETTERS = 65536, 64  # limits of the cache: words, letters per word
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         vocab, merges = read_bpe(Path(path))
         characters = byte_characters()
         if not vocab.keys() >= set(characters):
@@ -325,7 +337,7 @@ class ByteLevelBPE(Tokenizer):
         self._bytes = {character: byte for byte, character in enumerate(characters)}
         self._merges = merges  # (left id, right id) -> (rank, id of both joined)
         text_ids = {*self._byte_ids, *(joined for _, joined in merges.values())}
-        # Control ids are those that no text leads to: sounder than flags or "starts with <".
+        # Control ids are the ids that no text can give. The file's flags are not needed for this.
         super().__init__(path, vocab, set(vocab.values()) - text_ids)
         self._cache = {}
 
@@ -334,7 +346,7 @@ class ByteLevelBPE(Tokenizer):
         return [token_id for word in split_words(text) for token_id in self.word_ids(word)]
 
     def word_ids(self, word: str) -> list[int]:
-        """Ids of one word. Words repeat, so that remembering them is several times as fast."""
+        """Word -> ids, from the cache if possible: words repeat, and merging takes most time."""
         ids = self._cache.get(word)
         if ids is None:
             ids = self.merge([self._byte_ids[byte] for byte in word.encode()])
@@ -345,10 +357,11 @@ class ByteLevelBPE(Tokenizer):
         return ids
 
     def merge(self, ids: list[int]) -> list[int]:
-        """Ids of a word's bytes -> ids after all merges: lowest rank first, then leftmost.
+        """Ids of a word's bytes -> ids after all merges (BPE, arXiv 1508.07909).
 
-        A linked list for the word and a heap for the offers: n log n. Looking through the word
-        again for each merge is n^2, minutes for one "word" of 100,000 letters.
+        The lowest rank goes first, and of equal ranks the leftmost. With the word as a linked list
+        and the possible merges in a heap this takes n log n steps. Searching the whole word after
+        each merge would take n^2: minutes for 100,000 letters.
         """
         ids, end = list(ids), len(ids)
         before, after = list(range(-1, end - 1)), list(range(1, end + 1))
@@ -364,16 +377,16 @@ class ByteLevelBPE(Tokenizer):
         while heap:
             rank, i, joined = heapq.heappop(heap)
             j = after[i]
-            # An offer is stale if i is gone (None) or a neighbour has changed since.
+            # Skip this merge if i has been merged away (-1) or a neighbour has changed since.
             if j == end or self._merges.get((ids[i], ids[j])) != (rank, joined):
                 continue
-            ids[i], ids[j] = joined, None
+            ids[i], ids[j] = joined, -1
             after[i] = after[j]
             if after[j] < end:
                 before[after[j]] = i
             offer(before[i])
             offer(i)
-        return [token_id for token_id in ids if token_id is not None]
+        return [token_id for token_id in ids if token_id >= 0]
 
     def text_bytes(self, name: str) -> bytes:
         return bytes(self._bytes[character] for character in name)
@@ -382,7 +395,7 @@ class ByteLevelBPE(Tokenizer):
 def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[int, int]]]:
     """tokenizer.json -> vocabulary {name: id} and merges {(left id, right id): (rank, joined id)}.
 
-    The rank is the merge's place in the file: the lower, the earlier it was learned.
+    A merge's rank is its place in the file. ValueError, naming the file, for any other format.
     """
     data = read_json(path)
     try:
@@ -390,7 +403,7 @@ def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[in
         vocab |= {token["content"]: int(token["id"]) for token in data.get("added_tokens") or []}
         merges = {}
         for rank, pair in enumerate(data["model"]["merges"]):
-            # "a b" or ["a", "b"], by the version of `tokenizers` that wrote the file
+            # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file
             left, right = pair.split(" ") if isinstance(pair, str) else pair
             merges[vocab[left], vocab[right]] = (rank, vocab[left + right])
         return vocab, merges
@@ -399,20 +412,22 @@ def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[in
                          f"({type(error).__name__}: {error})") from None
 
 
-# --- format 2 of 2: tokenizer.model, sentencepiece
+# ---------------------------------------------------------------------------------------------
+# Format 2 of 2: tokenizer.model, sentencepiece
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece BPE model with byte fallback: the format of the project's small checkpoint.
+    """A sentencepiece BPE model with byte fallback: the format of the small checkpoint in tiny/.
 
-    DIFFERS: the release's tokenizer is the other format. sentencepiece writes a space as U+2581 and
-    so reads U+2581 back as a space; here a U+2581 in the text is spelled as its three bytes.
+    DIFFERS: the release has format 1. sentencepiece writes a space as U+2581 and would decode a
+    U+2581 of the text as a space. Here that character is encoded as its three bytes, and is kept.
+    ValueError if the file is no sentencepiece model, or one that does not keep every text as it is.
     """
 
-    SPACE = "\u2581"  # sentencepiece's sign for a space
+    SPACE = "\u2581"  # what sentencepiece writes for a space
 
-    def __init__(self, path: str | Path):
-        from sentencepiece import SentencePieceProcessor  # here: the release does not need it
+    def __init__(self, path: str | Path) -> None:
+        from sentencepiece import SentencePieceProcessor  # the release does not need it
 
         try:
             self._model = model = SentencePieceProcessor(model_proto=Path(path).read_bytes())
@@ -425,7 +440,7 @@ class SentencePieceTokenizer(Tokenizer):
                    if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)]
         super().__init__(path, {model.id_to_piece(i): i for i in ids}, special)
         self._byte_ids = [self.vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
-        probe = "  A \n\ufb01"  # what a normaliser or a dummy prefix would change
+        probe = "  A \n\ufb01"  # normalization or a dummy prefix would change it
         if None in self._byte_ids or self.decode(self.encode(probe)) != probe:
             raise ValueError(f"{path}: this sentencepiece model does not keep a text as it is: "
                              f"train it with byte_fallback, no normalisation, no dummy prefix")
@@ -446,18 +461,24 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 TOKENIZER_FILES = {
-    "tokenizer.model": SentencePieceTokenizer,  # first: a tokenizer.json beside it is made from it
+    "tokenizer.model": SentencePieceTokenizer,  # first: a tokenizer.json beside it derives from it
     "tokenizer.json": ByteLevelBPE,  # transformers' conversion
     "text_tokenizer.json": ByteLevelBPE,  # Meta's release
-    "tokenizer/text_tokenizer.json": ByteLevelBPE,  # the same, seen from the release's root
+    "tokenizer/text_tokenizer.json": ByteLevelBPE,  # the same, from the release's root folder
 }
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, by the file it holds; ValueError if it holds none."""
+    """The tokenizer of a checkpoint folder, by the name of its file. ValueError if it has none."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such folder (give the folder of a checkpoint)")
     for name, kind in TOKENIZER_FILES.items():
         if (Path(folder) / name).is_file():
             return kind(Path(folder) / name)
     raise ValueError(f"{folder}: no tokenizer in it, one of {', '.join(TOKENIZER_FILES)} is wanted")
+
+
+class AutoTokenizer:
+    """transformers' name for "the tokenizer of a folder, whatever its format"."""
+
+    from_pretrained = staticmethod(load_tokenizer)

@@ -1,37 +1,34 @@
 """Trains the checkpoint in tiny/ from a seed: the recipe of Chameleon at a small size.
 
-    stage      trains        on                                    loss on
-    vqvae      the VQ-VAE    rendered pictures of coloured shapes  pixels, and the codebook's losses
-    tokenizer  BPE merges    40,000 sentences                      none: it counts pairs
-    pretrain   the decoder   texts, pictures, pictures with texts  every token
-    sft        the decoder   prompts with answers                  the answers' tokens
-    refine     the decoder   the same                              the same, at a lower learning rate
+    stage      trains        on                                   what is in the loss
+    vqvae      the VQ-VAE    pictures of coloured shapes          pixels, and distances to the codes
+    tokenizer  BPE merges    40,000 sentences                     no loss: pairs are counted
+    pretrain   the decoder   statements, pictures, and both       every token
+    sft        the decoder   prompts with answers                 the tokens of the answer
+    refine     the decoder   the same, at a lower learning rate   the tokens of the answer
 
-    python train.py all --out tiny      all five stages, then a table of how well the result does
-    python train.py sft --out tiny      one stage; an interrupted one continues from its last save
+    python train.py all --out tiny      the five stages in turn, then a table of results
+    python train.py sft --out tiny      one stage; run again, it continues from its last save
 
-Each stage starts from the results of those before. The decoder is trained on ids alone: the
-finished VQ-VAE turns every picture into codes once, and its weights stay fixed from then on.
+Loss: cross entropy plus z-loss, with a weight for each token (`decoder_loss`). In `pretrain` a text
+token weighs 1 and a picture token IMAGE_WEIGHT. In `sft` and `refine` only the answer has weight,
+be it text or a drawn picture; the prompt and the pictures in it weigh 0. The last sentence of the
+answer to a question weighs CONCLUSION_WEIGHT in total. In the last fifth of `pretrain` every second
+batch is made and weighted as in `sft`.
 
-What is in the loss: for each target token, the cross entropy of its prediction plus the z-loss,
-times a weight. In `pretrain` a text token weighs 1 and a picture's token IMAGE_WEIGHT
-(tiny_world/documents.py). In `sft` and `refine` the answer has weight, be it text or a drawn
-picture, and the prompt has none, nor have the pictures in it. In the last fifth of `pretrain`
-every second batch is drawn and weighted as in `sft`.
+Attention mask (`visible`): causal, and several documents packed into one row do not attend to each
+other. Several questions about one picture share its tokens, but do not attend to each other, so
+that an answer is read off the picture and not off an earlier answer.
 
-What is masked: attention is causal, and several documents share one row of T tokens. A document
-cannot attend to another one. Questions about the same picture follow it as branches of one document:
-each attends to the picture but not to the other branches (`visible` in documents.py), because an
-answer must be read off the picture and not off an earlier answer.
+Input: the targets themselves (teacher forcing). Pictures are codes, computed once by the VQ-VAE,
+which stays fixed after its stage. In `sft` and `refine` some codes of the input are corrupted; the
+targets stay correct (`Corpus.drawn`, `Corpus.given`). During training the codes' rows of the
+embedding and of the head are computed from the codebook (tiny_world/code_rows.py).
 
-What the decoder reads: its own targets (teacher forcing). In `sft` and `refine` some picture codes
-of the input are corrupted, while the targets stay correct (`Corpus.drawn` and `Corpus.given`).
-Until the export, the codes' rows of its tables are computed from the codebook (code_rows.py).
-
-Letters: B rows, T tokens of a row, N targets with weight, V vocabulary, D width of the residual
-stream, H heads of width Dh.
-Sections are those of the paper, https://arxiv.org/abs/2405.09818: 2.1 tokenizers, 2.2 data and the
-two stages of pretraining, 2.3 stability and optimization, 3 alignment.
+Names not defined here are those of tiny_world/documents.py. Letters: B rows, T tokens of a row,
+N tokens with weight, V vocabulary, D width of the residual stream, H heads of width Dh.
+Sections are those of the paper, https://arxiv.org/abs/2405.09818: 2.1 tokenizers, 2.2 pretraining
+data in two stages, 2.3 stability and optimization, 3 alignment (here: sft, refine).
 """
 
 import argparse
@@ -46,11 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from chameleon import (
-    ChameleonConfig,
-    ChameleonForConditionalGeneration,
-    ChameleonSwinDecoderLayer,
-)
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonSwinDecoderLayer
 from chameleon_extras.files import OneLineParser, exit_code
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import language, world
@@ -66,7 +59,7 @@ from vqvae import ChameleonVQVAE
 # ---------------------------------------------------------------------------------------------
 # The numbers: ours, and in the comment those of the paper's 7B model
 
-SIZES: dict = dict(  # section 2.3
+SIZES: dict = dict(
     hidden_size=192,  # 4096
     intermediate_size=512,  # 11008
     num_hidden_layers=6,  # 32
@@ -78,10 +71,10 @@ BETAS, EPS = (0.9, 0.95), 1e-5  # the same: AdamW, section 2.3
 WEIGHT_DECAY = 0.1  # 0.1 (section 2.3), here on matrices only
 CLIP = 1.0  # 1.0, the norm of the gradient over all parameters (section 2.3)
 Z_LOSS = 1e-5  # 1e-5, the factor of log^2 Z (section 2.3)
-DROPOUT = 0.0  # 0.1 (section 2.3); here 0, because the small model does not overfit
+DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4 (2.3), 1e-5 (section 3)
 WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # steps; 4000 in pretraining (section 2.3)
-STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 4.4e12 tokens, 2^23 a step
+STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 4.4e12 tokens / 2^23 (section 2.3)
 PRACTICE = {  # up to this part of the steps: (share of practice, share of lists), see Corpus.sft
     "sft": ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05))),
     "refine": ((0.3, (0.20, 0.06)), (0.8, (0.36, 0.04)), (1.0, (0.14, 0.04))),
@@ -115,10 +108,7 @@ def sentences(rng: np.random.Generator, n: int) -> list[str]:
 
 
 def train_tokenizer(run: Run) -> None:
-    """Learns a BPE vocabulary with sentencepiece, as section 2.1 does, and writes tokenizer.model.
-
-    Ids are in the order of the released vocabulary: specials, codes, marks, bytes, merges.
-    """
+    """BPE by sentencepiece (section 2.1), ids in the release's order: specials, codes, text."""
     import sentencepiece
 
     marks = [END_IMAGE, BEGIN_IMAGE, END_OF_TURN, "<image>"]
@@ -172,10 +162,7 @@ def add_switches(model: ChameleonForConditionalGeneration, options: argparse.Nam
 
 
 def dropout_hook(p: float) -> Callable:
-    """A hook for dropout on the output of attention or feed-forward (section 2.3).
-
-    The 7B needs it for stability. The 34B, with its other norm order, is trained without.
-    """
+    """A forward hook: dropout on the output of attention or feed-forward (section 2.3, 7B only)."""
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
         if isinstance(output, tuple):
@@ -199,10 +186,7 @@ def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
 
 
 def rate(stage: str, step: int, steps: int) -> float:
-    """Step -> learning rate as a part of its peak, 0..1: warm-up, then the stage's decay.
-
-    Pretraining decays exponentially (section 2.3), the other stages by a cosine (section 3).
-    """
+    """Learning rate / peak: warm-up, then exponential (section 2.3) or cosine decay (section 3)."""
     done = step / max(1, steps)
     if stage == "pretrain":
         shape = 0.3**done  # down to 0.3; the paper decays to 0
@@ -220,7 +204,7 @@ def practice_shares(stage: str, step: int, steps: int) -> tuple[float, float]:
 def decoder_loss(
     model: ChameleonForConditionalGeneration, batch: dict[str, Tensor], z_weight: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """A batch from `Rows` -> the loss (scalar), and what curves.csv shows of it, in nats a token.
+    """A batch from `Rows` -> the loss (scalar), and its parts for curves.csv, in nats per token.
 
         loss = sum_t w_t (-log p(x_t | x_<t) + z_weight log^2 Z_t) / sum_t w_t
 
@@ -240,7 +224,7 @@ def decoder_loss(
     log_z = logits.logsumexp(-1)  # (N,)
     # -log p(x) = log Z - logit_x
     nll = log_z - logits.gather(-1, target[:, None])[:, 0]  # (N,)
-    # "total" is there if the batch is spread over several ranks: the weights of all of them.
+    # Run.share adds "total": the sum of w over the rows of all ranks, divided by their number.
     loss = (w * (nll + z_weight * log_z.square())).sum() / batch.get("total", w.sum())
     with torch.no_grad():
         picture = torch.isin(target, model.model.vocabulary.code_to_id)
@@ -253,10 +237,7 @@ def decoder_loss(
 
 
 class QueryNorm:
-    """Calling it gives the mean |q| before QK-norm, over (B, T, H) of the last layer.
-
-    Slow growth of norms is what precedes divergence in section 2.3.
-    """
+    """Mean |q| before QK-norm in the last layer: growing norms precede divergence (section 2.3)."""
 
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
         self.layer, self.heads = model.model.layers[-1], model.config.num_attention_heads
@@ -286,7 +267,7 @@ def train_decoder(stage: str, run: Run) -> None:
         model, processor, corpus = own_data(run, rng)
     else:
         model, processor, corpus = toy_world(stage, run, rng)
-    if run.device.type == "cpu" and fast_bf16(run.device):  # SDPA on a CPU is slower
+    if run.device.type == "cpu" and fast_bf16(run.device):  # SDPA's kernel leaves bf16 units idle
         model.set_attention("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
@@ -300,7 +281,7 @@ def train_decoder(stage: str, run: Run) -> None:
     z_weight = 0.0 if options.no_z_loss else Z_LOSS
     model.train()
     for step in run.progress(range(start, steps), stage):
-        # The last 20 % of pretraining mix better data with as much of the first (section 2.2).
+        # The last 20 % of pretraining: every second batch is of better data (section 2.2).
         late = stage != "pretrain" or (step >= 0.8 * steps and step % 2)
         if stage in PRACTICE:
             corpus.shares = practice_shares(stage, step, steps)
@@ -321,10 +302,7 @@ def train_decoder(stage: str, run: Run) -> None:
 
 
 def trained_vqvae(run: Run) -> ChameleonVQVAE:
-    """The VQ-VAE of the first stage, its weights rounded to bf16 as in the exported checkpoint.
-
-    So the decoder is trained on the very codes that the exported VQ-VAE gives.
-    """
+    """The first stage's VQ-VAE, rounded to bf16 like the export, so that both give equal codes."""
     vq = ChameleonVQVAE(VQ)
     vq.load_state_dict(run.load("vqvae")["model"])
     for weight in vq.parameters():
@@ -340,6 +318,7 @@ def trained_tokenizer(run: Run) -> SentencePieceTokenizer:
 
 
 def stage_steps(stage: str, run: Run) -> int:
+    """--steps if it is given, else the stage's own number."""
     return run.options.steps or STEPS[stage]
 
 
@@ -367,7 +346,7 @@ def own_data(
     """Model and processor of the checkpoint in --model, and the user's documents in --data."""
     examples = read_examples(run.options.data)  # first: it finds mistakes in seconds
     model = ChameleonForConditionalGeneration.from_pretrained(
-        run.options.model, torch.float32, run.device
+        run.options.model, dtype=torch.float32, device_map=run.device
     )
     model.model.vqmodel.requires_grad_(False)
     add_switches(model, run.options)
@@ -375,7 +354,9 @@ def own_data(
     return model, processor, OwnData(examples, model, processor, rng)
 
 
-def export(model: nn.Module, processor: ChameleonProcessor, run: Run) -> None:
+def export(
+    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor, run: Run
+) -> None:
     """Writes the checkpoint --out in the HF layout: bf16 weights, config, tokenizer, processor."""
     weights = run.whole_state(model)  # every rank sends its slices; only rank 0 writes
     if run.rank:
@@ -389,7 +370,10 @@ def export(model: nn.Module, processor: ChameleonProcessor, run: Run) -> None:
     twin.load_state_dict(weights)
     if computed:
         bake(twin)
-    twin.to(torch.bfloat16).save_pretrained(run.out)
+    twin.to(torch.bfloat16)
+    for weight in twin.model.vqmodel.parameters():  # fp32 in any model; `trained_vqvae` rounded it
+        weight.data = weight.data.bfloat16()
+    twin.save_pretrained(run.out)
     processor.save_pretrained(run.out)
 
 
@@ -456,10 +440,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; arguments: those of the shell if None. Returns its exit status."""
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)  # a CPU computes denormals, below 1e-38, 100 times slower
+    torch.set_flush_denormal(True)  # CPUs compute with numbers below 1e-38 slowly
     try:
         return exit_code("train.py", lambda: run_stages(options),
                          "interrupted: the same command goes on from the last save")
@@ -470,6 +455,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_stages(options: argparse.Namespace) -> None:
+    """One stage or all of them. Several ranks train the decoder; one process per rank runs this."""
     run = Run(options)
     if run.world_size > 1:
         torch.distributed.init_process_group()

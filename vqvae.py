@@ -25,12 +25,15 @@ What differs from a plain VQ-VAE (van den Oord et al., 2017, https://arxiv.org/a
 Three words for three spaces: `pixels` are floats in [-1, 1]; `codes` are integers in 0..K-1;
 `ids` are integers in 0..V-1, the vocabulary of the decoder in chameleon.py. No id occurs here.
 
-To reuse this file, copy it: it needs torch and nothing else of this repository.
+To reuse this file, copy it: it needs torch alone, except for from_pretrained and save_pretrained.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isqrt
+from os import PathLike
 from typing import NamedTuple
 
 import torch
@@ -38,8 +41,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# VQGAN (2012.09841) fixes both. GroupNorm normalizes C / 32 channels together. With
-# base_channels=32 that is one channel, which loses its mean and so plain colours: use 64 or more.
+# Both values are VQGAN's (2012.09841). GroupNorm normalizes C / 32 channels together. With
+# base_channels=32 that is one channel, which loses its mean, and so plain colours: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 
@@ -98,7 +101,7 @@ class ChameleonVQVAEConfig:
 
     @property
     def codes_per_image(self) -> int:
-        """S of a square picture: (512 / 16)^2 = 1024 in the released model (2405.09818, 2.1)."""
+        """S of a square picture: (512 / 16)^2 = 1024 in the released model (section 2.1)."""
         return (self.resolution // self.downsampling) ** 2
 
     @classmethod
@@ -108,6 +111,7 @@ class ChameleonVQVAEConfig:
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def to_dict(self) -> dict:
+        """The `vq_config` of a config.json, which `from_dict` reads."""
         return {"model_type": "chameleon_vqgan"} | dataclasses.asdict(self)
 
 
@@ -169,8 +173,9 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))  # each (B, C, HW)
-        # weights[i, j] = softmax over j of q_i . k_j / sqrt(C)      h_i = sum_j weights[i, j] v_j
+        # weights[i, j] = softmax over j of q_i . k_j / sqrt(C)
         weights = torch.softmax(q.mT @ k * q.shape[1] ** -0.5, dim=-1)  # (B, HW, HW)
+        # h_i = sum_j weights[i, j] v_j
         h = (v @ weights.mT).view_as(x)  # (B, C, H, W)
         return x + self.proj_out(h)
 
@@ -220,10 +225,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the lowest resolution: attention costs (h * w)^2.
-
-    (B, C, h, w) -> same
-    """
+    """ResBlock, attention (its cost grows with (h w)^2), ResBlock.   (B, C, h, w) -> same"""
 
     def __init__(self, c: ChameleonVQVAEConfig, channels: int) -> None:
         super().__init__()
@@ -270,7 +272,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """features (B, latent_channels, h, w) -> pixels (B, 3, H, W), not clamped to [-1, 1]
 
-    The decoder of VQGAN (2012.09841): the encoder backwards, with one more ResBlock per level.
+    The decoder of VQGAN (2012.09841): the encoder in reverse, with one more ResBlock per level.
     transformers has no decoder, so the names are those of Meta's and Anole's checkpoints.
     """
 
@@ -368,6 +370,21 @@ class VectorQuantizer(nn.Module):
 # The model
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """In this context cuDNN computes fp32 convolutions in fp32, not in TF32.
+
+    torch.backends.cudnn.flags would do so, too, but it raises an error if the caller has set
+    torch's newer `fp32_precision`.
+    """
+    conv = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
 class ChameleonVQVAE(nn.Module):
     """Pictures to codes and back: equals transformers' ChameleonVQVAE, and adds the decoder.
 
@@ -384,6 +401,30 @@ class ChameleonVQVAE(nn.Module):
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config) if with_decoder else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChameleonVQVAE":
+        """torch calls this in .to(), .half() and .cuda(). It moves weights but keeps their dtype.
+
+        So codes stay the same when a whole model is cast to bf16 (see `encode`).
+        """
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike) -> "ChameleonVQVAE":
+        """Reads the VQ-VAE of a whole checkpoint, or a folder that holds nothing else."""
+        from chameleon_extras.checkpoint import load_vqvae  # late: only it needs another file
+
+        return load_vqvae(cls, folder)
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        """Writes config.json and model.safetensors, as transformers' ChameleonVQVAE does."""
+        from chameleon_extras.checkpoint import save_vqvae
+
+        save_vqvae(self, folder)
 
     def check_decoder(self) -> Decoder:
         """The decoder. ValueError if these weights came without one."""
@@ -411,7 +452,7 @@ class ChameleonVQVAE(nn.Module):
                              "them in float32")
         # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
         # TF32 in matrix products remains the caller's choice.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        exact = nullcontext() if torch.compiler.is_compiling() else exact_convolutions()
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # channels_last changes the order in memory only. It spares convolutions a reordering.
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)

@@ -30,6 +30,7 @@ folder from here: release.py gives them these names.
 import json
 import re
 from functools import lru_cache, partial
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from chameleon import ChameleonConfig
-from chameleon_extras.files import Stored, open_safetensors, write_atomically
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
+from chameleon_extras.files import Stored, find_folder, open_safetensors, write_atomically
 from chameleon_extras.quantize import (
     KINDS,
     TORCHAO,
@@ -50,12 +51,14 @@ from chameleon_extras.quantize import (
 )
 from chameleon_extras.release import (
     DECODER_PREFIX,
+    VQ_PREFIX,
     find_release,
     open_release,
     pairs_to_halves,
     with_vqgan,
 )
 from tokenizer import read_json
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 OWN_FILES = re.compile(
     r"model(\.int[48])?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -129,6 +132,8 @@ def open_checkpoint(
         tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
         if config.tie_word_embeddings and not kind:
             tensors.pop("lm_head.weight", None)  # some writers store the tied matrix twice
+        if "embed_tokens.weight" in tensors:  # a ChameleonModel's folder, without a head
+            tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         tensors = pairs_to_halves(config, tensors)
     return config, kind, with_vqgan(tensors, vqgan) if vqgan else tensors
 
@@ -138,7 +143,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     its own, whatever it was tied to.
     """
     state = model.state_dict()
-    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
+    if model.config.tie_word_embeddings and isinstance(model.get_output_embeddings(), nn.Linear):
         del state["lm_head.weight"]
     return state
 
@@ -177,7 +182,8 @@ def open_model(
     cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None,
     quantize: str | None = None,
 ) -> tuple[nn.Module, dict[str, Stored]]:
-    """-> model on the "meta" device, and on disk exactly the tensors that it needs.
+    """-> model on the "meta" device, and on disk exactly the tensors that it needs. For the class
+    ChameleonModel, it is the model around one, without its head.
 
     With `quantize`, one of KINDS, its linear layers are quantized ones, whose tensors are packed
     when they are read. ValueError if the folder's are quantized already, in another way.
@@ -188,7 +194,10 @@ def open_model(
                          "the folder they were made from")
     with torch.device("meta"), WithoutInit():
         has_decoder = any(name.startswith(DECODER_PREFIX) for name in tensors)
-        model = cls(config, with_vq_decoder=has_decoder)
+        model = ChameleonForConditionalGeneration(config, with_vq_decoder=has_decoder)
+    if cls is ChameleonModel:
+        model.lm_head = None
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("lm_head.")}
     if kind:
         swap_layers(model, kind)
         tensors = {name: tensor.copied() for name, tensor in tensors.items()}
@@ -237,25 +246,35 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
             to = want.dtype
         state[name] = tensors[name].read().to(device=device, dtype=to)
     model.load_state_dict(state, strict=False, assign=True)  # checked above, so strict in effect
-    if model.config.tie_word_embeddings and isinstance(model.lm_head, nn.Linear):
-        model.lm_head.weight = model.model.embed_tokens.weight
+    if isinstance(model.lm_head, nn.Linear):
+        model.tie_weights()
     model = model.to(device).eval()
-    return quantize_model(model, TORCHAO) if late else model
+    model = quantize_model(model, TORCHAO) if late else model
+    return model.model if cls is ChameleonModel else model
 
 
-def save_checkpoint(model: nn.Module, folder: Path, max_shard_bytes: int) -> None:
+def byte_size(text: str | int) -> int:
+    """ "5GB", "500MB" or a number -> bytes; ValueError for what is no size."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMG]?)B?", str(text).strip().upper())
+    if not match or not float(match[1]):
+        raise ValueError(f"{str(text)[:40]!r} is no size: write 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " KMG".index(match[2] or " "))
+
+
+def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str) -> None:
     tensors = {}
     for name, tensor in tensors_of(model).items():
         if type(tensor) is not Tensor:  # DTensor of parallel.py, torchao's
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
         tensors[name] = Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
-    write_checkpoint(folder, model.config, tensors, max_shard_bytes, kind_of(model))
+    write_checkpoint(folder, model.config, tensors, byte_size(max_shard_size), kind_of(model),
+                     architecture=type(model).__name__)
 
 
 def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored],
-                     max_shard_bytes: int, kind: str | None = None, progress: str | None = None
-                     ) -> None:
+                     max_shard_bytes: int, kind: str | None = None, progress: str | None = None,
+                     architecture: str = "ChameleonForConditionalGeneration") -> None:
     """Writes config.json, safetensors and, of several, their index; memory holds one file's.
 
     `kind` says how the weights are quantized, if they are. `progress` is the name of a bar on
@@ -288,8 +307,9 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
         write_atomically(folder / file, save)
         del shard, save  # or the next file's tensors would join this one's in memory
     bar.close()
-    dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    documents = {"config.json": config.to_dict() | {"torch_dtype": dtype}}
+    dtype = next(t.dtype for name, t in tensors.items() if name.endswith("embed_tokens.weight"))
+    values = {"architectures": [architecture], "torch_dtype": str(dtype).removeprefix("torch.")}
+    documents = {"config.json": config.to_dict() | values}
     if kind:
         documents["config.json"][QUANTIZED] = kind
     if n > 1:
@@ -304,3 +324,40 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
         stale = old.name not in files and old.name not in documents
         if stale and OWN_FILES.fullmatch(old.name):
             old.unlink()  # an earlier save's, which a reader could take for this one's
+
+
+# ---------------------------------------------------------------------------------------------
+# The VQ-VAE alone
+
+
+def load_vqvae(cls: type, name: str | PathLike) -> ChameleonVQVAE:
+    """The VQ-VAE of a whole checkpoint, or of a folder of its own, in fp32."""
+    folder = find_folder(name)
+    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if values.get("model_type") == "chameleon_vqgan":
+        config = ChameleonVQVAEConfig.from_dict(values)
+        tensors = open_safetensors(folder / "model.safetensors", "cpu")
+    else:
+        whole, _, tensors = open_checkpoint(folder, "cpu")
+        config = whole.vq_config
+        tensors = {name.removeprefix(VQ_PREFIX): tensor for name, tensor in tensors.items()
+                   if name.startswith(VQ_PREFIX)}
+    with torch.device("meta"), WithoutInit():
+        model = cls(config, with_decoder=any(name.startswith("decoder.") for name in tensors))
+    check_tensors(folder, model.state_dict(), tensors)
+    state = {name: tensor.read().float() for name, tensor in tensors.items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def save_vqvae(model: ChameleonVQVAE, name: str | PathLike) -> None:
+    from safetensors.torch import save_file
+
+    folder = Path(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors",
+                     partial(save_file, tensors, metadata={"format": "pt"}))
+    text = json.dumps(model.config.to_dict() | {"architectures": ["ChameleonVQVAE"]}, indent=2)
+    write_atomically(folder / "config.json",
+                     partial(Path.write_text, data=text + "\n", encoding="utf-8"))

@@ -1,9 +1,9 @@
-"""What `python generate.py` does: options, the checks before any weight is read, what is written.
+"""The command `python generate.py`: its options, the checks before any weight is read, its output.
 
-    options --check--> prompts, pictures --load_model--> stream --pieces--> stdout, --out
+    options --check_*--> prompts, pictures --load_model--> stream --pieces--> stdout, --out
 
-Who needs it: whoever changes the command line. A library user imports `generate` and `stream` from
-generate.py instead. Answers stream to stdout; everything else goes to stderr.
+Who needs it: whoever changes the command line. A program imports `generate` or `stream` from
+generate.py instead. Answers go to stdout, everything else to stderr.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -30,10 +32,10 @@ from chameleon_extras.decoding import (
 from chameleon_extras.files import (
     OneLineParser,
     exit_code,
+    own_rank,
     pick_device,
     ranks,
     write_atomically,
-    writes,
 )
 from chameleon_extras.parallel import check_ranks, join, shard
 from chameleon_extras.quantize import CHOICES
@@ -51,15 +53,23 @@ from processor import ChameleonProcessor, load_image
 from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
-OWN_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # of an interleaved document
+DOCUMENT_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # in the folder of a document
+# The sampling options of text and of pictures, under the names of `stream`.
+OF_TEXT = ("temperature", "top_k", "top_p", "repetition_penalty")
+OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text",
+               "guidance_image")
+# The options that --reconstruct and --explain read.
+OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
+RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
+EXPLAIN = {"explain", "prompt", "completion", *OF_WEIGHTS}
 
 
 # ---------------------------------------------------------------------------------------------
-# Options, and all that can be wrong with them
+# Options and their checks
 
 
 def version() -> str:
-    """The installed package's; a clone that was never installed has none."""
+    """The version of the installed package. A clone that was never installed has none."""
     try:
         return importlib.metadata.version("chameleon-reference")
     except importlib.metadata.PackageNotFoundError:
@@ -67,6 +77,7 @@ def version() -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """-> the options, and in `given` the names of those that differ from their defaults."""
     parser = OneLineParser("generate.py", description="Text and pictures, in and out.")
     add = parser.add_argument
     add("--version", action="version", version=f"chameleon-reference {version()}")
@@ -111,30 +122,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-# What --reconstruct and --explain read. And what only text, or only pictures, know.
-WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
-RECONSTRUCT = {"reconstruct", *WEIGHTS}
-EXPLAIN = {"explain", "prompt", "completion", *WEIGHTS}
-OF_TEXT = {"temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens"}
-OF_PICTURES = {"image_temperature", "image_top_k", "image_top_p", "guidance_text",
-               "guidance_image"}
-
-
 def check_unused(options: argparse.Namespace) -> None:
-    """ValueError for an option that would be ignored without a word."""
-    unused, why = set(), ""
+    """ValueError for an option that would have no effect."""
+    ignored, why = set(), ""
     if options.explain:
-        unused, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
+        ignored, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
     elif options.reconstruct:
-        unused = set(options.given) - RECONSTRUCT
+        ignored = set(options.given) - RECONSTRUCT
         why = "--reconstruct only sends pictures through the VQ-VAE"
     elif options.mode == "text":
-        unused, why = OF_PICTURES, "--mode text draws nothing"
+        ignored, why = OF_PICTURES, "--mode text draws nothing"
     elif options.mode == "image":
-        unused, why = OF_TEXT, "--mode image writes no text"
+        ignored, why = (*OF_TEXT, "max_new_tokens"), "--mode image writes no text"
     for name in options.given:
         option = "--" + name.replace("_", "-")
-        if name in unused:
+        if name in ignored:
             raise ValueError(f"{why}: leave {option} out")
         prefix = name.removesuffix("top_k").removesuffix("top_p")
         if name.endswith(("top_k", "top_p")) and not vars(options)[prefix + "temperature"]:
@@ -142,15 +144,8 @@ def check_unused(options: argparse.Namespace) -> None:
                              f"token: add --{prefix.replace('_', '-')}temperature 1")
 
 
-def sampling_options(options: argparse.Namespace) -> dict:
-    """The command line's numbers under the names of `stream`."""
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "image_temperature",
-             "image_top_k", "image_top_p", "guidance_text", "guidance_image")
-    return {name: getattr(options, name) for name in names}
-
-
 def place_images(prompts: list[str], count: int) -> list[str]:
-    """Prompts without <image> get the pictures in front: all of them, or one for each prompt."""
+    """Puts <image> in front of prompts that have none: for all pictures, or one for each prompt."""
     if not count or any("<image>" in prompt for prompt in prompts):
         return prompts
     if len(prompts) == 1:
@@ -161,7 +156,7 @@ def place_images(prompts: list[str], count: int) -> list[str]:
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """ValueError for an --out that could not be written, before anything is computed."""
+    """ValueError for an --out that does not fit. Sets the default of --out."""
     if options.explain:
         return check_page(options)
     if options.count < 1 or (options.count > 1 and options.mode != "image"):
@@ -169,7 +164,7 @@ def check_output(options: argparse.Namespace) -> None:
     if options.out is None:
         defaults = {"text": None, "image": "picture.png", "interleaved": "document"}
         name = "reconstruction.png" if options.reconstruct else defaults[options.mode]
-        options.out = unused(Path(name)) if name else None
+        options.out = free_name(Path(name)) if name else None
     elif options.mode == "text" and not options.reconstruct:
         raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
     if options.mode == "interleaved":
@@ -177,7 +172,7 @@ def check_output(options: argparse.Namespace) -> None:
             raise ValueError("--mode interleaved writes one document: give one --prompt")
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"--out {options.out} is a file: name a folder for the document")
-        if options.out.is_dir() and any(map(OWN_FILE.fullmatch, os.listdir(options.out))):
+        if options.out.is_dir() and any(map(DOCUMENT_FILE.fullmatch, os.listdir(options.out))):
             raise ValueError(f"--out {options.out} holds a document already: name another folder")
     elif options.out is not None:
         picture_format(options.out)
@@ -187,25 +182,22 @@ def check_output(options: argparse.Namespace) -> None:
                              "file")
 
 
-def unused(path: Path) -> Path:
-    """What has no name of its own takes a new one, so that nothing is lost: picture-2.png."""
-    free, n = path, 1
-    while os.path.lexists(free):
-        n += 1
-        free = path.with_stem(f"{path.stem}-{n}")
-    return free
+def free_name(path: Path) -> Path:
+    """picture.png, or the first of picture-2.png, picture-3.png ... that does not exist."""
+    names = (path.with_stem(f"{path.stem}-{n}") if n > 1 else path for n in count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def numbered_names(options: argparse.Namespace) -> list[Path]:
-    """The files beside a sheet: its pictures, one by one. None for a single picture."""
-    count, path = options.count * len(options.prompt), options.out
-    return [path.with_stem(f"{path.stem}-{n}") for n in range(1, count + 1)] if count > 1 else []
+    """The files of the single pictures beside a contact sheet, none if one picture is all."""
+    rows, path = options.count * len(options.prompt), options.out
+    return [path.with_stem(f"{path.stem}-{n}") for n in range(1, rows + 1)] if rows > 1 else []
 
 
-def check_place(options: argparse.Namespace) -> None:
-    """Tries to write where --out says, the last thing before the weights: OSError, ValueError."""
+def check_writable(options: argparse.Namespace) -> None:
+    """Tries to write at --out, as the last check before the weights are read. ValueError."""
     out = options.out
-    if out is None or not writes():
+    if out is None or own_rank() > 0:
         return
     if options.mode == "interleaved":
         out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +217,7 @@ def check_place(options: argparse.Namespace) -> None:
 
 
 def check_page(options: argparse.Namespace) -> None:
-    """As `check_output`, for --explain."""
+    """What `check_output` does for --explain."""
     if ranks() > 1:
         raise ValueError("--explain shows one prompt on one device: leave torchrun out")
     if len(options.prompt) > 1:
@@ -238,6 +230,7 @@ def check_page(options: argparse.Namespace) -> None:
 
 
 def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
+    """The model on its device; under torchrun, this rank's part of it."""
     device, dtype = pick_device(options.device), options.dtype
     if ranks() > 1:  # started by torchrun
         device = join(device)
@@ -251,7 +244,7 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
     check_attention(options.attention, device, dtype, options.compile)
     if options.compile:
         check_compile(device)
-    where = "cpu" if ranks() > 1 else device  # as mapped files, of which each takes its part
+    where = "cpu" if ranks() > 1 else device  # memory-mapped, until each rank takes its part
     model = load_checkpoint(
         ChameleonForConditionalGeneration, options.model, dtype, where, options.vqgan,
         options.quantize)
@@ -261,20 +254,22 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
 
 
 def answer(options: argparse.Namespace) -> None:
-    """All that can be wrong with the input is found before the weights, the slow part, are read."""
-    sampling = sampling_options(options)
-    check_options(options.max_new_tokens, **sampling)
+    """Checks all input before the weights are read, which takes long. Then computes and writes."""
+    sampling = {name: getattr(options, name) for name in OF_TEXT + OF_PICTURES}
+    check_options(max_new_tokens=options.max_new_tokens, **sampling)
     check_seeds(options.seed, options.count * len(options.prompt))
     check_unused(options)
     check_output(options)
-    if options.model == TINY and not TINY.is_dir():  # an install has the code alone
+    if options.model == TINY and not TINY.is_dir():
         raise ValueError("the checkpoint tiny/ comes with a clone of the repository, not with an "
                          "installed package: run this in a clone, or name a --model")
     config = read_config(options.model)
     processor = load_processor(options.model)
     images = [load_image(path) for path in options.image]
     if options.reconstruct:
-        check_place(options)
+        if not images:
+            raise ValueError("--reconstruct needs an --image")
+        check_writable(options)
         return reconstruct(options, processor, images)
     if not options.prompt:
         raise ValueError("give a --prompt (see --help)")
@@ -282,7 +277,7 @@ def answer(options: argparse.Namespace) -> None:
     inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt",
                        return_for_text_completion=options.completion)
     check_room(config, inputs["input_ids"].shape[1], options.mode)
-    check_place(options)
+    check_writable(options)
     model = load_model(options)
     inputs = inputs.to(model.device)
     if options.explain:
@@ -300,8 +295,12 @@ def answer(options: argparse.Namespace) -> None:
             print(stats.report(decoder.cache), file=sys.stderr)
 
 
+# ---------------------------------------------------------------------------------------------
+# Output
+
+
 def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """One answer streams to stdout; those of a batch follow each other, when all are done."""
+    """Streams one answer to stdout. The answers of a batch come in order, when all are done."""
     if len(options.prompt) == 1:
         try:
             for piece in pieces(model, tokenizer, steps):
@@ -315,51 +314,38 @@ def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) 
 
 
 def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """One picture to --out; of several, a contact sheet to --out and each beside it, numbered."""
-    from tqdm import tqdm
-
-    rows = len(options.prompt) * options.count
-    total = model.config.vq_config.codes_per_image + 2
-    done = [None] * rows
+    """One picture to --out. Of several, a contact sheet to --out and each picture beside it."""
+    done = [None] * len(options.prompt) * options.count
     try:
-        bar = tqdm(steps, total=total, desc="image tokens", disable=None, leave=False)
-        for piece in pieces(model, tokenizer, bar):
+        for piece in pieces(model, tokenizer, with_bar(steps, model)):
             done[piece.row] = piece.image or done[piece.row]
-    finally:  # also after Ctrl-C: what is drawn is saved
+    finally:  # after Ctrl-C, too: what is drawn is saved
         pictures = [picture for picture in done if picture is not None]
-        if pictures and rows == 1:
-            save_picture(pictures[0], options.out)
-        elif pictures:
-            save_picture(contact_sheet(pictures), options.out)
+        if pictures:
+            sheet = pictures[0] if len(done) == 1 else contact_sheet(pictures)
+            save_picture(sheet, options.out)
             for path, picture in zip(numbered_names(options), pictures):
                 save_picture(picture, path)
-        if pictures:
             print(f"{options.out}: {len(pictures)} picture(s)", file=sys.stderr)
 
 
 def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
-    """Passes the ids of one row on; on a terminal, a bar shows how far a picture is drawn."""
+    """Passes the ids (B,) on. On a terminal, a bar shows how far the first row's picture is."""
     from tqdm import tqdm
 
-    vocabulary, bar = model.model.vocabulary, None
-    try:
-        for ids in steps:
-            if bar is not None:
-                bar.update()
-            if int(ids[0]) == vocabulary.begin_image_id:
-                bar = tqdm(total=model.config.vq_config.codes_per_image + 1, desc="image tokens",
-                           disable=None, leave=False)
-            elif bar is not None and int(ids[0]) == vocabulary.end_image_id:
-                bar.close()
-                bar = None
-            yield ids
-    finally:
-        if bar is not None:
-            bar.close()
+    steps, rest = iter(steps), model.config.vq_config.codes_per_image + 1  # codes, end-image
+    for ids in steps:
+        yield ids
+        if int(ids[0]) == model.model.vocabulary.begin_image_id:
+            bar = tqdm(total=rest, desc="image tokens", disable=None, leave=False)
+            with closing(bar):
+                for ids in islice(steps, rest):
+                    bar.update()
+                    yield ids
 
 
 def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """Text streams to stdout, a picture is a line with its file; --out gets the document."""
+    """Streams text to stdout, with a line for each picture. Writes the document to --out."""
     parts, pictures = [], 0
     try:
         for piece in pieces(model, tokenizer, with_bar(steps, model)):
@@ -382,7 +368,7 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
 
 
 def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs) -> None:
-    """The prompt's walk through the model to stdout, and to --out as a page."""
+    """The prompt's way through the model, to stdout and as a page to --out."""
     from chameleon_extras.explain import page, report, walk
 
     shown = walk(model, tokenizer, inputs["input_ids"], inputs.get("pixel_values"))
@@ -394,9 +380,7 @@ def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs)
 
 
 def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, images: list) -> None:
-    """Each picture as the model sees it, its codes, and what the codes say, side by side."""
-    if not images:
-        raise ValueError("--reconstruct needs an --image")
+    """A sheet to --out: each picture as the model sees it, its codes, and their decoding."""
     model = load_model(options)
     pixels = processor.image_processor(images, return_tensors="pt").pixel_values.to(model.device)
     sheet, side, psnr = there_and_back(model, pixels, 512)
@@ -406,6 +390,6 @@ def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, imag
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """The command line's words, those of this process by default -> exit code, see `exit_code`."""
+    """The words of the command line (None: those of this process) -> exit code, see `exit_code`."""
     options = parse(arguments)
     return exit_code("generate.py", lambda: answer(options))

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from chameleon import ChameleonForConditionalGeneration
-from chameleon_extras.checkpoint import open_model, write_checkpoint
+from chameleon_extras.checkpoint import byte_size, open_model, write_checkpoint
 from chameleon_extras.files import OneLineParser, exit_code
 from chameleon_extras.quantize import KINDS, kind_of
 from chameleon_extras.release import find_release, load_processor
@@ -156,11 +156,11 @@ def convert(source: Path, target: Path, vqgan: Path | None = None,
         raise
 
 
-def byte_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 5GB or 500MB")
-    return int(float(match[1]) * 1000 ** " KMG".index(match[2] or " "))
+def shard_size(text: str) -> int:
+    try:
+        return byte_size(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(e) from None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
     parser.add_argument("--vqgan", type=Path, metavar="FILE",
                         help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
-    parser.add_argument("--shard-size", type=byte_size, default="5GB", metavar="SIZE",
+    parser.add_argument("--shard-size", type=shard_size, default="5GB", metavar="SIZE",
                         help="largest file, and so the memory that is needed (default: 5GB)")
     parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
     options = parser.parse_args(arguments)

@@ -1,24 +1,25 @@
-"""One prompt's walk through the model, every number taken from the run: `generate.py --explain`.
+"""`generate.py --explain`: one prompt's way through the model, with the numbers of a real run.
 
     prompt, pictures --processor--> ids with <image> places --VQ-VAE--> ids (1,T) --decoder--> Walk
                                                                      (hooks note the shapes)
-    Walk --report--> lines for a terminal        Walk --page--> one HTML file, light and dark
+    Walk --report--> lines for a terminal        Walk --page--> one HTML file
+
+Who needs it: whoever wants to see what becomes of a prompt: ids, codes, shapes, mask, attention.
 
 Letters as in chameleon.py: T tokens, D width, V vocabulary; and h, w the grid of a picture's codes.
 
-Two numbers stand beside each token, both in bits, both said BEFORE the token is seen:
+Two numbers stand beside each token, in bits. The model gives both before it sees the token:
 
-    entropy   -sum_i p_i log2 p_i     how many bits the model expects the next token to cost
-    surprise  -log2 p(the token)      how many it did cost
+    entropy   -sum_i p_i log2 p_i     how many bits the model expects the token to cost
+    surprise  -log2 p(the token)      how many bits the token does cost
 
-On text that the model writes itself the two agree on average. A prompt surprises it more, as
-alignment never trains on prompts (section 3 of the paper); codes of a picture are hard to foresee.
+On text that the model has written, the two agree on average. A prompt surprises it more, because
+alignment never trains on prompts (section 3 of the paper). Codes of a picture are hard to predict.
 """
 
-import base64
 import html
-import io
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,16 +29,16 @@ from PIL import Image
 from torch import Tensor
 
 from chameleon import ChameleonForConditionalGeneration, KVCache, allowed_keys
-from chameleon_extras.sheets import code_colour
+from chameleon_extras.sheets import code_grid, data_uri
 from processor import ChameleonImageProcessor
 from tokenizer import Tokenizer, image_token_name
 
 SHADES = " ░▒▓█"
-CHUNK = 128  # places whose logits exist at one time: all of 4096 x 65536 would be 1 GiB
-LINES, GRID = 40, 12  # most lines of tokens, most codes a side, that a terminal is shown
+CHUNK = 128  # positions whose logits exist at one time: 4096 x 65536 would take 1 GiB
+LINES, GRID = 40, 12  # on a terminal: the most lines of tokens, the most codes a side
 VQ = "model.vqmodel."
 FIRST = "model.layers.0."
-# What is watched, in the letters of vqvae.py and chameleon.py.
+# Modules whose output shapes are shown, with the letters of vqvae.py and chameleon.py.
 WATCHED = {
     VQ + "encoder.conv_in": "(N, C, H, W)", VQ + "encoder.mid": "(N, C, h, w)",
     VQ + "encoder.conv_out": "(N, latent_channels, h, w)",
@@ -52,29 +53,29 @@ WATCHED = {
 
 
 class Token(NamedTuple):
-    """One place of the row."""
+    """One token of the prompt."""
 
     id: int
-    name: str  # text as it is, with · for a space; control tokens and codes by their names
+    name: str  # its text, with · for a space, or the name of a control token or code
     kind: str  # "text", "code" or "control"
-    surprise: float  # bits; nan in front, where nothing stands before
-    entropy: float
+    surprise: float  # bits; nan for the first token, which nothing predicts
+    entropy: float  # bits; nan for the first token
 
 
 @dataclass
 class Walk:
-    """All that is shown of one prompt; tensors on the CPU."""
+    """All numbers that are shown of one prompt. Its tensors are on the CPU."""
 
     tokens: list[Token]
-    segments: list[tuple[str, int, int]]  # "text" or "picture 1", first place, place behind
+    segments: list[tuple[str, int, int]]  # "text" or "picture 1", first position, end
     codes: list[Tensor]  # of each picture (h, w)
     images: list[Image.Image]  # each as the VQ-VAE sees it
-    shapes: list[tuple[str, str, tuple[int, ...]]]  # module, letters, the true shape
-    allowed: Tensor  # (T, T) bool: may query t look at key j?
+    shapes: list[tuple[str, str, tuple[int, ...]]]  # module, letters, shape
+    allowed: Tensor  # (T, T) bool: may query t attend to key j?
     attention: Tensor  # (layers, T): of the last token, mean over heads
     probs: Tensor  # (V,), the next token's
-    best: list[tuple[int, str, float]]  # the most likely ids: id, name, probability
-    shares: dict[str, float]  # probability of text, codes, control tokens; together 1
+    best: list[tuple[int, str, float]]  # the most likely next tokens: id, name, probability
+    shares: dict[str, float]  # probabilities of text, codes, control tokens
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ class Walk:
 
 
 class Names:
-    """Ids as a person reads them."""
+    """Kinds and readable names of ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.codes = tokenizer, set(tokenizer.vocabulary.code_to_id.tolist())
@@ -95,7 +96,7 @@ class Names:
     def name(self, token_id: int) -> str:
         try:
             text = self.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
-        except ValueError:  # rows of the embedding that no token has: some checkpoints pad V
+        except ValueError:  # some checkpoints pad the vocabulary
             return "(no token)"
         text = text.replace(" ", "·")
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -104,7 +105,7 @@ class Names:
 @torch.inference_mode()
 def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_ids: Tensor,
          pixel_values: Tensor | None = None, top: int = 10) -> Walk:
-    """input_ids (1, T) with `<image>` places, pixels (N, 3, H, W) -> the Walk. No padding."""
+    """input_ids (1, T) with `<image>` placeholders, no padding; pixels (N, 3, H, W) -> the Walk."""
     assert input_ids.shape[0] == 1, f"one prompt, not {input_ids.shape[0]}"
     names, T, shapes = Names(tokenizer), input_ids.shape[1], []
     hooks = watch(model, shapes)
@@ -118,7 +119,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
     finally:
         for hook in hooks:
             hook.remove()
-    cache.length -= 1  # the last token once more, now through the attention that shows its weights
+    cache.length -= 1  # the last token once more, with the attention that returns its weights
     last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True)
     attention = torch.cat([weights[0].mean(0) for weights in last.attentions])  # (layers, T)
     allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); a 2-D mask: None
@@ -133,7 +134,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
 
 
 def watch(model: nn.Module, shapes: list) -> list:
-    """Notes the shape of what each module of WATCHED gives, in the order they run -> the hooks."""
+    """Hooks that append (name, letters, output shape) of each module of WATCHED, as they run."""
 
     def hook(name: str, letters: str):
         def note(module: nn.Module, inputs, output) -> None:
@@ -146,7 +147,7 @@ def watch(model: nn.Module, shapes: list) -> list:
 
 def tokens_of(model: ChameleonForConditionalGeneration, names: Names, ids: Tensor,
               hidden: Tensor) -> list[Token]:
-    """ids (T,), hidden states (T, D) -> the tokens with what the model expected in their place."""
+    """ids (T,), hidden states (T, D) -> the tokens, with their entropy and surprise."""
     surprise, entropy = [torch.full((1,), torch.nan)], [torch.full((1,), torch.nan)]
     for states, targets in zip(hidden[:-1].split(CHUNK), ids[1:].split(CHUNK)):
         logp = model.lm_head(states).float().log_softmax(-1)  # (n, V), nats
@@ -159,7 +160,7 @@ def tokens_of(model: ChameleonForConditionalGeneration, names: Names, ids: Tenso
 
 def pictures_of(model: ChameleonForConditionalGeneration, input_ids: Tensor, ids: Tensor,
                 pixels: Tensor | None) -> tuple[list, list[Tensor], list[Image.Image]]:
-    """Where the row (T,) is text and where a picture, and each picture's codes (h, w)."""
+    """ids (T,) -> the segments of text and pictures, each picture's codes (h, w), the pictures."""
     if pixels is None:
         return [("text", 0, len(ids))], [], []
     vocabulary, c = model.model.vocabulary, model.config.vq_config
@@ -180,21 +181,23 @@ def pictures_of(model: ChameleonForConditionalGeneration, input_ids: Tensor, ids
 
 def report(walk: Walk) -> str:
     """The walk as text."""
-    T, V = len(walk.tokens), len(walk.probs)
-    parts = [f"{T} tokens, {len(walk.codes)} picture(s), a vocabulary of {V}"]
-    parts.append("\n".join(["place      id  token                 surprise  entropy   (bits)",
-                            *token_lines(walk)]))
-    for n, codes in enumerate(walk.codes):
-        parts.append("\n".join(picture_lines(walk, n, codes)))
-    parts.append("\n".join(mask_lines(walk)))
-    names = ["module", *[name for name, _, _ in walk.shapes]]
-    wide = max(map(len, names))
-    lines = [f"{name.ljust(wide)}  {str(shape).ljust(20)} {letters}"
-             for name, letters, shape in walk.shapes]
-    parts.append("\n".join([f"{'module'.ljust(wide)}  {'gives'.ljust(20)} in letters", *lines]))
-    parts.append("\n".join(attention_lines(walk)))
-    parts.append("\n".join(next_lines(walk)))
-    return "\n\n".join(parts)
+    widest = max(len(name) for name, _, _ in walk.shapes)
+    parts = [
+        [f"{len(walk.tokens)} tokens, {len(walk.codes)} picture(s), a vocabulary of "
+         f"{len(walk.probs)}"],
+        ["place      id  token                 surprise  entropy   (bits)", *token_lines(walk)],
+        *(picture_lines(walk, n, codes) for n, codes in enumerate(walk.codes)),
+        mask_lines(walk),
+        [f"{'module':{widest}}  {'gives':20} in letters",
+         *(f"{name:{widest}}  {str(shape):20} {letters}" for name, letters, shape in walk.shapes)],
+        ["the last token's attention, mean over heads, layer by layer",
+         *(f"  {name:10}" + "".join(f" {share:4.0%}" for share in shares)
+           for name, shares in attention_shares(walk))],
+        [next_line(walk),
+         *(f"{i:7}  {name:20}  {p:6.1%} {'█' * round(30 * p)}".rstrip()
+           for i, name, p in walk.best)],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def bits(value: float) -> str:
@@ -202,7 +205,7 @@ def bits(value: float) -> str:
 
 
 def token_lines(walk: Walk) -> list[str]:
-    """A line for each token; a picture is one line, a long text loses its middle."""
+    """A line for each token of text and for each picture. A long prompt loses its middle."""
     lines = []
     for segment, start, end in walk.segments:
         tokens = walk.tokens[start:end]
@@ -222,8 +225,7 @@ def token_lines(walk: Walk) -> list[str]:
 
 def heat(walk: Walk, n: int) -> Tensor:
     """The last token's attention to each code of picture n, mean over layers and heads (h, w)."""
-    pictures = [(start, end) for name, start, end in walk.segments if name != "text"]
-    start, end = pictures[n]
+    _, start, end = walk.segments[2 * n + 1]  # text, picture 1, text, picture 2 ...
     return walk.attention[:, start:end].mean(0).view_as(walk.codes[n])  # (h, w)
 
 
@@ -231,7 +233,7 @@ def picture_lines(walk: Walk, n: int, codes: Tensor) -> list[str]:
     h, w = codes.shape
     first = int(codes[0, 0])
     picture, weights = walk.images[n], heat(walk, n)
-    start = [start for name, start, _ in walk.segments if name != "text"][n]
+    start = walk.segments[2 * n + 1][1]
     lines = [f"picture {n + 1}: {picture.width} x {picture.height} pixels, {w} x {h} codes, "
              f"the ids from place {start} on",
              f"its first code {first} is named {image_token_name(first)}, which is id "
@@ -247,13 +249,13 @@ def picture_lines(walk: Walk, n: int, codes: Tensor) -> list[str]:
 
 
 def shades(weights: Tensor) -> list[str]:
-    """(h, w) -> h lines of 2 w characters, the largest weight the fullest block."""
+    """(h, w) -> h lines of 2 w characters. The largest weight is the fullest block."""
     levels = (weights / weights.max().clamp(min=1e-12) * (len(SHADES) - 1)).round().long()
     return ["".join(SHADES[level] * 2 for level in row) for row in levels.tolist()]
 
 
 def block(walk: Walk, query: tuple, key: tuple) -> str:
-    """How much of a segment's places another's may look at: "all", "none" or "half"."""
+    """Which tokens of segment `key` those of segment `query` may attend to: all, half or none."""
     part = walk.allowed[query[1] : query[2], key[1] : key[2]]  # (queries, keys)
     return "all" if part.all() else "half" if part.any() else "none"
 
@@ -263,33 +265,24 @@ def mask_lines(walk: Walk) -> list[str]:
     lines = [f"positions 0 to {T - 1}, one each, text and pictures alike",
              f"mask: {pairs} of {T} x {T} pairs, each token looks at itself and what is before it"]
     signs = {"all": "█", "half": "◣", "none": "·"}
-    wide = max(len(name) for name, _, _ in walk.segments)
+    widest = max(len(name) for name, _, _ in walk.segments)
     for query in walk.segments:
         row = " ".join(signs[block(walk, query, key)] for key in walk.segments)
-        lines.append(f"  {query[0].ljust(wide)}  {row}")
+        lines.append(f"  {query[0]:{widest}}  {row}")
     return lines
 
 
 def attention_shares(walk: Walk) -> list[tuple[str, list[float]]]:
-    """For each segment the last token's attention to it, layer by layer."""
+    """The last token's attention to each segment, layer by layer."""
     return [(name, walk.attention[:, start:end].sum(1).tolist())
             for name, start, end in walk.segments]
 
 
-def attention_lines(walk: Walk) -> list[str]:
-    lines = ["the last token's attention, mean over heads, layer by layer"]
-    for name, shares in attention_shares(walk):
-        lines.append(f"  {name:10}" + "".join(f" {share:4.0%}" for share in shares))
-    return lines
-
-
-def next_lines(walk: Walk) -> list[str]:
+def next_line(walk: Walk) -> str:
     p = walk.probs
     entropy = float(-torch.xlogy(p, p).sum()) / math.log(2)
-    lines = [f"next token: {entropy:.2f} bits; " + ", ".join(
-        f"{kind} {share:.1%}" for kind, share in walk.shares.items())]
-    return lines + [f"{i:7}  {name:20}  {p:6.1%} {'█' * round(30 * p)}".rstrip()
-                    for i, name, p in walk.best]
+    shares = ", ".join(f"{kind} {share:.1%}" for kind, share in walk.shares.items())
+    return f"next token: {entropy:.2f} bits; {shares}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,34 +302,36 @@ small,td.s{color:var(--soft)}
 td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-family:monospace}
 figure{display:inline-block;margin:0 1rem 1rem 0}figcaption{color:var(--soft);font-size:.8rem}
 img{image-rendering:pixelated}.bar{fill:var(--bar)}.heat{fill:var(--heat)}.line{stroke:var(--line);
-fill:none}text{font-family:monospace;fill:#1f2328;text-anchor:middle;dominant-baseline:central}
+fill:none}
 """
 
 
 def page(walk: Walk, title: str) -> str:
-    """The walk as one HTML file that needs nothing beside it."""
-    parts = [f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>'
-             f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>",
+    """The walk as one HTML file that needs no other file."""
+    title = html.escape(title)
+    parts = [f'<!doctype html><meta charset="utf-8"><title>{title}</title>'
+             f"<style>{STYLE}</style><h1>{title}</h1>",
              f"<h2>{len(walk.tokens)} tokens</h2><p><small>id, and below it the surprise in bits; "
              "blue is text, yellow codes of a picture, red control tokens</small></p><p>",
              *map(chip, walk.tokens), "</p>"]
     for n, codes in enumerate(walk.codes):
         parts += [f"<h2>Picture {n + 1}: {codes.shape[1]} x {codes.shape[0]} codes</h2>",
                   *picture_figures(walk, n, codes)]
-    parts += ["<h2>Who may look at whom</h2>", mask_figure(walk), "<h2>Shapes</h2><table>"]
-    parts += [f"<tr><td><code>{name}</code><td><code>{shape}</code><td class=s>{letters}"
-              for name, letters, shape in walk.shapes]
-    parts.append("</table><h2>The last token's attention, layer by layer</h2><table>")
-    for name, shares in attention_shares(walk):
-        cells = "".join(f"<td class=n>{share:.0%}" for share in shares)
-        parts.append(f"<tr><td>{name}{cells}")
-    parts.append(f"</table><h2>{html.escape(next_lines(walk)[0].capitalize())}</h2><table>")
-    for i, name, p in walk.best:
-        bar = (f'<svg width="{300 * p:.1f}" height="12"><rect class="bar" width="100%" '
-               'height="12"/></svg>')
-        parts.append(f"<tr><td class=n>{i}<td><code>{html.escape(name)}</code><td class=n>{p:.1%}"
-                     f"<td>{bar}")
-    return "\n".join(parts) + "</table>\n"
+    parts += ["<h2>Who may look at whom</h2>", mask_figure(walk), "<h2>Shapes</h2>", table(
+        f"<td><code>{name}</code><td><code>{shape}</code><td class=s>{letters}"
+        for name, letters, shape in walk.shapes)]
+    parts += ["<h2>The last token's attention, layer by layer</h2>", table(
+        f"<td>{name}" + "".join(f"<td class=n>{share:.0%}" for share in shares)
+        for name, shares in attention_shares(walk))]
+    parts += [f"<h2>{html.escape(next_line(walk).capitalize())}</h2>", table(
+        f"<td class=n>{i}<td><code>{html.escape(name)}</code><td class=n>{p:.1%}<td>"
+        f'<svg width="{300 * p:.1f}" height="12"><rect class="bar" width="100%" height="12"/></svg>'
+        for i, name, p in walk.best)]
+    return "\n".join(parts) + "\n"
+
+
+def table(rows: Iterable[str]) -> str:
+    return "\n".join(["<table>", *(f"<tr>{row}" for row in rows), "</table>"])
 
 
 def chip(token: Token) -> str:
@@ -347,46 +342,28 @@ def chip(token: Token) -> str:
 
 
 def picture_figures(walk: Walk, n: int, codes: Tensor) -> list[str]:
-    """What the VQ-VAE sees, the codes it names, and where the last token looks."""
-    side, file = 320, io.BytesIO()
-    walk.images[n].save(file, "png")
-    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    weights = heat(walk, n)
-    strong = (weights / weights.max().clamp(min=1e-12)).tolist()
-    image = f'<img alt="picture {n + 1}" width="{side}" src="{source}">'
-    shaded = lambda share: f'class="heat" fill-opacity="{0.85 * share:.2f}"'  # noqa: E731
-    below = (f'<image width="{side}" height="{side}" preserveAspectRatio="none" '
-             f'href="{source}"/>')
-    overlay = svg_cells(strong, side, shaded, below)
-    drawings = ((image, "as the VQ-VAE sees it"), (svg_codes(codes.tolist(), side), "its codes"),
-                (overlay, f"the last token's attention, at most {float(weights.max()):.2%} of it"))
+    """What the VQ-VAE sees, its codes, and the last token's attention to them."""
+    side, weights = 320, heat(walk, n)
+    (h, w), most = weights.shape, weights.max()
+    cell, source = side / w, data_uri(walk.images[n])
+    strong = (weights / most.clamp(min=1e-12)).tolist()
+    cells = "".join(
+        f'<rect class="heat" fill-opacity="{0.85 * share:.2f}" x="{x * cell:.2f}" '
+        f'y="{y * cell:.2f}" width="{cell:.2f}" height="{cell:.2f}"/>'
+        for y, row in enumerate(strong) for x, share in enumerate(row))
+    drawings = (
+        (f'<img alt="picture {n + 1}" width="{side}" src="{source}">', "as the VQ-VAE sees it"),
+        (f'<img alt="codes" width="{side}" src="{data_uri(code_grid(codes.tolist(), side))}">',
+         "its codes"),
+        (f'<svg width="{side}" height="{cell * h:.0f}"><image width="{side}" '
+         f'height="{cell * h:.0f}" href="{source}"/>{cells}</svg>',
+         f"the last token's attention, at most {most:.2%} of it"))
     return [f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
             for drawing, caption in drawings]
 
 
-def svg_codes(codes: list[list[int]], side: int) -> str:
-    """Codes (h, w) as an SVG: equal codes have equal colours, and their numbers if they fit in."""
-    cell, digits = side / len(codes[0]), ""
-    if cell >= 24:
-        digits = "".join(f'<text x="{(x + 0.5) * cell:.1f}" y="{(y + 0.5) * cell:.1f}" '
-                         f'font-size="{cell * 0.34:.0f}">{code}</text>'
-                         for y, row in enumerate(codes) for x, code in enumerate(row))
-    return svg_cells(codes, side, lambda code: f'fill="{code_colour(code)}"', over=digits)
-
-
-def svg_cells(values: list[list], side: int, attributes, under: str = "", over: str = "") -> str:
-    """A grid of values (h, w) as rectangles; `attributes` tells how one looks."""
-    h, w = len(values), len(values[0])
-    cell = side / w
-    cells = "".join(f'<rect x="{x * cell:.2f}" y="{y * cell:.2f}" width="{cell:.2f}" '
-                    f'height="{cell:.2f}" {attributes(value)}/>'
-                    for y, row in enumerate(values) for x, value in enumerate(row))
-    return (f'<svg width="{side}" height="{cell * h:.0f}" viewBox="0 0 {side} {cell * h:.2f}">'
-            f"{under}{cells}{over}</svg>")
-
-
 def mask_figure(walk: Walk, side: int = 240) -> str:
-    """Queries downwards, keys to the right; a line wherever text and picture meet."""
+    """Queries downwards, keys to the right. Lines separate text and pictures."""
     scale, drawn = side / len(walk.tokens), []
     for query in walk.segments:
         for key in walk.segments:

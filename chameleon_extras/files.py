@@ -1,12 +1,12 @@
-"""What several files need, and what knows nothing of the model: the command line's errors, files
-that are written whole or not at all, devices, processes, and tensors that still lie on disk.
+"""Helpers of several files: one-line errors, files written whole, devices, ranks, tensors on disk.
 
-Who needs it: whoever reads another file of this folder, or train.py. It imports none of them.
+Who needs it: whoever reads another file of this folder, or train.py. It knows nothing of the model.
 """
 
 import argparse
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -26,16 +26,18 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
 def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
-    """Runs it -> 0; 2 and one line for input that cannot work; 130 when interrupted."""
+    """Calls `run` -> 0; 2 after a ValueError or OSError, printed as one line; 130 after Ctrl-C."""
     try:
         run()
-    except BrokenPipeError:  # nobody reads any more, as behind `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that exit stays quiet
+    except BrokenPipeError:  # the reader of stdout has ended, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit may fail
     except (ValueError, OSError) as e:
         print(f"{command}: {e}", file=sys.stderr)
         return 2
@@ -50,8 +52,8 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], keep: bool = True) -> None:
-    """A reader sees the old file or the whole new one, never half of it. keep=False: only a try."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write it too
+    """Replaces `path` by what `write` writes, at once and as a whole. keep=False only tries it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write, too
     try:
         write(part)
         if keep:
@@ -61,7 +63,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], keep: bool = Tru
 
 
 def pick_device(name: str | torch.device) -> torch.device:
-    """A device by its name, "auto" being the fastest there is; ValueError if it is not there."""
+    """A name -> the device, for "auto" the fastest there is. ValueError if it cannot be used."""
     if name == "auto":
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -70,7 +72,7 @@ def pick_device(name: str | torch.device) -> torch.device:
         if device.type not in ("cpu", "cuda", "mps"):
             raise ValueError(f"the device {name} is none of cpu, cuda, mps")
         torch.empty(0, device=device)
-        return torch.device("cpu") if device.type == "cpu" else device  # files know no cpu:0
+        return torch.device("cpu") if device.type == "cpu" else device  # not cpu:0
     except (RuntimeError, AssertionError, TypeError) as e:
         reason = str(e).splitlines()[0].split(". ")[0]
         raise ValueError(f"the device {name} cannot be used here: {reason}") from None
@@ -81,9 +83,9 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def writes() -> bool:
-    """Is this the process that writes the files? All of them make the same."""
-    return int(os.environ.get("RANK", 0)) == 0
+def own_rank() -> int:
+    """Which of them this process is. All compute the same, and rank 0 writes the files."""
+    return int(os.environ.get("RANK", 0))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,29 +93,34 @@ def writes() -> bool:
 
 
 class Stored(NamedTuple):
-    """A tensor that still lies on disk."""
+    """A tensor on disk. `read` loads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Stored":
+        """A tensor that may be memory-mapped, or in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
     def copied(self) -> "Stored":
-        """The same, read into memory of its own. There it begins at a multiple of 64 bytes, as
-        kernels for packed weights need it, wherever it lies in its file.
+        """The same tensor, but `read` gives a copy, which starts at a multiple of 64 bytes. Kernels
+        for packed weights need that; a tensor of a mapped file starts anywhere.
         """
         return self._replace(read=lambda: self.read().clone())
 
 
 def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
                      ) -> dict[str, Stored]:
-    """-> {name: tensor on disk}; reads the header only.
+    """A safetensors file -> {name: tensor on disk}; reads the header only. ValueError if broken.
 
-    The file stays mapped as long as one of its tensors is used. `apart` maps it anew for each
-    tensor, so that memory gets the pages of one back before the next is read.
+    The file stays mapped while one of its tensors is in use. With `apart`, each tensor has its own
+    mapping, so its memory is freed before the next tensor is read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -123,7 +130,7 @@ def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
 
     try:
         file, tensors = safe_open(path, framework="pt", device=str(device)), {}
-        for name in file.keys():  # noqa: SIM118, it is no dict
+        for name in file.keys():  # noqa: SIM118, no dict
             header = file.get_slice(name)
             if header.get_dtype() not in DTYPES:
                 raise ValueError(f"{path}: {name} is {header.get_dtype()}, which is none of "
@@ -140,11 +147,11 @@ def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
 def load_pickle(path: Path) -> dict[str, Tensor]:
     """A .pth or .ckpt -> {name: tensor, memory-mapped}. ValueError if it is broken or more.
 
-    A pickle is a program. weights_only runs the part of it that builds tensors and nothing else.
+    A pickle can run any code. With weights_only, torch runs only what builds tensors.
     """
     try:
         with open(path, "rb") as file:
-            starts_as_zip = file.read(2) == b"PK"  # before torch 1.6: no zip, and no mmap
+            starts_as_zip = file.read(2) == b"PK"  # torch before 1.6 wrote no zip: no mmap
         data = torch.load(path, map_location="cpu", weights_only=True, mmap=starts_as_zip)
     except FileNotFoundError:
         raise ValueError(f"no file {path}") from None
@@ -159,3 +166,31 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no tensors by name: it is no checkpoint")
     return {name: tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of the Hugging Face hub
+
+HUB_OPTIONS = ("token", "cache_dir", "revision", "local_files_only", "force_download")
+
+
+def find_folder(name: str | Path, **options: object) -> Path:
+    """A folder, or a hub id such as "facebook/chameleon-7b" -> the folder that holds its files.
+
+    `options` are those of HUB_OPTIONS. ValueError says how to get what is not there.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)
+    by_hand = f"or download it (hf download {name} --local-dir FOLDER) and name the FOLDER"
+    try:
+        from huggingface_hub import snapshot_download  # here: an extra
+    except ImportError:
+        raise ValueError(f"no folder {name}: pip install huggingface_hub to load it from the hub, "
+                         + by_hand) from None
+    try:
+        files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(str(name), allow_patterns=files, **options))
+    except Exception as e:  # of many kinds: no network, no token, a gated or missing repository
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"{name} is no folder and could not be loaded from the hub ({reason}): "
+                         f"log in (hf auth login), {by_hand}") from None

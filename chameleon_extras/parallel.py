@@ -1,28 +1,30 @@
-"""One model over several devices: every layer is cut in N parts that compute at the same time.
+"""Tensor parallelism: one model on several devices, which compute each layer together.
 
     torchrun --nproc-per-node 4 generate.py --model chameleon-30b --prompt "..."
 
-Rank r of N holds, of each layer,
+Who needs it: whoever has a model that is too large, or too slow, for one device.
+
+Rank r of N holds
 
     H/N query heads and Hkv/N key/value heads: their rows of q, k, v_proj and of QK-norm,
                                              their columns of o_proj, their part of the KV cache
-    F/N of the feed-forward:                 its rows of gate and up_proj, its columns of down_proj
+    F/N units of the feed-forward:           its rows of gate and up_proj, its columns of down_proj
     V/N of the vocabulary:                   its rows of embed_tokens and lm_head
     and all of the rest:                     norms over D, the VQ-VAE
 
     x (B,T,D) --> own heads --> o_proj: a partial sum ----------all-reduce--> y (B,T,D)
               --> own part of F --> down_proj: a partial sum ---all-reduce--> y (B,T,D)
 
-The residual stream x is whole and the same on every rank, and so are the logits, which are
-gathered behind lm_head. Every rank draws with the same seed, so all write the same token.
+Every rank has the whole residual stream x, and all logits, which are gathered after lm_head. Every
+rank samples with the same seed, so all choose the same token.
 
-The model knows nothing of this: torch's own tensor parallelism (DTensor) wraps its layers from
-outside. Megatron-LM, https://arxiv.org/abs/1909.08053, section 3. DTensor has no layers of 8 or 4
-bits: those are cut here, in the same places, and torch adds up or gathers what they give.
+The model itself does not change: torch's tensor parallelism (DTensor) wraps its layers, as in
+Megatron-LM (arXiv 1909.08053, section 3). DTensor has no 8- or 4-bit layers. This file cuts those
+in the same places, and DTensor sums or gathers their outputs.
 
-A Hugging Face folder in the dtype one computes in is mapped, and the ranks share its pages. Meta's
-files, which have to be joined, and weights to be quantized each rank reads for itself: better
-write them once by convert.py.
+A Hugging Face folder in the dtype of the computation is memory-mapped, and all ranks share its
+pages. Each rank reads for itself what has to be joined (Meta's files) or quantized. To do that only
+once, use convert.py.
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ COLUMNS = ("o_proj", "down_proj")  # layers of which a rank has columns; of all 
 
 
 def check_ranks(config, N: int, quantize: str | None = None) -> None:
-    """ValueError if the model, its weights quantized so or not, cannot be cut into N parts."""
+    """ValueError if a model, with weights quantized as `quantize` says, has no N equal parts."""
     if quantize == TORCHAO:
         raise ValueError(f"{TORCHAO} is for one device: take --quantize int8 under torchrun")
     for what, count in (("key/value heads", config.num_key_value_heads),
@@ -55,7 +57,7 @@ def check_ranks(config, N: int, quantize: str | None = None) -> None:
 
 
 def join(device: torch.device) -> torch.device:
-    """Joins the processes of torchrun -> this one's device. From here only the first one talks."""
+    """Joins torchrun's process group -> this rank's device. Only rank 0 still prints."""
     rank = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if rank >= torch.cuda.device_count():
@@ -66,30 +68,19 @@ def join(device: torch.device) -> torch.device:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if torch.distributed.get_rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, it lives as long as we do
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the end
     return device
 
 
 def own_part(norm: nn.Module, rank: int, N: int) -> None:
-    """QK-norm has a row for each head (H, Dh): each rank keeps those of its heads (H/N, Dh)."""
+    """Keeps of a QK-norm (H, Dh) the rows of this rank's heads (H/N, Dh). In place."""
     for name in ("weight", "bias"):
         mine = getattr(norm, name).detach().chunk(N)[rank].clone()  # (H/N, Dh)
         setattr(norm, name, nn.Parameter(mine, requires_grad=False))
 
 
-def own_rows(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
-    """A quantized layer -> this rank's outputs of it. x (..., I) -> (..., own part of O)
-
-    As `own_columns` is called, though it needs no mesh.
-    """
-    mine = torch.arange(len(layer.weight)).chunk(N)[rank]
-    return layer.rows(mine)
-
-
 def own_columns(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
-    """A quantized layer -> this rank's inputs of it. x (..., own part of I) -> (..., O), the sum
-    over all ranks.
-    """
+    """A quantized layer -> one of this rank's inputs: x (..., I/N) -> sums over all ranks (..., O)"""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     weight = layer.weight.chunk(N, dim=1)[rank].clone()  # O rows of I/N numbers; 4 bits: I/N/2
@@ -98,7 +89,7 @@ def own_columns(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
     part.weight = weight
     by_group = layer.scale.ndim == 2
     part.scale = layer.scale.chunk(N, dim=1)[rank].clone() if by_group else layer.scale
-    part.bias = layer.bias if rank == 0 else None  # it must come into the sum once
+    part.bias = layer.bias if rank == 0 else None  # the sum must contain it once
 
     def add_up(layer: nn.Module, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
         """Each rank's partial sums (..., O) -> the sums (..., O)"""
@@ -110,14 +101,18 @@ def own_columns(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
 
 
 def shard_quantized(model: ChameleonForConditionalGeneration, rank: int, N: int, mesh) -> None:
-    """Each 8- or 4-bit layer becomes this rank's part of it."""
+    """Replaces each 8- or 4-bit layer by this rank's part of it. In place."""
     from torch.distributed.tensor import DTensor, Shard
 
     V = model.config.vocab_size
     layers = [name for name, module in model.named_modules() if type(module) in KINDS.values()]
     for name in layers:
-        cut = own_columns if name.endswith(COLUMNS) else own_rows
-        model.set_submodule(name, cut(model.get_submodule(name), rank, N, mesh))
+        layer = model.get_submodule(name)
+        if name.endswith(COLUMNS):
+            part = own_columns(layer, rank, N, mesh)
+        else:
+            part = layer.rows(torch.arange(len(layer.weight)).chunk(N)[rank])
+        model.set_submodule(name, part)
 
     def gather(head: nn.Module, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
         """Each rank's logits (..., its part of V) -> all of them (..., V)"""
@@ -133,7 +128,7 @@ def shard(
 ) -> ChameleonForConditionalGeneration:
     """A whole model, the same on every rank -> this rank's part of it, on its device. In place.
 
-    Its config has Hkv/N key/value heads from then on, which is how large a KV cache must be here.
+    The config gets Hkv/N key/value heads, the size of this rank's KV cache.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
@@ -154,12 +149,12 @@ def shard(
     if kind_of(model):
         shard_quantized(model, rank, N, mesh)
         layers = {}
-    # Every rank has read the same files: none needs to send its weights to the others.
+    # src_data_rank=None: every rank has read the same files, so none sends its weights to others.
     tp.parallelize_module(model, mesh, embedding | layers, src_data_rank=None)
     for layer in model.model.layers:
         own_part(layer.self_attn.q_norm, rank, N)
         own_part(layer.self_attn.k_norm, rank, N)
-    # Inside a picture only the codes' logits count; their rows of the head lie on several ranks.
+    # `rows` gives only some logits. Their rows of the head are on several ranks: compute them all.
     model.lm_head.rows = lambda ids: lambda hidden: model.lm_head(hidden)[..., ids]
     Hkv = model.config.num_key_value_heads // N
     model.config = model.model.config = dataclasses.replace(

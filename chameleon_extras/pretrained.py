@@ -62,7 +62,7 @@ def as_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
         return None
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r} is no floating dtype of torch: say bfloat16, float32 ...")
+        raise ValueError(f"dtype {name!r} is no dtype of torch: say bfloat16, float32 ...")
     return dtype
 
 
@@ -73,6 +73,8 @@ def as_device(device_map: str | int | dict | torch.device | None) -> torch.devic
             raise ValueError("device_map spreads the model over several devices: use torchrun for "
                              "that, or name one device")
         device_map = next(iter(device_map.values()))
+    if isinstance(device_map, int):
+        device_map = f"cuda:{device_map}"
     return pick_device("cpu" if device_map is None else device_map)
 
 
@@ -84,7 +86,7 @@ def load_pretrained(
     use_safetensors: bool = True,  # accepted: safetensors are what is read
     **hub: object,
 ) -> nn.Module:
-    """What the model classes' `from_pretrained` does. ValueError, in one line, for what is wrong."""
+    """What `from_pretrained` of both models does. ValueError, in one line, for what is wrong."""
     if unknown := sorted(hub.keys() - set(HUB_OPTIONS)):
         own = [n for n in inspect.signature(load_pretrained).parameters if n not in ("cls", "hub")]
         raise ValueError(f"from_pretrained has no option {', '.join(unknown)}; it has "

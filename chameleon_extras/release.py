@@ -1,18 +1,19 @@
-"""Meta's release and Anole's forks, read under Hugging Face's names.
+"""Reads Meta's release and checkpoints of Anole's fork, under Hugging Face's names.
 
     models/7b/consolidated.00.pth ...  --open_release--> config, {Hugging Face's name: tensor}
-    tokenizer/vqgan.ckpt               --open_vqgan----> the same of the VQ-VAE
+    tokenizer/vqgan.ckpt               --open_vqgan----> {Hugging Face's name: tensor} of the VQ-VAE
     tokenizer/text_tokenizer.json    --load_processor--> ChameleonProcessor
 
 Who needs it: whoever has Meta's own files, or a VQ-VAE in a file of its own. `open_checkpoint` of
-checkpoint.py comes here when a folder looks like one of these:
+checkpoint.py calls it for a folder of one of these layouts:
 
     consolidated*.pth, params.json             one model of Meta's release
-    models/7b or models/30b, tokenizer/        the release's root; GAIR/Anole-7b-v0.1 is laid out so
+    models/7b or models/30b, tokenizer/        the release's root, also GAIR/Anole-7b-v0.1
     *.safetensors, q_norm.weight of one dimension    written by Anole's fork of transformers
 
-Meta's name in each of the P shards, how they are joined, Hugging Face's name (letters are those of
-chameleon.py; layers.N. and model.layers.N. left out):
+The table lists Meta's name, its shape in each of the P shards, how the shards are joined, and
+Hugging Face's name. Letters are those of chameleon.py; "layers.N." and "model.layers.N." are left
+out.
 
     tok_embeddings      (V, D/P)      columns        embed_tokens
     attention.wq        (H Dh/P, D)   rows, halves   self_attn.q_proj
@@ -25,16 +26,17 @@ chameleon.py; layers.N. and model.layers.N. left out):
     attention_norm, ffn_norm, norm    mean           input_layernorm, post_attention_layernorm, norm
     output              (V/P, D)      rows           lm_head
 
-Halves: Meta rotates neighbours (x_2i, x_2i+1), Hugging Face and chameleon.py (x_i, x_i+Dh/2).
-Putting the even rows of each head before the odd ones turns one into the other. The vectors of
-QK-norm, which act on those rows, move with them; q and k move alike, so no score changes.
+Halves: RoPE rotates pairs of numbers. Meta pairs neighbours (x_2i, x_2i+1); Hugging Face and
+chameleon.py pair (x_i, x_i+Dh/2). Putting the even rows of each head before its odd rows turns one
+into the other. The vectors of QK-norm act on these rows and move with them. q and k are permuted
+alike, so no attention score changes.
 
-Nothing is read before it is needed: pickles are memory-mapped and hold tensors only
-(weights_only), so memory never has more than the one file that is being written.
+Pickles are memory-mapped and read with weights_only. A tensor is read when it is needed.
 """
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +55,7 @@ CODEBOOK = VQ_PREFIX + "quantize.embedding.weight"
 VQ_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 
 # ---------------------------------------------------------------------------------------------
-# How P shards of a tensor become one. Given meta tensors, these tell shapes and cost nothing.
+# How P shards of a tensor are joined. On meta tensors these functions only compute the shape.
 
 
 def rows(parts: list[Tensor]) -> Tensor:
@@ -65,31 +67,37 @@ def columns(parts: list[Tensor]) -> Tensor:
 
 
 def mean(parts: list[Tensor]) -> Tensor:
-    """Every shard keeps a copy of a whole norm.
+    """The mean of P copies of a norm's weight.
 
-    DIFFERS: where training let the copies drift apart, Meta's code uses each in its own shard;
-    one model has room for one, and takes the mean, as transformers' converter does.
+    DIFFERS: Meta's code uses each copy in its own shard, and training may have let them drift
+    apart. One model has room for one, and takes the mean, as transformers' converter does.
     """
-    # float64 holds such sums exactly, so that the mean of equal numbers is that number.
+    # In float64 such sums are exact, so the mean of equal numbers is that number.
     return torch.stack(parts).double().mean(dim=0).to(parts[0].dtype)  # (D,)
 
 
 def halves(parts: list[Tensor], head_dim: int) -> Tensor:
-    """Rows of each head from pairs (0 1)(2 3).. to halves 0 2 .. 1 3 ..   -> (H Dh, D)"""
+    """Joins rows and reorders those of each head, 0 1 2 3 .. to 0 2 .. 1 3 ..   -> (H Dh, D)"""
     joined = rows(parts)  # (H Dh, D)
     paired = joined.unflatten(0, (-1, head_dim // 2, 2))  # (H, Dh/2, 2, D)
     return paired.transpose(1, 2).reshape(joined.shape)  # (H Dh, D)
 
 
 def every_head(parts: list[Tensor], heads: int) -> Tensor:
-    """P vectors (Dh,), pairs -> (heads, Dh), halves: the heads of a shard share its vector."""
+    """P vectors (Dh,) -> (heads, Dh), in the order of `halves`. A shard's heads share its vector."""
     vectors = torch.stack(parts)  # (P, Dh)
     vectors = vectors.unflatten(1, (-1, 2)).mT.flatten(1)  # (P, 2, Dh/2) -> (P, Dh)
     return vectors.repeat_interleave(heads // len(parts), dim=0)  # (heads, Dh)
 
 
+def join_stored(parts: list[Stored], join: Callable) -> Stored:
+    """P shards on disk -> one tensor, joined when read. RuntimeError or IndexError: no fit."""
+    shape = join([torch.empty(part.shape, device="meta") for part in parts]).shape
+    return Stored(tuple(shape), parts[0].dtype, lambda: join([part.read() for part in parts]))
+
+
 def name_table(c: ChameleonConfig) -> dict[str, tuple[str, Callable]]:
-    """{Hugging Face's name: (Meta's name, how its shards are joined)} of the decoder."""
+    """{Hugging Face's name: (Meta's name, function that joins its shards)} of the decoder."""
     turn = partial(halves, head_dim=c.head_dim)
     q_heads = partial(every_head, heads=c.num_attention_heads)
     k_heads = partial(every_head, heads=c.num_key_value_heads)
@@ -124,7 +132,7 @@ def name_table(c: ChameleonConfig) -> dict[str, tuple[str, Callable]]:
 def find_release(folder: Path) -> Path | None:
     """The folder with consolidated*.pth: `folder` itself, or the only one in its models/.
 
-    None if `folder` is not of Meta's layout; ValueError if it holds more than one model.
+    None if `folder` has another layout. ValueError if it holds more than one model.
     """
     def is_model(path: Path) -> bool:
         return (path / "params.json").is_file() or any(path.glob("consolidated*.pth"))
@@ -141,7 +149,7 @@ def find_release(folder: Path) -> Path | None:
 
 
 def tokenizer_folder(release: Path) -> Path:
-    """Where text_tokenizer.json and vqgan.ckpt are: beside models/ in the release."""
+    """The folder tokenizer/, which is beside models/. ValueError if there is none."""
     places = [folder / "tokenizer" for folder in (release, *release.absolute().parents[:2])]
     for place in places:
         if (place / "text_tokenizer.json").is_file():
@@ -151,7 +159,7 @@ def tokenizer_folder(release: Path) -> Path:
 
 
 def read_params(release: Path) -> dict:
-    """params.json, its "model" part on top, consolidate_params.json (after merging) above both."""
+    """params.json, updated by its "model" part and then by consolidate_params.json. ValueError."""
     if not (release / "params.json").is_file():
         raise ValueError(f"{release} lacks params.json: download it again")
     params = {}
@@ -168,8 +176,8 @@ def read_params(release: Path) -> dict:
     return params
 
 
-def load_shards(release: Path, params: dict) -> list[dict[str, Tensor]]:
-    """All P consolidated*.pth in order; ValueError names those that are not there."""
+def load_shards(release: Path, params: dict) -> list[dict[str, Stored]]:
+    """All P consolidated*.pth in order. ValueError names those that are missing."""
     found = sorted(path.name for path in release.glob("consolidated*.pth"))
     P = params.get("model_parallel_size") or len(found) or 1
     if not isinstance(P, int) or P < 1:
@@ -183,13 +191,14 @@ def load_shards(release: Path, params: dict) -> list[dict[str, Tensor]]:
     if len(found) > P:
         raise ValueError(f"{release} has {len(found)} shards, but its params say "
                          f"model_parallel_size {P}: {', '.join(found)}")
-    return [load_pickle(release / name) for name in wanted]
+    return [{key: Stored.of(tensor) for key, tensor in load_pickle(release / name).items()}
+            for name in wanted]
 
 
 def release_config(release: Path, params: dict, shards: list[dict], vq: dict) -> ChameleonConfig:
-    """Sizes from params.json; what it leaves to be computed (F, V) from the tensors' shapes."""
+    """The sizes in params.json, and those that only the tensors' shapes tell (F, V). ValueError."""
     names = dict(load_tokenizer(tokenizer_folder(release)).vocab)
-    if IMAGE_PLACEHOLDERS[1] in names:  # Meta's reserved name for what transformers names <image>
+    if IMAGE_PLACEHOLDERS[1] in names:  # Meta's name for <image>
         names[IMAGE_PLACEHOLDERS[0]] = names.pop(IMAGE_PLACEHOLDERS[1])
     try:
         V = shards[0]["tok_embeddings.weight"].shape[0]
@@ -217,8 +226,8 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
     return c
 
 
-def vq_config(release: Path, state: dict[str, Tensor]) -> ChameleonVQVAEConfig:
-    """The sizes of a VQGAN as its tensors tell them; only `resolution` needs vqgan.yaml."""
+def vq_config(release: Path, state: dict[str, Stored]) -> ChameleonVQVAEConfig:
+    """The sizes of a VQGAN, from the shapes of its tensors; `resolution` is in vqgan.yaml."""
     file = tokenizer_folder(release) / "vqgan.yaml"
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     written = re.search(r"^\s*resolution:\s*(\d+)", text, re.MULTILINE)
@@ -249,7 +258,7 @@ def vq_config(release: Path, state: dict[str, Tensor]) -> ChameleonVQVAEConfig:
 
 
 def open_release(release: Path) -> tuple[ChameleonConfig, dict[str, Stored]]:
-    """Meta's files -> config, and {Hugging Face's name: tensor that is joined when read}."""
+    """Meta's files -> config, and {Hugging Face's name: tensor, joined when read}. ValueError."""
     vq = open_vqgan(tokenizer_folder(release) / "vqgan.ckpt")
     params = read_params(release)
     shards = load_shards(release, params)
@@ -265,11 +274,10 @@ def open_release(release: Path) -> tuple[ChameleonConfig, dict[str, Stored]]:
             raise ValueError(f"{release}: a shard has no tensor {metas}: params.json says there is")
         parts = [shard[metas] for shard in shards]
         try:
-            shape = join([torch.empty_like(part, device="meta") for part in parts]).shape
+            tensors[ours] = join_stored(parts, join)
         except (RuntimeError, IndexError):
             sizes = ", ".join(str(list(part.shape)) for part in parts)
             raise ValueError(f"{release}: {metas} of {sizes} does not fit params.json") from None
-        tensors[ours] = Stored(tuple(shape), parts[0].dtype, partial(join, parts))
     return config, tensors | vq
 
 
@@ -278,12 +286,11 @@ def open_release(release: Path) -> tuple[ChameleonConfig, dict[str, Stored]]:
 
 
 def open_vqgan(path: Path) -> dict[str, Stored]:
-    """vqgan.ckpt, or safetensors that hold a VQ-VAE -> its tensors; others (loss.*) left out."""
+    """vqgan.ckpt, or safetensors with a VQ-VAE -> its tensors. Others, as loss.*, are left out."""
     if path.suffix == ".safetensors":
         found = open_safetensors(path, "cpu")
     else:
-        found = {name: Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
-                 for name, tensor in load_pickle(path).items()}
+        found = {name: Stored.of(tensor) for name, tensor in load_pickle(path).items()}
     found = {name.removeprefix(VQ_PREFIX): tensor for name, tensor in found.items()}
     tensors = {VQ_PREFIX + n: t for n, t in found.items() if n.startswith(VQ_PARTS)}
     if not tensors:
@@ -292,11 +299,11 @@ def open_vqgan(path: Path) -> dict[str, Stored]:
 
 
 def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
-    """A model's tensors with those of a VQ-VAE instead of, or beside, its own.
+    """A model's tensors, with the VQ-VAE of another file in place of their own.
 
-    All are taken, not only the decoder's: Hugging Face's files round the encoder to bf16, which
-    gives 1.6 % of the codes of a picture another number. ValueError if the codebooks disagree by
-    more than that rounding: the ids would stand for other pictures.
+    The whole VQ-VAE is replaced, not only its decoder: Hugging Face's files round the encoder to
+    bf16, which changes 1.6 % of a picture's codes. ValueError if the codebooks differ by more than
+    that rounding, because the ids would then mean other pictures.
     """
     new = open_vqgan(path)
     if not any(name.startswith(DECODER_PREFIX) for name in new):
@@ -309,10 +316,12 @@ def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
 
 
 def pairs_to_halves(c: ChameleonConfig, tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """Anole's fork of transformers keeps Meta's order of rows under Hugging Face's names.
+    """Tensors of Anole's fork -> transformers' order of rows; those of others -> unchanged.
 
-    The certain sign is its QK-norm: one vector (Dh,) for all heads, where transformers has (H, Dh).
-    DIFFERS: a file with (H, Dh) is taken to be in transformers' order, as nothing could tell.
+    The fork keeps Meta's order of rows under Hugging Face's names. Its QK-norm shows it: one vector
+    (Dh,) for all heads, where transformers has (H, Dh).
+    DIFFERS: a fork's file with (H, Dh) would be read in transformers' order. Nothing tells the two
+    apart.
     """
     if tensors.get("model.layers.0.self_attn.q_norm.weight", ((),))[0] != (c.head_dim,):
         return tensors
@@ -320,12 +329,9 @@ def pairs_to_halves(c: ChameleonConfig, tensors: dict[str, Stored]) -> dict[str,
     for name, (_, join) in name_table(c).items():
         stored = tensors.get(name)
         if stored and isinstance(join, partial):  # `halves` and `every_head`
-            try:
-                shape = tuple(join([torch.empty(stored.shape, device="meta")]).shape)
-            except (RuntimeError, IndexError):
-                continue  # misshapen: said with all the others, by check_tensors
-            read = lambda stored=stored, join=join: join([stored.read()])  # noqa: E731
-            tensors[name] = Stored(shape, stored.dtype, read)
+            # A tensor of a wrong shape stays as it is: check_tensors will report it.
+            with suppress(RuntimeError, IndexError):
+                tensors[name] = join_stored([stored], join)
     return tensors
 
 

@@ -1,12 +1,14 @@
-"""Pictures and pages to look at: sheets of drawings, codes as a grid, an interleaved document.
+"""Pictures and pages to look at: contact sheets, codes as a grid, an interleaved document.
 
     pictures --contact_sheet--> one picture          text and pictures --write_document--> a folder
-    pixels (N, 3, H, W) --there_and_back--> each picture, its codes, and what the codes say
+    pixels (N, 3, H, W) --there_and_back--> each picture, its codes, and their decoding
+
+Who needs it: command.py, explain.py and tiny_world/figures.py.
 """
 
 import base64
-import colorsys
 import html
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +16,22 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from chameleon_extras.files import write_atomically, writes
+from chameleon_extras.files import own_rank, write_atomically
 from processor import ChameleonImageProcessor
 
 GAP = 4  # pixels between pictures of a sheet
-GOLDEN_ANGLE = 137.508  # degrees; its multiples fill the circle evenly and never meet
+GOLDEN_ANGLE = 137.508  # degrees between the hues of code k and k + 1; few codes look alike
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Writes the whole picture or nothing; the format is that of the file's name."""
+    """Writes a picture in the format of the file's name. ValueError as in `picture_format`."""
     kind = picture_format(path)
-    if writes():
+    if own_rank() == 0:
         write_atomically(path, lambda part: image.save(part, format=kind))
 
 
 def picture_format(path: Path) -> str:
-    """"out.png" -> "PNG". ValueError if the folder is missing or the ending is no picture's."""
+    """ "out.png" -> "PNG". ValueError for another ending, a missing folder, or a folder's name."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"{path} does not end like a picture: name it .png")
@@ -41,7 +43,7 @@ def picture_format(path: Path) -> str:
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size, row by row on a light ground; as square as it gets by default."""
+    """Pictures of one size, row by row. By default rows and columns are about equal."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     rows = math.ceil(len(pictures) / columns)
@@ -55,8 +57,9 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -
 
 def there_and_back(model, pixels: torch.Tensor, side: int,
                    columns: int = 3) -> tuple[Image.Image, int, float]:
-    """pixels (N, 3, H, W) -> a sheet of each picture, its codes, and what the codes say, each at
-    most `side` pixels wide; codes a side; PSNR in dB.
+    """pixels (N, 3, H, W) -> a sheet; codes a side; PSNR in dB.
+
+    The sheet shows each picture, its codes and their decoding, each at most `side` pixels wide.
     """
     codes = model.model.vqmodel.encode(pixels)  # (N, S)
     decoded = model.model.vqmodel.decode(codes)  # (N, 3, H, W)
@@ -69,44 +72,46 @@ def there_and_back(model, pixels: torch.Tensor, side: int,
     return contact_sheet(panels, columns), edge, 10 * math.log10(4 / error.item())
 
 
-def code_hue(code: int) -> float:
-    """Degrees; neighbouring codes differ."""
-    return code * GOLDEN_ANGLE % 360
-
-
 def code_colour(code: int) -> str:
-    return f"hsl({code_hue(code):.0f} 60% 75%)"
+    """A colour as CSS and PIL write it. Consecutive codes get very different hues."""
+    return f"hsl({code * GOLDEN_ANGLE % 360:.0f},60%,75%)"
 
 
 def code_grid(codes: Sequence[Sequence[int]], side: int) -> Image.Image:
-    """Codes (h, w) -> a picture about `side` pixels wide; equal codes have equal colours."""
+    """Codes (h, w) -> a picture about `side` pixels wide. Equal codes have equal colours."""
     rows, columns = len(codes), len(codes[0])
     cell = max(1, side // columns)
     grid = Image.new("RGB", (columns * cell, rows * cell))
     pen = ImageDraw.Draw(grid)
     for y, row in enumerate(codes):
         for x, code in enumerate(row):
-            hue = code_hue(code) / 360
-            colour = tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, 0.75, 0.6))
             box = (x * cell, y * cell, (x + 1) * cell - 1, (y + 1) * cell - 1)
-            pen.rectangle(box, fill=colour)
-            if cell >= 24:  # else the number would not be legible
+            pen.rectangle(box, fill=code_colour(code))
+            if cell >= 24:  # a smaller number would not be legible
                 middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
                 pen.text(middle, str(code), fill="black", anchor="mm", font_size=cell * 0.36)
     return grid
 
 
 def enlarge(picture: Image.Image, side: int) -> Image.Image:
-    """By a whole factor to at most `side` pixels a side, each pixel a square: nothing invented."""
+    """Enlarges by a whole factor to at most `side` pixels a side. Each pixel becomes a square."""
     factor = max(1, side // max(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
 
 
+def data_uri(picture: Image.Image) -> str:
+    """A picture as the `src` of an HTML page that needs no other file."""
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
-    """Text and pictures in order -> 1.png, 2.png ..., document.md, and document.html, which holds
-    the pictures inside itself and reads well in light and dark.
+    """Text and pictures in order -> 1.png, 2.png ..., document.md, and document.html.
+
+    The HTML page contains the pictures, and follows the reader's light or dark mode.
     """
-    if not writes():
+    if own_rank() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     markdown, body, n = [], [], 0
@@ -118,8 +123,7 @@ def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
         n += 1
         save_picture(part, folder / f"{n}.png")
         markdown.append(f"![picture {n}]({n}.png)")
-        data = base64.b64encode((folder / f"{n}.png").read_bytes()).decode()
-        body.append(f'<p><img alt="picture {n}" src="data:image/png;base64,{data}"></p>')
+        body.append(f'<p><img alt="picture {n}" src="{data_uri(part)}"></p>')
     page = (
         '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
         "<title>Chameleon</title><style>body{font:1.1rem/1.5 serif;max-width:40rem;margin:2rem "

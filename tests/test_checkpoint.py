@@ -37,7 +37,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("shard", [5 * 10**9, 200_000])
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, changes, shard):
     model = small_model(**changes)
-    model.save_pretrained(tmp_path, max_shard_bytes=shard)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard < 10**9)
     assert not list(tmp_path.glob("*.part"))
     again = load(tmp_path)
@@ -54,7 +54,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, changes, shard):
 @pytest.mark.parametrize("shard", [5 * 10**9, 200_000])
 def test_transformers_loads_what_we_save(tmp_path, changes, shard):
     model = small_model(**changes)
-    model.save_pretrained(tmp_path, max_shard_bytes=shard)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
     theirs = transformers.ChameleonForConditionalGeneration.from_pretrained(tmp_path).eval()
     inputs = batch_with_pictures()
     real = inputs["attention_mask"].bool()
@@ -92,7 +92,7 @@ def test_an_earlier_save_never_shines_through(tmp_path):
         model = small_model()
         with torch.no_grad():
             model.lm_head.weight.normal_()
-        model.save_pretrained(tmp_path, max_shard_bytes=shard)
+        model.save_pretrained(tmp_path, max_shard_size=shard)
         assert torch.equal(load(tmp_path).lm_head.weight, model.lm_head.weight)
         one = (tmp_path / "model.safetensors").exists()
         assert one != (tmp_path / "model.safetensors.index.json").exists()
@@ -116,7 +116,7 @@ def test_a_dtype_may_be_a_word(folder, dtype, expected):
 def break_index(folder):
     model = load(folder)
     (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_bytes=200_000)
+    model.save_pretrained(folder, max_shard_size=200_000)
     (folder / "model-00002-of-00004.safetensors").unlink(missing_ok=True)
     sorted(folder.glob("model-0*"))[0].unlink()
 
@@ -222,12 +222,12 @@ def load_as(folder, kind=None, dtype=None):
 @pytest.mark.parametrize("shard", [5 * 10**9, 100_000])
 def test_all_ways_to_quantize_give_the_same_bits(tmp_path, kind, changes, shard):
     """In memory, while loading, and from a folder that was saved or converted, in any sharding."""
-    small_model(**changes).bfloat16().save_pretrained(tmp_path / "a", max_shard_bytes=shard)
+    small_model(**changes).bfloat16().save_pretrained(tmp_path / "a", max_shard_size=shard)
     expected = quantize_model(load(tmp_path / "a"), kind)
     assert kind_of(expected) == kind and expected.dtype == torch.bfloat16
     assert bits_equal(load_as(tmp_path / "a", kind), expected)
     convert.convert(tmp_path / "a", tmp_path / "b", None, shard, kind)
-    expected.save_pretrained(tmp_path / "c", max_shard_bytes=shard)
+    expected.save_pretrained(tmp_path / "c", max_shard_size=shard)
     for folder in (tmp_path / "b", tmp_path / "c"):
         assert len(list(folder.glob(f"model.{kind}*.safetensors"))) > (shard == 100_000)
         again = load(folder)
@@ -299,7 +299,7 @@ def test_transformers_never_takes_packed_weights_for_numbers(quantized, kind):
 
 
 def test_saving_plain_weights_over_quantized_ones_leaves_only_the_new(tmp_path):
-    quantize_model(small_model(), "int8").save_pretrained(tmp_path, max_shard_bytes=100_000)
+    quantize_model(small_model(), "int8").save_pretrained(tmp_path, max_shard_size=100_000)
     assert (tmp_path / "model.int8.safetensors.index.json").exists()
     small_model().save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

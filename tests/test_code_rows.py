@@ -70,5 +70,5 @@ def test_plain_tables_say_the_same_and_load_without_the_map(tmp_path):
         bake(model)
         assert not has_code_rows(model)
         model.save_pretrained(tmp_path)
-        plain = ChameleonForConditionalGeneration.from_pretrained(tmp_path, torch.float32)
+        plain = ChameleonForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
         assert torch.equal(plain(ids, mask_image_logits=False).logits, wanted)

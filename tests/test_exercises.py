@@ -1,5 +1,5 @@
-"""Each exercise of the README really turns its test red: the function's body is taken away, the
-test runs, and what it meets is the missing body."""
+"""Each exercise of the README turns its test red: the function's body is replaced by
+NotImplementedError, the test runs, and fails with that error."""
 
 import ast
 import importlib
@@ -9,6 +9,8 @@ from types import CodeType, FunctionType
 
 import pytest
 from hypothesis import Phase, settings
+
+pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,13 +27,13 @@ def definition(tree: ast.Module, name: str) -> ast.FunctionDef:
 
 
 def without_body(path: Path, name: str) -> CodeType:
-    """The code of the function as the file has it, but for its body: raise NotImplementedError."""
+    """The code of the function with its own arguments, but the body raises NotImplementedError."""
     function = definition(ast.parse(path.read_text(encoding="utf-8")), name)
     function.body = ast.parse(f"raise NotImplementedError('{name}')").body
     function.decorator_list, function.returns = [], None
     arguments = function.args
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
-        argument.annotation = None  # not needed by the code, nor known here
+        argument.annotation = None  # would need the file's imports
     arguments.defaults = [ast.Constant(None) for _ in arguments.defaults]
     arguments.kw_defaults = [default and ast.Constant(None) for default in arguments.kw_defaults]
     space = {}
@@ -51,13 +53,13 @@ SETTINGS = "_hypothesis_internal_use_settings"  # where hypothesis keeps a test'
 
 
 class Reports:
-    """What becomes of the tests of an inner run of pytest."""
+    """Collects the results of an inner run of pytest."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failures, self.passed, self.monkeypatch = [], 0, monkeypatch
 
     def pytest_collection_modifyitems(self, items: list) -> None:
-        """One failure is enough: hypothesis need not look for the smallest, which takes minutes."""
+        """Keeps hypothesis from shrinking a failure to the smallest example: that takes minutes."""
         for item in items:
             given = getattr(item.obj, SETTINGS, None)
             if given:
@@ -78,7 +80,7 @@ def run(node: str, monkeypatch: pytest.MonkeyPatch) -> Reports:
 
 
 def test_there_are_eight_exercises_or_more():
-    assert len(EXERCISES) >= 8 == len(set(EXERCISES[:8]))
+    assert len(set(EXERCISES)) == len(EXERCISES) >= 8
     assert len(re.findall(r"^\| \d+ \| `", README, re.MULTILINE)) == len(EXERCISES)
 
 

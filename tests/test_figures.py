@@ -1,4 +1,4 @@
-"""tiny_world/figures.py: what is drawn is what the checkpoint gives and what training logged."""
+"""tiny_world/figures.py: the figures show what the checkpoint computes and what training logged."""
 
 import re
 import xml.etree.ElementTree as xml
@@ -10,6 +10,8 @@ from PIL import Image
 
 from generate import generate
 from tiny_world import evaluate, figures
+
+pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).resolve().parent.parent
 CURVES = """stage,step,text_loss,image_loss,log_z,q_norm
@@ -104,6 +106,11 @@ def test_what_cannot_be_drawn_is_one_line_and_writes_nothing(tmp_path, capsys, o
     assert figures.main(["tiny", "--out", str(tmp_path / "new"), *options]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and words in message and not (tmp_path / "new").exists()
+
+
+def test_without_out_no_figure_of_the_repository_is_replaced():
+    tracked = ("README.md", "examples", "tests", "tiny", "tiny_world", "chameleon_extras")
+    assert not figures.OUT.is_absolute() and figures.OUT.parts[0] not in tracked
 
 
 @pytest.mark.parametrize("content, words", [

@@ -1,4 +1,4 @@
-"""What the README says is so: commands and their output, files, names, counts, the walk's shapes.
+"""README.md, tiny/README.md and tests/BENCHMARK.md: commands, their output, names and numbers.
 
 `python tests/test_readme.py` prints the table of "One prompt, walked" anew."""
 
@@ -7,7 +7,10 @@ import contextlib
 import io
 import re
 import shlex
+import shutil
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,24 +24,37 @@ import generate as module  # noqa: E402
 import train  # noqa: E402
 from chameleon_extras import command, convert, explain  # noqa: E402
 from processor import load_image  # noqa: E402
-from tiny_world import evaluate, figures  # noqa: E402
+from tiny_world import evaluate, figures, vqvae_stage  # noqa: E402
+from tiny_world.documents import Corpus  # noqa: E402
 from vqvae import ChameleonVQVAEConfig  # noqa: E402
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("", "chameleon_extras", "tiny_world")
-SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))
-           if path.name != "__init__.py"]
+pytestmark = pytest.mark.docs
+
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
+         for name in ("README.md", "tiny/README.md", "tests/BENCHMARK.md")}  # fmt: skip
+README, CARD, BENCHMARK = PAGES.values()
+ALL = "\n".join(PAGES.values())
+SOURCES = [path for folder in ("", "chameleon_extras", "tiny_world")
+           for path in sorted((ROOT / folder).glob("*.py")) if path.name != "__init__.py"]
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(title: str, page: str) -> str:
+    return page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def table(title: str) -> list[list[str]]:
-    """The cells of a section's table, row by row, without its head."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-    return [row for row in rows[1:] if set(row[0]) - set("-")]
+def rows(page: str) -> list[list[str]]:
+    """The cells of all table rows of a page or section, heads included."""
+    lines = [line for line in page.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [row for row in cells if set("".join(row)) - set("-: ")]
+
+
+def code_lines() -> list[str]:
+    """What is set as code: each line of a bash or console block, and what stands in backticks."""
+    blocks = re.findall(r"^```(?:bash|console)\n(.*?)^```", ALL, re.S | re.M)
+    text = re.sub(r"^```.*?^```", "", ALL, flags=re.S | re.M)
+    spans = re.findall(r"`([^`]+)`", re.sub(r"\n(?=[^\n])", " ", text))
+    return [line for block in blocks for line in block.splitlines()] + spans
 
 
 # ---------------------------------------------------------------------------------------------
@@ -46,44 +62,47 @@ def table(title: str) -> list[list[str]]:
 
 
 def transcripts() -> list[tuple[str, str]]:
-    """The console blocks: each "$ python generate.py ..." line and what stands below it."""
+    """(command, output): those of console blocks, and the first command of README.md."""
     found = []
-    for block in re.findall(r"```console\n(.*?)```", README, re.S):
+    for block in re.findall(r"```console\n(.*?)```", ALL, re.S):
         for part in re.split(r"^\$ ", block, flags=re.M)[1:]:
-            command, _, output = part.partition("\n")
-            found.append((command, output))
+            line, _, output = part.partition("\n")
+            found.append((line, output))
     first = re.search(r"```bash\npip install -e \. && (.*?)\n```\n```\n(.*?)```", README, re.S)
     return [*found, first.groups()]
 
 
-def test_there_are_transcripts():
-    assert len(transcripts()) >= 5
-
-
-@pytest.mark.parametrize("command, output", transcripts())
-def test_a_command_prints_what_the_readme_shows(command, output, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("line, output", transcripts())
+def test_a_command_prints_what_is_shown(line, output, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    words = shlex.split(command)
-    assert words[:2] == ["python", "generate.py"]
-    if "--out" in words:  # pictures go elsewhere, so that a test leaves no file behind
-        place = words.index("--out") + 1
-        words[place] = str(tmp_path / Path(words[place]).name)
+    words = shlex.split(line)
+    assert words[:2] == ["python", "generate.py"] and "--out" not in words
     assert module.main([*words[2:], "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out.replace(str(tmp_path) + "/", "")
-    assert printed == output
+    assert capsys.readouterr().out == output
 
 
-def test_answers_quoted_in_tables_are_those_of_the_transcripts():
-    answers = {output.strip() for _, output in transcripts()}
+def test_the_answer_quoted_in_a_table_is_that_of_a_transcript():
     compare = re.search(r'^\| `circle\.png` \|.*\| "(.*?)" \|$', README, re.MULTILINE)
-    assert compare[1] in answers
+    assert compare[1] in {output.strip() for _, output in transcripts()}
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(re.search(r"```python\n(.*?)```", README, re.S)[1], "README.md", "exec"), {})
     assert "What do you see in this image?" in capsys.readouterr().out
+
+
+PROGRAMS = {
+    "generate.py": module.main, "train.py": train.main, "-m chameleon_extras.convert": convert.main,
+    "-m tiny_world.figures": figures.main, "tests/benchmark.py": benchmark.main,
+}  # fmt: skip
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(program, its arguments) of every command of the three pages."""
+    pattern = r"(?:\bpython|torchrun --nproc-per-node \S+) (-m [\w.]+|[\w/]+\.py)(.*)"
+    found = [re.search(pattern, line) for line in code_lines()]
+    return [(m[1], shlex.split(m[2], comments=True)) for m in found if m]
 
 
 def help_of(main) -> str:
@@ -93,52 +112,49 @@ def help_of(main) -> str:
     return printed.getvalue()
 
 
-PROGRAMS = {
-    "generate.py": module.main, "train.py": train.main, "-m chameleon_extras.convert": convert.main,
-    "-m tiny_world.figures": figures.main, "tests/benchmark.py": benchmark.main,
-}  # fmt: skip
-
-
-def commands() -> list[tuple[str, str]]:
-    """(program, arguments) of all commands of the README, those inside sentences included."""
-    text = re.sub(r"```(?:bash|console)\n(.*?)```", lambda b: b[1].replace("\n", "`\n`"), README,
-                  flags=re.S)
-    names = "|".join(re.escape(name) for name in PROGRAMS)
-    return re.findall(rf"(?:python |nproc-per-node \S+ )({names})([^`\n]*)", text)
-
-
 def test_every_option_that_is_named_exists():
-    known = {name: help_of(main) for name, main in PROGRAMS.items()}
+    known = {name: set(re.findall(r"--[a-z][a-z0-9-]*", help_of(main)))
+             for name, main in PROGRAMS.items()}  # fmt: skip
     assert {program for program, _ in commands()} == set(PROGRAMS)
-    for program, arguments in commands():
-        for option in re.findall(r"--[a-z][a-z-]*", arguments.split(" #")[0]):
-            assert f"{option} " in known[program] or f"{option}\n" in known[program], option
-    everywhere = "".join(known.values())
-    for option in re.findall(r"`(--[a-z][a-z0-9-]*)[` ]", README):
-        assert option in everywhere, option
+    for program, words in commands():
+        assert {word for word in words if word.startswith("--")} <= known[program], words
+    named = re.findall(r"--[a-z][a-z0-9-]*", " ".join(code_lines()))
+    assert set(named) <= set.union(*known.values()) | {"--nproc-per-node"}
 
 
-def test_the_commands_of_generate_are_understood():
-    """By the real parser: wrong values of options, too, would be refused."""
-    for program, arguments in commands():
-        words = shlex.split(arguments, comments=True)
+def test_the_commands_are_understood_by_their_parsers():
+    for program, words in commands():
         if program == "generate.py" and words and "..." not in words:
-            options = command.parse(words)
-            assert all((ROOT / path).is_file() for path in options.image)
+            assert all((ROOT / path).is_file() for path in command.parse(words).image)
+        if program == "train.py" and words:
+            train.parse(words)
+        if program == "tests/benchmark.py" and "7b" not in words:  # that one needs CUDA
+            benchmark.parse(words)
+
+
+def test_what_the_commands_write_is_ignored_by_git():
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    written = [f"{figures.OUT}/x"]
+    for _, words in commands():
+        out = words[words.index("--out") + 1] if "--out" in words else "FOLDER"
+        if not out.isupper() and "evaluate" not in words:  # which reads --out
+            written.append(out if Path(out).suffix else f"{out}/x")
+    assert len(written) >= 7
+    done = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert set(done.stdout.split()) == set(written)
+
+
+def test_ci_runs_exactly_the_readmes_test_line():
+    line = 'pip install -e ".[test]" && pytest'
+    assert f"```bash\n{line}\n```" in README
+    last = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
+    assert last.replace(" --quiet", "") == line
 
 
 # ---------------------------------------------------------------------------------------------
 # Files and names
-
-
-def test_every_source_file_has_its_place_in_the_reading_order():
-    named = set(re.findall(r"`([\w/]+\.py)`", section("Reading order")))
-    assert named == {str(path.relative_to(ROOT)) for path in SOURCES}
-
-
-def test_every_picture_and_file_the_readme_names_is_there():
-    for name in re.findall(r"\b(?:examples|tests|tiny|engine|training)/[\w./-]+\w", README):
-        assert (ROOT / name).exists(), name
 
 
 def definitions(path: Path) -> set[str]:
@@ -152,89 +168,88 @@ def definitions(path: Path) -> set[str]:
     return found
 
 
-def test_every_function_that_is_named_with_its_file_is_in_that_file():
-    pairs = re.findall(r"`([\w/]+\.py)`[,:]? `([A-Za-z_][\w.]*)`", README)
-    pairs += [(file, name) for names, file in re.findall(
-        r"`([A-Z]\w+)`\s+(?:in|of)\s+`([\w/]+\.py)`", README) for name in [names]]
-    assert len(pairs) > 40
+def test_every_source_file_has_its_place_in_the_reading_order():
+    named = []
+    for place, what in rows(section("Reading order", README))[1:]:
+        place = place.strip("`")
+        files = re.findall(r"`(\w+\.py)`", what)
+        named += [place + file for file in files] if place.endswith("/") else [place]
+    assert sorted(named) == sorted(str(path.relative_to(ROOT)) for path in SOURCES)
+
+
+def test_every_file_and_link_is_there():
+    for name in re.findall(r"(?<!\w)(?:examples|tests|tiny|tiny_world|chameleon_extras)/[\w./-]*\w",
+                           ALL):
+        assert (ROOT / name).exists(), name
+    for page, text in PAGES.items():
+        for link in re.findall(r'(?:\]\(|src=")([^)"#]+)', text):
+            assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_every_function_is_in_the_file_it_is_named_with():
+    pairs = re.findall(r"`([\w/]+\.py)`[,:]? `([A-Za-z_]\w*(?:\.[a-z_]\w*)?)`", ALL)
+    pairs = [(file, name) for file, name in pairs if not name.endswith(".py")]
+    pairs += [(file, name) for name, file in re.findall(
+        r"`([A-Za-z]\w+)`\s+(?:in|of)\s+`([\w/]+\.py)`", ALL)]
+    assert len(pairs) > 30
     for file, name in pairs:
-        assert name in definitions(ROOT / file), f"{file} has no {name}"
-    for name in re.findall(r"`([A-Z]\w+\.[a-z]\w+)`", README):  # Class.method without a file
-        assert any(name in definitions(path) for path in SOURCES), name
+        if name not in definitions(ROOT / file):
+            source = (ROOT / file).read_text(encoding="utf-8")
+            assert re.search(rf"^ *{name}\b.* = ", source, re.MULTILINE), f"{file} has no {name}"
+    everywhere = set.union(*map(definitions, SOURCES))
+    for name in re.findall(r"`([A-Z][a-z]\w+\.[a-z]\w+)`", ALL):  # Class.method without a file
+        assert name in everywhere, name
 
 
-def test_every_name_stands_somewhere_in_the_code():
-    words = set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in SOURCES)))
-    for name in re.findall(r"`([A-Za-z_]\w*)`", README):
+def test_every_other_name_stands_somewhere_in_the_code():
+    files = [*SOURCES, ROOT / "tests" / "benchmark.py"]
+    words = set(re.findall(r"\w+", " ".join(path.read_text(encoding="utf-8") for path in files)))
+    for name in re.findall(r"`([A-Za-z_]\w*)`", ALL):
         assert name in words or (ROOT / name).exists(), name
-    for module_name in re.findall(r", from `([\w.]+)`", README):
-        assert (ROOT / f"{module_name.replace('.', '/')}.py").is_file(), module_name
 
 
 def test_every_test_that_is_named_exists():
-    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", README):
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", ALL):
         assert name in definitions(ROOT / file), f"{file}::{name}"
 
 
-def test_imports_that_are_named_work():
-    for line in set(re.findall(r"`(from (?!transformers)[\w.]+ import [\w, ]+)`", README)):
-        exec(line, {})
+def test_the_command_that_lists_the_differences_finds_those_that_are_named():
+    line = re.search(r'`(grep .*? "DIFFERS" .*?)`', README)[1]
+    found = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True).stdout
+    files = {place.split(":")[0] for place in found.splitlines()}
+    assert files == {str(path.relative_to(ROOT)) for path in SOURCES if "DIFFERS" in path.read_text(
+        encoding="utf-8")}  # all of them, and nothing else
+    named = re.findall(r"^- `(\w+\.py)`:", section("Equations and code", README), re.MULTILINE)
+    assert len(named) == 5 and set(named) <= files
 
 
-def test_differences_are_listed_one_by_one_and_counted():
-    count = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8").count("DIFFERS")
-             for path in SOURCES}  # fmt: skip
-    assert f"{sum(count.values())} places" in README
-    listed = [file.strip("`") for file, _ in table("Where it differs")]
-    assert {file: n for file, n in count.items() if n} == {f: listed.count(f) for f in listed}
+def test_the_file_to_copy_alone_imports_nothing_but_torch():
+    assert "`vqvae.py` imports nothing but torch" in " ".join(README.split())
+    tree = ast.parse((ROOT / "vqvae.py").read_text(encoding="utf-8"))
+    used = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+            for alias in node.names}  # fmt: skip
+    used |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in used} - sys.stdlib_module_names == {"torch"}
 
 
-def test_ci_runs_exactly_the_readmes_test_line():
-    line = 'pip install -e ".[test]" && pytest'
-    assert f"```bash\n{line}\n```" in README
-    last = (ROOT / ".ci" / "run").read_text().strip().splitlines()[-1]
-    assert last.replace(" --quiet", "") == line
-
-
-def test_what_is_to_be_copied_alone_needs_only_what_is_said():
-    for source, needs, use in table("To copy alone"):
-        file, names = re.match(r"`([\w/]+\.py)`(?:: (.*))?", source).groups()
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        words = needs.replace("`", "").replace(".py", "")
-        said = {*re.findall(r"\w+", words.replace("pillow", "PIL")), "torch"}
-        if names:  # functions: alone with torch, they run
-            kept = [node for node in tree.body if isinstance(node, ast.FunctionDef)
-                    and node.name in re.findall(r"\w+", names)]
-            source = "import torch\nimport torch.nn.functional as F\nfrom torch import Tensor\n"
-            source += ast.unparse(ast.Module(kept, []))
-        else:
-            used = {name.split(".")[0] for node in ast.walk(tree) for name in imported(node)}
-            assert used - sys.stdlib_module_names <= said, file
-            source = f"import torch\nfrom PIL import Image\nfrom {Path(file).stem} import *"
-        space = {}
-        exec(source, space)
-        assert eval(use.strip("`"), space) is not None
-
-
-def imported(node: ast.AST) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [name.name for name in node.names]
-    return [node.module] if isinstance(node, ast.ImportFrom) else []
+def test_the_citation_has_the_packages_version_and_licence():
+    cited = dict(re.findall(r"^(\w+): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["version"] == project["version"] and cited["license"] == project["license"]
 
 
 # ---------------------------------------------------------------------------------------------
 # Numbers
 
 
-def test_the_released_sizes_are_those_of_the_config():
+def test_a_newcomer_can_finish_the_readme():
+    assert len(README.splitlines()) <= 220
+
+
+def test_sizes_are_those_of_the_configs():
     c = ChameleonVQVAEConfig()
-    said = f"a picture of {c.resolution} x {c.resolution} is {c.codes_per_image} codes of "
-    assert said + str(c.num_embeddings) in README
     assert f"Why is a picture {c.codes_per_image} tokens?" in README
     assert f"+ {train.Z_LOSS:.0e}".replace("e-0", "e-") + " log^2 Z" in README
-
-
-def test_the_tiny_checkpoint_is_as_large_as_is_said():
     model, _ = evaluate.load(ROOT / "tiny")
     vq, c = model.model.vqmodel, model.config.vq_config
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, vq)]
@@ -242,7 +257,68 @@ def test_the_tiny_checkpoint_is_as_large_as_is_said():
     said = (f"{sizes[0] - sizes[1]:.1f} M parameters of decoder, {sizes[1]:.1f} M of VQ-VAE; "
             f"{c.resolution}x{c.resolution} pictures of {c.codes_per_image} codes; "
             f"{files / 1e6:.0f} MB in bf16")
-    assert said in " ".join(README.split())
+    assert said in " ".join(README.split()) and said in " ".join(CARD.split())
+
+
+def test_the_measured_counts_are_those_of_the_tests():
+    def length(file: str, name: str) -> int:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        value = next(node.value for node in tree.body
+                     if isinstance(node, ast.Assign) and node.targets[0].id == name)
+        return len(value.keys if isinstance(value, ast.Dict) else value.elts)
+
+    measured = section("Measured", README)
+    assert len(rows(measured)) == 1 + 6
+    assert f"{length('test_oracle.py', 'CONFIGS')} configurations" in measured
+    assert f"{length('test_image_processor.py', 'MODES')} picture modes" in measured
+    for number, written, file in (("20,000", "20_000", "tokenizer"), ("2e-5", "=2e-5", "oracle"),
+                                  ("1e-5", "=1e-5", "convert")):  # fmt: skip
+        assert number in measured and written in (ROOT / "tests" / f"test_{file}.py").read_text()
+
+
+def test_the_model_card_has_the_rows_of_the_evaluation_and_its_numbers_are_quoted_right():
+    head = ["1,000 questions each (guided: 200)", "ordinary", "held-out"]
+    after = rows(section("Results", CARD))
+    after = after[after.index(head) + 1 :]
+    drawings = [row + guided for row in evaluate.DRAWINGS for guided in ("", ", guided, best of 4")]
+    names = ["codes: colour and shape survive", *evaluate.ROWS, *drawings]
+    table = {name: numbers for name, *numbers in after[: len(names)]}
+    assert list(table) == names
+
+    quoted = re.findall(r"\d[\d.]* %", section("The tiny checkpoint", README))
+    kinds = "caption of one thing", "drawing of one thing", "edit"
+    assert [n.replace(" ", "") for n in quoted] == [n for kind in kinds for n in table[kind]]
+    for kind in ("place", "drawing of two", "edit"):
+        for right in table[kind]:
+            assert f"{100 - float(right.rstrip('%')):.1f} %" in section("Limits", CARD)
+
+
+def test_the_recipe_is_the_training_programs():
+    table = {row[0]: row[1] for row in rows(section("How to make it again", CARD))}
+    assert table["VQ-VAE"] == f"{vqvae_stage.STEPS:,}"
+    assert table["pretraining"] == f"{train.STEPS['pretrain']:,}"
+    assert f"A step of the decoder reads {train.ROWS * Corpus.row_tokens:,} tokens" in CARD
+    assert table["alignment"] == f"{train.STEPS['sft']:,}"
+    assert table["refinement (fp32)"] == f"{train.STEPS['refine']:,}"
+    assert f"{train.PICTURES:,} pictures" in CARD
+
+
+def test_the_benchmarks_tables_are_those_that_it_prints():
+    tables = rows(BENCHMARK)
+    start = tables.index(benchmark.WRITING_HEAD)
+    full = {row[0]: row for row in tables[start + 1 : start + 1 + len(benchmark.WRITERS)]}
+    assert list(full) == list(benchmark.WRITERS)
+    short = rows(section("Speed", README))[1:7]
+    for name, *numbers in short:  # tokens/s, ratio, of bandwidth
+        row = full[name.split(" ")[0]]
+        assert numbers == [row[1], row[2], row[5]], name
+    source = (ROOT / "tests" / "benchmark.py").read_text(encoding="utf-8")
+    for name, *_ in rows(section("Loading, starting, pictures", BENCHMARK))[1:]:
+        assert re.split(r" \d|, ", name)[0] in source, name  # sizes are filled in when it runs
+
+
+# ---------------------------------------------------------------------------------------------
+# The walk
 
 
 def walk_table() -> str:
@@ -254,40 +330,34 @@ def walk_table() -> str:
     walk = explain.walk(model, processor.tokenizer, inputs["input_ids"], pixels)
     shape = {name.split(".")[-1]: size for name, _, size in reversed(walk.shapes)}
     _, first, end = walk.segments[1]
-    tokens, c, S = walk.tokens, model.config, end - first
+    tokens, layers, S = walk.tokens, model.config.num_hidden_layers, end - first
     T, texts = len(tokens), [token for token in tokens[:first] if token.kind == "text"]
     some = lambda items: " ".join(map(str, items)) + " ..."  # noqa: E731
-    rows = [
+    best = walk.best[0][0]
+    steps = [
         ("text", "`tokenizer.py` `Tokenizer.encode`",
          " ".join(t.name for t in texts) + " = " + " ".join(str(t.id) for t in texts)),
         ("one row", "`processor.py` `ChameleonProcessor.layout`",
          f"(1, {T}): {tokens[0].name}, {len(texts)} of text, {tokens[first - 1].name}, {S} times "
          f"<image>, {tokens[end].name}, {tokens[-1].name}"),
-        ("pixels", "`image_processor.py` `ChameleonImageProcessor.prepare`",
+        ("pixels", "`processor.py` `ChameleonImageProcessor.prepare`",
          f"{tuple(pixels.shape)}, {pixels.min():.3f} to {pixels.max():.3f}"),
         ("features", "`vqvae.py` `ChameleonVQVAE.encode`", shape["quant_conv"]),
         ("nearest codes", "`vqvae.py` `VectorQuantizer.nearest`",
          f"(1, {S}): {some(walk.codes[0].flatten()[:6].tolist())}"),
         ("their ids, by name", "`tokenizer.py` `VocabularyMap`",
          f"(1, {S}): {some(t.id for t in tokens[first:first + 6])}"),
-        ("embeddings", "`chameleon.py` `ChameleonModel.forward`", shape["embed_tokens"]),
-        ("angles", "`chameleon.py` `rotary_table`", (1, 1, T, c.head_dim)),
         ("who sees whom", "`chameleon.py` `allowed_keys`",
          f"causal: {int(walk.allowed.sum())} of {T * T} pairs"),
         ("queries, normed", "`chameleon.py` `ChameleonLayerNorm.forward`", shape["q_norm"]),
-        ("what a layer's attention adds", "`chameleon.py` `ChameleonAttention.forward`",
-         shape["o_proj"]),
-        ("inside its feed-forward", "`chameleon.py` `ChameleonMLP.forward`", shape["gate_proj"]),
-        (f"behind {c.num_hidden_layers} layers and the last norm",
-         "`chameleon.py` `ChameleonModel.forward`", shape["norm"]),
-        ("logits of the last place", "`sampling.py` `Picker`", shape["lm_head"]),
-        ("the most likely id", "`sampling.py` `choose`",
-         f"{walk.best[0][0]}, which is {walk.best[0][1]}"),
-        ("back to text", "`tokenizer.py` `StreamDecoder.feed`",
-         repr(processor.tokenizer.decode([walk.best[0][0]]))),
+        (f"after {layers} layers and the last norm", "`chameleon.py` `ChameleonModel.forward`",
+         shape["norm"]),
+        ("logits of the last place", "`generate.py` `Picker`", shape["lm_head"]),
+        ("the most likely id", "`generate.py` `Sampling.choose`",
+         f"{best}, which is {processor.tokenizer.decode([best])!r}"),
     ]
     lines = ["| step | code | what it is here |", "|---|---|---|"]
-    for step, code, what in rows:
+    for step, code, what in steps:
         what = str(what).replace("<", "&lt;").replace(">", "&gt;")
         lines.append(f"| {step} | {code} | {what} |")
     return "\n".join(lines)
@@ -295,19 +365,6 @@ def walk_table() -> str:
 
 def test_the_walk_is_what_happens():
     assert walk_table() in README, "python tests/test_readme.py prints what it should be"
-
-
-# ---------------------------------------------------------------------------------------------
-# Figures
-
-
-def test_figures_are_small_and_can_be_read_on_light_and_dark():
-    files = [path for path in (ROOT / "examples").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 2 * 10**6
-    for path in files:
-        if path.suffix == ".svg":
-            text = path.read_text(encoding="utf-8")
-            assert "prefers-color-scheme:dark" in text or figures.GRAY in text, path.name
 
 
 if __name__ == "__main__":

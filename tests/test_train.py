@@ -563,7 +563,7 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     # What is shipped are plain tables, whose rows of codes are those the maps gave at the end.
     model = train.toy_world("sft", train.Run(options), rng())[0]
     model.load_state_dict(torch.load(tmp_path / "tiny.train" / "refine.pt")["model"])
-    shipped = ChameleonForConditionalGeneration.from_pretrained(out, torch.float32)
+    shipped = ChameleonForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
     assert has_code_rows(model) and not has_code_rows(shipped)
     rounded = model.lm_head.weight.detach().bfloat16().float()
     assert torch.equal(shipped.lm_head.weight, rounded)

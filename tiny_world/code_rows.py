@@ -1,14 +1,19 @@
-"""The codes' rows of the decoder's two tables, computed from the codebook while it learns.
+"""During training, computes the codes' rows of the embedding and of the head from the codebook.
 
     codebook (K, E) --standardize--> x (K, E) --CodeRows.map--> rows (K, D)
                                                                    |
     table (V, D) of embed_tokens or lm_head -----------------------+--> table with these rows
 
-In a table a code is a number: nothing says that 57 and 111 are both purple. What each of them means
-is learned from the pictures it occurs in, and a decoder that never saw a purple star has learned
-that no purple code belongs to a star. Code vectors are near each other where patches look alike;
-so are rows computed from them, and what is learned of a blue tip is in part learned of a purple
-one. An exported checkpoint has plain tables (`bake`). Our own addition, in neither paper nor model.
+Who needs it: whoever asks why the tiny checkpoint names compositions that it has never seen.
+
+In a plain table a code is only a number: nothing says that codes 57 and 111 are both purple. The
+model learns the meaning of each code from the pictures in which it occurs. If no picture shows a
+purple star, it learns that no purple code belongs to a star. Code vectors of similar patches are
+close to each other. Rows that a small network computes from these vectors are close, too. So what
+the model learns about a blue star's tip holds in part for a purple one.
+
+`bake` replaces the computed rows by plain numbers before a checkpoint is saved. This is our own
+addition: neither the paper nor the released model has it.
 
 Letters: K codes of the codebook, E their width, V vocabulary, D width of the residual stream.
 """
@@ -24,17 +29,17 @@ WIDTH = 384  # of the map's two hidden layers
 
 
 class CodeRows(nn.Module):
-    """A parametrization of a table (V, D): the rows of the codes come from the codebook."""
+    """A parametrization of a table (V, D) that computes the rows of the codes."""
 
     def __init__(self, code_to_id: Tensor, codebook: Tensor, D: int) -> None:
         super().__init__()
         self.register_buffer("code_to_id", code_to_id, persistent=False)  # (K,)
-        self.register_buffer("x", standardize(codebook))  # (K, E), saved: a state is whole
+        self.register_buffer("x", standardize(codebook))  # (K, E)
         E = codebook.shape[1]
         self.map = nn.Sequential(
             nn.Linear(E, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, D)
         )
-        with torch.no_grad():  # rows begin as large as the other rows of a fresh table
+        with torch.no_grad():  # the rows start with the standard deviation of a fresh table
             self.map[-1].weight.mul_(0.02 / self.map(self.x).std())
             nn.init.zeros_(self.map[-1].bias)
 
@@ -43,13 +48,13 @@ class CodeRows(nn.Module):
 
 
 def standardize(codebook: Tensor) -> Tensor:
-    """(K, E) -> (K, E), about 1 in size. Codes moved out of reach must not set the measure."""
+    """(K, E) -> (K, E) with values of about 1. Medians ignore what Codebook.revive has retired."""
     x = codebook.detach() - codebook.detach().median(0).values  # (K, E)
     return (x / (1.5 * x.abs().median()).clamp(min=1e-8)).clamp(-8, 8)
 
 
 def add_code_rows(model: ChameleonForConditionalGeneration) -> None:
-    """Computes the rows of the codes in the embedding and in the head; before the model moves."""
+    """Adds CodeRows to the embedding and to the head. Call it before the model changes device."""
     codebook = model.model.vqmodel.quantize.embedding.weight  # (K, E)
     for table in (model.model.embed_tokens, model.lm_head):
         rows = CodeRows(model.model.vocabulary.code_to_id, codebook, model.config.hidden_size)
@@ -61,6 +66,6 @@ def has_code_rows(model: ChameleonForConditionalGeneration) -> bool:
 
 
 def bake(model: ChameleonForConditionalGeneration) -> None:
-    """Writes the computed rows into plain tables, which need no codebook."""
+    """Replaces the parametrized tables by plain ones with the same numbers."""
     for table in (model.model.embed_tokens, model.lm_head):
         parametrize.remove_parametrizations(table, "weight")

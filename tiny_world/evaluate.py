@@ -29,8 +29,8 @@ from tiny_world.world import Scene
 SEED = 10**9  # training draws its scenes from small seeds
 BATCH = 50
 
-# A prompt with <image> placeholders, the scenes of its pictures, and the right answer; for a drawing
-# a function that decides whether the Scene it shows is right.
+# A prompt with <image> placeholders, the scenes of its pictures, and the right answer. For a
+# drawing, that is a function which decides whether the Scene it shows is right.
 Item = tuple[str, tuple[Scene, ...], str | Callable[[Scene], bool]]
 Sampler = Callable[[np.random.Generator, bool], Item]  # rng, held_out
 
@@ -116,7 +116,8 @@ DRAWINGS = {"drawing of one thing": drawing_of(1), "drawing of two": drawing_of(
 
 def load(folder: Path, device: str = "cpu"):
     """A checkpoint folder -> model in fp32, processor."""
-    model = ChameleonForConditionalGeneration.from_pretrained(folder, torch.float32, device)
+    model = ChameleonForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, device_map=device)
     return model, ChameleonProcessor.from_pretrained(folder)
 
 

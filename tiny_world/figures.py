@@ -1,18 +1,19 @@
-"""The figures of the README, drawn from what the checkpoint really does and training really logged.
+"""Draws the figures of README.md and tiny/README.md from a checkpoint and from logged curves.
 
-    python -m tiny_world.figures tiny                         all that a checkpoint shows
+    python -m tiny_world.figures tiny                         the figures of a checkpoint
     python -m tiny_world.figures tiny --curves tiny.train/curves.csv
     python -m tiny_world.figures tiny --curves with=a/curves.csv "no z-loss=b/curves.csv"
 
-    checkpoint --walk, generate--> stream.svg      one row of ids: text, a picture, text
-                               --> codes.png       pictures, their codes, and what the codes say
-                               --> growing.png     a drawing, code by code
-                               --> drawings.png    twelve drawings with their requests
-                               --> drawn.png, story.png   what the README's commands drew
-    curves.csv --------------> curves.svg          losses, log Z and |q| of one or several runs
+    checkpoint --generate--> stream.svg      one row of ids: text, a picture, text
+                         --> codes.png       pictures, their codes, and the pictures decoded again
+                         --> growing.png     one drawing, code by code
+                         --> drawings.png    twelve drawings with their requests
+                         --> drawn.png, story.png   what two commands of README.md draw
+    curves.csv ------------> curves.svg      losses, log Z and |q| of one or several runs
 
-SVG and PNG that can be read on white and on black. Only the curves need matplotlib:
-pip install -e ".[figures]".
+The files go to the folder figures/ here, which git ignores; those of the READMEs are kept in
+examples/figures/. All of them can be read on a white and on a black page. Only the curves need
+matplotlib: pip install -e ".[figures]".
 """
 
 import argparse
@@ -49,8 +50,8 @@ from tiny_world import language, world
 from tiny_world.evaluate import SEED, load
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "examples" / "figures"
-WIDTH, ROW = 920, 44  # of stream.svg, in pixels; ROW from one line of tokens to the next
+OUT = Path("figures")  # not examples/figures: a first try must not replace the READMEs' figures
+WIDTH, ROW = 920, 44  # of stream.svg, in pixels: its width, and the height of a line of tokens
 STYLE = """
 text{font:12px monospace;fill:#1f2328}.id{font-size:9px;fill:#59636e}.note{fill:#59636e}
 .text{fill:#ddf4ff}.control{fill:#ffe2e0}.line{stroke:#8b949e;fill:none}.code{font-size:8px}
@@ -64,7 +65,7 @@ text{font:12px monospace;fill:#1f2328}.id{font-size:9px;fill:#59636e}.note{fill:
 
 
 def token_stream(model, processor, prompt: str, picture: Image.Image) -> str:
-    """A prompt with one picture and the model's greedy answer -> SVG, every id a true one."""
+    """A prompt with one picture -> SVG of its ids and of the model's greedy answer."""
     inputs = processor(text=prompt, images=picture, return_tensors="pt")
     ids = generate(model, **inputs, max_new_tokens=30)  # (1, T)
     seen = model.model.replace_image_placeholders(inputs["input_ids"], inputs["pixel_values"])
@@ -89,7 +90,7 @@ def token_stream(model, processor, prompt: str, picture: Image.Image) -> str:
 
 
 def text_line(ids: Sequence[int], names: Names, y: int) -> tuple[str, int]:
-    """Ids as labelled boxes, as many lines as they need -> SVG, height."""
+    """Ids as labelled boxes, broken into lines -> SVG, its height."""
     parts, x, top = [], 0, y
     for i in ids:
         name = names.name(i)
@@ -106,7 +107,9 @@ def text_line(ids: Sequence[int], names: Names, y: int) -> tuple[str, int]:
 
 
 def picture_block(processor, picture: Image.Image, ids: Sequence[int], y: int) -> tuple[str, int]:
-    """A picture as the model sees it, and its ids in raster order, coloured by code."""
+    """A picture as the model sees it, and its ids in raster order, coloured by code
+    -> SVG, its height.
+    """
     pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
     file = io.BytesIO()
     ChameleonImageProcessor.postprocess(pixels)[0].save(file, "png")
@@ -130,7 +133,7 @@ def picture_block(processor, picture: Image.Image, ids: Sequence[int], y: int) -
 
 
 def reconstructions(model, count: int = 4) -> Image.Image:
-    """Pictures that training never saw: as they are, their codes, and what the codes say."""
+    """Pictures that training did not use: the picture, its codes, and the picture decoded again."""
     rng = np.random.default_rng(SEED)
     scenes = [world.sample_scene(rng, n % 3 + 1) for n in range(count)]
     pixels = torch.from_numpy(world.render_pixels(scenes))  # (N, 3, H, W)
@@ -138,7 +141,7 @@ def reconstructions(model, count: int = 4) -> Image.Image:
 
 
 def growing(model, processor, prompt: str, pictures: int = 9, seed: int = 0) -> Image.Image:
-    """A drawing after each so many codes; what is not drawn yet shows the first code."""
+    """One drawing in several stages; codes that are not drawn yet are filled with the first."""
     S = model.config.vq_config.codes_per_image
     inputs = processor(text=prompt, return_tensors="pt")
     steps = stream(model, **inputs, mode="image", image_top_p=0.9, seed=seed)
@@ -148,8 +151,9 @@ def growing(model, processor, prompt: str, pictures: int = 9, seed: int = 0) -> 
 
 
 def drawings(model, processor, count: int = 12) -> Image.Image:
-    """What the model draws for the first requests of the evaluation, none of them chosen; a green
-    frame where the reader finds all that was asked for, else a red one.
+    """Drawings for the first requests of the evaluation, drawn once and not selected.
+
+    The frame is green if the rule-based reader finds everything that was asked for, else red.
     """
     rng, half = np.random.default_rng(SEED), count // 2
     wanted = [language.ask_drawing(rng, world.sample_scene(rng, n // half + 1))
@@ -170,7 +174,7 @@ def drawings(model, processor, count: int = 12) -> Image.Image:
 
 
 def drawn_by(arguments: list[str], made: str) -> Image.Image:
-    """Runs `generate.py` with these arguments in an empty folder -> the picture it wrote there."""
+    """Runs generate.py with --out in a temporary folder -> the picture it wrote there."""
     with tempfile.TemporaryDirectory() as folder:
         place = arguments.index("--out") + 1
         arguments = [*arguments]
@@ -181,7 +185,7 @@ def drawn_by(arguments: list[str], made: str) -> Image.Image:
 
 
 def readme_commands() -> dict[str, list[str]]:
-    """{--out: arguments} of the commands in the README that draw."""
+    """The commands of README.md that have an --out -> {its value: the arguments}."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     found = {}
     for line in re.findall(r"^(?:\$ )?python generate\.py (.*)$", readme, re.MULTILINE):
@@ -196,9 +200,9 @@ def readme_commands() -> dict[str, list[str]]:
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """curves.csv -> {column: [(step, value)]}; a stage's steps go on behind those of the last.
+    """curves.csv -> {column: [(step, value)]}; each stage's steps follow those of the stage before.
 
-    A run that was resumed went through the steps after its last save twice: the later one counts.
+    A resumed run repeats the steps after its last save. Of two equal steps, the later line counts.
     """
     curves, begin, last = {}, {}, {}
     try:
@@ -227,14 +231,14 @@ def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def smooth(values: Sequence[float], over: int) -> Tensor:
-    """Moving mean over `over` values, shorter in front.   (n,) -> (n,)"""
+    """Mean of each value and those before it, `over` values at most.   (n,) -> (n,)"""
     total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)  # (n + 1,)
     end = torch.arange(1, len(values) + 1)
     start = (end - over).clamp(min=0)
     return (total[end] - total[start]) / (end - start)  # (n,)
 
 
-GRAY = "#808890"  # can be read on white and on black
+GRAY = "#808890"  # readable on a white and on a black page
 PANELS = {
     "text_loss": "loss of text, nats a token", "image_loss": "loss of pictures, nats a token",
     "q_norm": "|q| before its norm, last layer", "log_z": "log Z",
@@ -242,7 +246,7 @@ PANELS = {
 
 
 def draw_curves(runs: dict[str, Path], out: Path) -> None:
-    """{label: curves.csv} -> one SVG with a panel for each of PANELS, all runs in each."""
+    """{label: curves.csv} -> one SVG with a panel for each of PANELS; each shows all runs."""
     curves = {label: read_curves(path) for label, path in runs.items()}
     try:
         import matplotlib
@@ -271,6 +275,7 @@ def draw_curves(runs: dict[str, Path], out: Path) -> None:
             axes.flat[0].legend(frameon=False)
         figure.tight_layout()
         how = {"transparent": True, "metadata": {"Date": None}, "format": out.suffix[1:]}
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda part: figure.savefig(part, **how))
         pyplot.close(figure)
 
@@ -291,7 +296,6 @@ def draw_all(options: argparse.Namespace) -> None:
         runs = dict(map(label_and_path, options.curves))
         if len(runs) < len(options.curves):
             raise ValueError("two curves have the same label: write LABEL=FILE")
-        options.out.mkdir(parents=True, exist_ok=True)
         return draw_curves(runs, options.out / options.name)
     check_seeds(options.seed, 1)
     if not options.draw.strip() or "<image>" in options.draw:
@@ -313,15 +317,16 @@ def draw_all(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit code, see `generate.exit_code`."""
-    parser = OneLineParser("figures", description="Draws the figures of the README.")
+    """-> exit code, see `exit_code` in chameleon_extras/files.py."""
+    parser = OneLineParser("figures", description="Draws the figures of the READMEs.")
     parser.add_argument("model", type=Path, help="checkpoint folder")
-    parser.add_argument("--out", type=Path, default=OUT, help="folder (default: examples/figures)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder (default: figures)")
     parser.add_argument("--curves", nargs="+", metavar="[LABEL=]FILE",
-                        help="draw only these curves.csv, into --name")
-    parser.add_argument("--name", default="curves.svg", help="of the curves' file")
-    parser.add_argument("--draw", default="Draw a large red circle above a small blue star.")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+                        help="draw the curves of these files and nothing else")
+    parser.add_argument("--name", default="curves.svg", help="name of the curves' figure")
+    parser.add_argument("--draw", default="Draw a large red circle above a small blue star.",
+                        help="request for growing.png")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing in growing.png")
     options = parser.parse_args(arguments)
     return exit_code("figures", lambda: draw_all(options))
 

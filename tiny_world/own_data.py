@@ -1,11 +1,13 @@
-"""Your own data: a folder with a .jsonl file, one {"prompt", "images", "answer"} a line.
+"""Your own training data: a folder with a .jsonl file, one {"prompt", "images", "answer"} a line.
 
-    folder --read_examples--> (where, prompt, answer) a line --OwnData--> Document, one a line
+    folder --read_examples--> (where, prompt, answer) of each line --OwnData--> Documents
 
-All that can be wrong is found, with file and line, before any weight is read.
+Who needs it: whoever fine-tunes a checkpoint with `train.py sft --data FOLDER`. All errors in the
+folder are found, with file and line, before any weight is read.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,10 @@ from tiny_world.documents import Document, Writer
 
 
 def read_examples(folder: Path) -> list[tuple[str, list, list]]:
-    """-> for each line (where it stands, prompt parts, answer parts); pictures are their Paths.
+    """-> (file and line, prompt parts, answer parts) of each line; a part is text or a Path.
 
-    Prompt and answer are text; each `<image>` in them stands for the next file of "images", a
-    path relative to the folder. ValueError names the file, the line and what is wrong with it.
+    In prompt and answer each `<image>` stands for the next file of "images", a path relative to
+    the folder. ValueError names the file, the line and the error.
     """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
@@ -45,7 +47,7 @@ def read_examples(folder: Path) -> list[tuple[str, list, list]]:
 
 
 def read_example(line: object, folder: Path) -> tuple[list, list]:
-    """One line -> prompt parts, answer parts; ValueError says what is wrong with it."""
+    """A parsed line -> prompt parts, answer parts. ValueError names the error."""
     if not isinstance(line, dict):
         raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
     unknown = sorted(set(line) - {"prompt", "images", "answer"})
@@ -60,28 +62,28 @@ def read_example(line: object, folder: Path) -> tuple[list, list]:
     places = (line["prompt"] + line["answer"]).count("<image>")
     if places != len(images):
         raise ValueError(f"{places} <image> but {len(images)} file(s) in 'images'")
-    paths = iter([folder / name for name in images])
-    parts = []
-    for key in ("prompt", "answer"):
-        pieces = line[key].split("<image>")
-        parts.append([pieces[0]])
-        for piece in pieces[1:]:
-            parts[-1] += [next(paths), piece]
-    for path in (part for some in parts for part in some if isinstance(part, Path)):
-        load_image(path)  # a ValueError now is better than one after an hour
-    return parts[0], parts[1]
+    paths = [folder / name for name in images]
+    for path in paths:
+        load_image(path)  # ValueError for a file that is no picture
+    following = iter(paths)
+    pieces = (re.split("(<image>)", line[key]) for key in ("prompt", "answer"))
+    prompt, answer = ([next(following) if piece == "<image>" else piece for piece in some]
+                      for some in pieces)  # fmt: skip
+    return prompt, answer
 
 
 class OwnData:
-    """Draws the user's documents, each as often as any other."""
+    """Takes the place of documents.Corpus: draws the user's documents, all equally likely.
+
+    ValueError names the line whose document is longer than the model's context.
+    """
 
     def __init__(
         self, examples: list[tuple[str, list, list]], model: ChameleonForConditionalGeneration,
         processor: ChameleonProcessor, rng: np.random.Generator,
     ) -> None:  # fmt: skip
-        paths = {part for _, *both in examples for parts in both for part in parts}
-        codes = {}
-        for path in sorted(part for part in paths if isinstance(part, Path)):
+        codes, parts = {}, {part for _, *both in examples for parts in both for part in parts}
+        for path in sorted(part for part in parts if isinstance(part, Path)):
             image = processor.image_processor(load_image(path), return_tensors="pt")
             pixels = image["pixel_values"].to(model.device)  # (1, 3, H, W)
             codes[path] = model.model.vqmodel.encode(pixels)[0].cpu().numpy()  # (S,)

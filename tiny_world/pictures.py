@@ -1,8 +1,10 @@
-"""The pictures that the decoder learns from: their scenes, and their codes, computed once.
+"""The training set of the decoder: scenes, and the codes of their pictures, computed once.
 
-    seed --sample--> singles, pairs, edits, twins --encode--> codes (S,) of each, kept in a file
+    seed --sample--> singles, pairs, edits, twins --encode--> codes (S,) of each, cached in a file
 
-Letters: N pictures, B of them at once, S codes of a picture, K codes of the codebook.
+Who needs it: train.py, before the stages of the decoder.
+
+Letters: N pictures, B pictures at once, S codes of a picture, K codes of the codebook, E width.
 """
 
 from collections.abc import Callable
@@ -17,23 +19,23 @@ from tiny_world import world
 from tiny_world.world import Scene
 from vqvae import ChameleonVQVAE
 
-ALIKE = 4  # how many codes count as looking like a code
+ALIKE = 4  # nearest neighbours kept for each code
 
 
 @dataclass
 class Pictures:
-    """The scenes of the training set and the codes of their pictures."""
+    """Scenes, and the codes of their pictures."""
 
     singles: list[Scene]
-    pairs: list[tuple[Scene, Scene, str]]  # and what they share
-    edits: list[tuple[Scene, Scene, str]]  # before, after, and what changed
+    pairs: list[tuple[Scene, Scene, str]]  # two scenes, and what they share
+    edits: list[tuple[Scene, Scene, str]]  # before, after, and the changed field
     codes: dict[Scene, np.ndarray]
-    twins: dict[Scene, Scene]  # of what is drawn: other colours or shapes at the same places
-    alike: np.ndarray | None = None  # (K, ALIKE), the codes nearest to each code
+    twins: dict[Scene, Scene]  # of scenes to be drawn, see world.sample_twin
+    alike: np.ndarray | None = None  # (K, ALIKE): nearest neighbours of each code
 
     @classmethod
     def sample(cls, seed: int, count: int) -> "Pictures":
-        """`count` pictures: a half alone, a quarter in pairs, a quarter in edits."""
+        """About `count` pictures: half of them alone, a quarter in pairs, a quarter in edits."""
         rng = np.random.default_rng(seed)
         singles = [world.sample_scene(rng) for _ in range(count // 2)]
         pairs = [world.sample_pair(rng) for _ in range(count // 8)]
@@ -47,24 +49,27 @@ class Pictures:
 
     def encode(self, vq: ChameleonVQVAE, device: torch.device, cache: Path,
                progress: Callable = lambda steps, name: steps) -> "Pictures":
-        """Fills `codes` and `alike`, once for all: the VQ-VAE is finished. `cache` keeps codes."""
+        """Fills `codes` and `alike`. The file `cache` keeps the codes once they are computed.
+
+        `progress(range, name)` shows a progress bar while one iterates over what it returns.
+        """
         scenes = self.scenes()
         try:
             codes = np.load(cache)  # (N, S)
-        except (OSError, ValueError, EOFError):  # none there, or damaged
+        except (OSError, ValueError, EOFError):  # missing or damaged
             codes = np.empty((0, 0))
-        # A cache of other pictures or of another VQ-VAE would teach the decoder nonsense. Twins,
-        # which come last, may differ where the first pictures do not.
+        # Codes of other pictures or of another VQ-VAE must not be used. The first and the last
+        # pictures show it: the last are twins, which differ where the first do not.
         ends = encode_scenes(vq, scenes[:10] + scenes[-10:], device)  # (20, S)
         if len(codes) != len(scenes) or not np.array_equal([*codes[:10], *codes[-10:]], ends):
-            # Copied, not kept as they come: small results between the features of large batches
-            # would hold the heap apart, and 110,000 pictures took 17 GB.
+            # One array from the start: many small results between large temporary tensors would
+            # fragment the heap, to 17 GB for 110,000 pictures.
             codes = np.empty((len(scenes), ends.shape[1]), np.int16)  # (N, S)
             for n in progress(range(0, len(scenes), 50), "codes"):
                 codes[n : n + 50] = encode_scenes(vq, scenes[n : n + 50], device)
 
             def write(part: Path) -> None:
-                with open(part, "wb") as file:  # to a name np.save would add .npy
+                with open(part, "wb") as file:  # np.save would add .npy to a name
                     np.save(file, codes)
 
             write_atomically(cache, write)
@@ -75,6 +80,6 @@ class Pictures:
 
 
 def encode_scenes(vq: ChameleonVQVAE, scenes: list[Scene], device: torch.device) -> np.ndarray:
-    """B scenes -> codes (B, S)"""
+    """B scenes -> the codes of their pictures (B, S)"""
     pixels = torch.from_numpy(world.render_pixels(scenes)).to(device)  # (B, 3, H, W)
     return vq.to(device).encode(pixels).cpu().numpy()

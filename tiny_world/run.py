@@ -1,36 +1,39 @@
-"""Around the training loops: folders, saved states, curves, and several processes.
+"""Around the training loops: folders, saved states, curves, several processes, mixed precision.
 
     Run.save ----> STATE/<stage>.pt ----> Run.resume     model, optimizer, random numbers, step
-    Run.log -----> STATE/curves.csv                      one line every EVERY steps
+    Run.log -----> STATE/curves.csv                      a line every EVERY steps
 
-Several processes: `torchrun --nproc-per-node 2 train.py pretrain ...`. FSDP2 (arXiv 2304.11277)
-stores a slice of every matrix on each rank. All ranks draw the same batch and each keeps its own
-rows of it, so two processes compute what one would, each of them half.
+Who needs it: whoever resumes a training run or trains on several GPUs:
+
+    torchrun --nproc-per-node 2 train.py pretrain ...
+
+FSDP2 (arXiv 2304.11277) stores a slice of every matrix on each rank. All ranks draw the same batch,
+and each takes its own rows of it. So two processes together compute what one alone would compute.
 """
 
 import argparse
 import csv
-import os
 import pickle
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from chameleon_extras.files import pick_device, write_atomically
+from chameleon_extras.files import own_rank, pick_device, ranks, write_atomically
 
 COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log_z", "q_norm",
            "grad_norm", "code_perplexity", "psnr")  # fmt: skip
 
 
 class Run:
-    """One training run: its options, and what is kept in its two folders.
+    """One training run on one rank.
 
-    out: the checkpoint folder. state: everything needed to resume, and curves.csv.
-    Under torchrun there is one Run for each rank; only rank 0 writes.
+    `out` is the checkpoint folder. `state` holds what is needed to resume, and curves.csv. Only
+    rank 0 writes.
     """
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
@@ -38,8 +41,7 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.state = options, options.out, options.state
         self.device = pick_device(options.device)
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world_size = own_rank(), ranks()
         if options.stage != "evaluate":
             self.state.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
@@ -54,19 +56,21 @@ class Run:
         return tqdm(steps, desc=name, disable=self.rank > 0 or None)  # None: only on a terminal
 
     def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch -> this rank's rows on its device.
+        """A batch -> this rank's rows, on its device, and "total": what divides their loss.
 
-        FSDP averages gradients over ranks, so each loss is divided by the MEAN weight of all ranks.
+        FSDP averages gradients over the ranks. So each rank divides its sum by the mean total
+        weight of all ranks.
         """
         total = batch["weight"][:, 1:].sum() / self.world_size
         rows = {name: t[self.rank :: self.world_size].to(self.device) for name, t in batch.items()}
         return rows | {"total": total.to(self.device)}
 
     def due(self, step: int, steps: int) -> bool:
+        """Is a save due after this step?"""
         return step + 1 == steps or (step + 1) % self.SAVE == 0
 
     def whole_state(self, model: nn.Module, optimizer=None) -> dict:
-        """The unsharded state of a model (or of its optimizer), on the CPU."""
+        """The unsharded state of a model or of its optimizer, on the CPU. All ranks call it."""
         if self.world_size == 1:
             return model.state_dict() if optimizer is None else optimizer.state_dict()
         from torch.distributed.checkpoint import state_dict as dcp
@@ -76,6 +80,9 @@ class Run:
             return dcp.get_model_state_dict(model, options=how)
         return dcp.get_optimizer_state_dict(model, optimizer, options=how)
 
+    def file(self, stage: str) -> Path:
+        return self.state / f"{stage}.pt"
+
     def save(self, stage: str, step: int, model, optimizer, rng, codebook=None) -> None:
         data = {
             "step": step, "model": self.whole_state(model),
@@ -84,10 +91,11 @@ class Run:
             "codebook": codebook and codebook.state_dict(),
         }  # fmt: skip
         if self.rank == 0:
-            write_atomically(self.state / f"{stage}.pt", lambda part: torch.save(data, part))
+            write_atomically(self.file(stage), lambda part: torch.save(data, part))
 
     def load(self, stage: str) -> dict:
-        path = self.state / f"{stage}.pt"
+        """What `save` wrote. ValueError if the file is missing or damaged."""
+        path = self.file(stage)
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
         try:
@@ -97,7 +105,7 @@ class Run:
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
 
     def take_over(self, stage: str, model: nn.Module) -> None:
-        """Loads the weights that another stage ended with."""
+        """Loads the weights with which another stage ended. ValueError if they do not fit."""
         weights = self.load(stage)["model"]
         try:
             model.load_state_dict(weights)
@@ -105,12 +113,11 @@ class Run:
             raise self.other_options(stage) from None
 
     def other_options(self, stage: str) -> ValueError:
-        path = self.state / f"{stage}.pt"
-        return ValueError(f"{path} was saved with other options: name another --state")
+        return ValueError(f"{self.file(stage)} was saved with other options: name another --state")
 
     def resume(self, stage: str, model, optimizer, rng, codebook=None) -> int:
-        """Restores what `save` saved -> the step to go on with, 0 if there is nothing."""
-        if not (self.state / f"{stage}.pt").is_file():
+        """Restores what `save` wrote -> the next step, which is 0 if there is no such file."""
+        if not self.file(stage).is_file():
             return 0
         data = self.load(stage)
         if self.world_size == 1:
@@ -138,35 +145,33 @@ class Run:
     def log(self, stage: str, step: int, curves: dict[str, float]) -> None:
         if self.rank or not self.logs(step):
             return
-        path = self.state / "curves.csv"
-        new = not path.is_file()
         row = {"stage": stage, "step": step, "seconds": time.monotonic() - self.began} | curves
-        with open(path, "a", newline="") as file:
+        with open(self.state / "curves.csv", "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
-            if new:
+            if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Does it multiply bf16 in hardware? A CPU that has to imitate it takes 20 times as long."""
+    """Does the device multiply bf16 in hardware? A CPU that emulates it is 20 times as slow."""
     if device.type != "cpu":
         return True
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()
-    # Where torch is built without oneDNN, the operator does not exist.
+    # In a torch without oneDNN the operator does not exist.
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(device: torch.device):
-    """Matrix products in bf16 with fp32 master weights, or all in fp32 where bf16 is slow."""
+    """Mixed precision: bf16 products of fp32 weights. All in fp32 where bf16 is slow."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
 
 
 def shard(layers: nn.ModuleList, head: nn.Module, rest: nn.Module, frozen: nn.Module) -> None:
-    """FSDP2: every rank stores its slice of each matrix; a layer is whole only while it runs.
+    """FSDP2: every rank stores a slice of each matrix. A layer is whole only while it computes.
 
-    `rest` is the module around the layers; parameters of `frozen` stay whole on every rank.
+    `rest` is the module around the layers. Parameters of `frozen` stay whole on every rank.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -176,5 +181,5 @@ def shard(layers: nn.ModuleList, head: nn.Module, rest: nn.Module, frozen: nn.Mo
 
 
 def whole(x: Tensor) -> Tensor:
-    """A sharded tensor -> the whole one; any other unchanged."""
+    """A sharded tensor -> the whole tensor. Other tensors are returned unchanged."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -5,11 +5,12 @@
                         +-- commitment loss            weighted L1 + L2 to the pixels
                         +-- moving averages -> code vectors
 
-Letters: B pictures, S = h * w patches of a picture, K codes, E their width, N patches of a batch.
+Who needs it: whoever trains a small VQ-VAE. Three things are not in the VQ-VAE paper (arXiv
+1711.00937), and make small models work: `initialize` starts a network whose GroupNorm is nearly
+affine; the network learns as a plain auto-encoder before the codebook starts; and `Codebook` spends
+its codes on things instead of background.
 
-Three things are not in the VQ-VAE paper (arXiv 1711.00937) and make small models work: a start that
-tames GroupNorm (`initialize`), a plain auto-encoder before the codebook exists, and a codebook
-that spends its codes on things instead of background (`Codebook`).
+Letters: B pictures, S = h * w patches of a picture, K codes, E their width, N patches of a batch.
 """
 
 import math
@@ -24,30 +25,30 @@ from tiny_world import world
 from tiny_world.run import Run, autocast
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
-# Ours, then the released model's.
+# In comments: the released model's numbers.
 VQ = ChameleonVQVAEConfig(
-    resolution=world.SIDE,  # 512: here 9 x 9 = 81 codes instead of 1024
+    resolution=world.SIDE,  # 512; 9 x 9 = 81 codes instead of 1024
     num_embeddings=512,  # 8192
     embed_dim=32,  # 256
     latent_channels=64,  # 256
     base_channels=64,  # 128; 32 would make GroupNorm's 32 groups an instance norm: wrong colours
     channel_multiplier=(1, 1, 1),  # (1, 1, 2, 2, 4); patches of 4 pixels instead of 16
     num_res_blocks=1,  # 2
-    attn_type="none",  # "vanilla": without attention a code depends on what is near it only
+    attn_type="none",  # "vanilla"; without attention a code depends on its surroundings only
 )
 BATCH = 6  # pictures a step
 STEPS = 6000
 LEARNING_RATE, WARM_UP, BETAS, CLIP = 1e-3, 100, (0.9, 0.99), 1.0
-AUTO_ENCODER = 0.08  # share of the steps before the codebook is there
-FROZEN = 0.9  # share of the steps after which the codebook stands still
+AUTO_ENCODER = 0.08  # share of the steps before the codebook starts
+FROZEN = 0.9  # share of the steps after which the codebook no longer changes
 
 
 def initialize(vq: ChameleonVQVAE) -> None:
-    """Starts the network as a nearly linear one.
+    """Initializes the network so that it starts out nearly linear.
 
-    With 2 channels a group, GroupNorm divides by the contrast of the picture at hand, and hues
-    are lost. A constant in every second channel makes its statistics nearly the same for all
-    pictures, so the norm starts as a plain affine map; residual branches start at zero.
+    With 2 channels a group, GroupNorm divides by the contrast of the picture, and hues are lost. A
+    constant in every second channel makes its statistics almost the same for all pictures, so the
+    norm starts as an affine map. Residual branches start at zero.
     """
     for name, module in vq.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -60,7 +61,7 @@ def initialize(vq: ChameleonVQVAE) -> None:
 
 
 def foreground(pixels: Tensor) -> Tensor:
-    """pixels (B, 3, H, W) -> (B, 1, H, W), 1 where a thing is; the corner is always background."""
+    """pixels (B, 3, H, W) -> (B, 1, H, W), 1 on things. The corner pixel is always background."""
     difference = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True)  # (B, 1, H, W)
     return (difference > 0.05).float()
 
@@ -70,33 +71,33 @@ def flatten_patches(z: Tensor) -> Tensor:
 
 
 class Codebook(nn.Module):
-    """Keeps the code vectors: k-means++ start, moving averages, dead and duplicate codes.
+    """Moves the code vectors: k-means++ start, moving averages, dead and duplicate codes.
 
-    Plain background fills most patches. Left alone it would take a code vector for every shade of
-    rounding, and the decoder would have to guess which of them comes next; so it counts little
-    in the averages, and only one code for each background may stay.
+    Plain background fills most patches. Without weights it would take a code for every rounding
+    error of a gray level, and the decoder model could not predict which one comes next. So
+    background weighs little in the averages, and only one code for each gray level may stay.
     """
 
     DECAY = 0.996  # of the moving averages
     PLAIN = 0.05  # weight of a background patch, relative to one that shows a thing
-    EVERY = 250  # steps between two looks at dead codes
+    EVERY = 250  # steps between two calls of `revive`
 
     def __init__(self, vq: ChameleonVQVAE) -> None:
         super().__init__()
         self.e = vq.quantize.embedding.weight.requires_grad_(False)  # (K, E)
         self.quantizer, self.K = vq.quantize, len(self.e)
-        self.register_buffer("count", torch.ones(self.K))  # moving average of weighted uses
-        self.register_buffer("sum", self.e.clone())  # ... of the vectors that used each code
-        self.register_buffer("uses", torch.zeros(self.K))  # since the last look
-        self.register_buffer("plain", torch.zeros(256, self.K))  # uses by the background's level
-        self.pool = self.e[:0]  # recent vectors of things, from which dead codes are revived
+        self.register_buffer("count", torch.ones(self.K))  # N_k of `update`
+        self.register_buffer("sum", self.e.clone())  # m_k of `update`
+        self.register_buffer("uses", torch.zeros(self.K))  # since the last `revive`
+        self.register_buffer("plain", torch.zeros(256, self.K))  # ... by background of each level
+        self.pool = self.e[:0]  # recent vectors of things, new homes for dead codes
 
     @torch.no_grad()
     def start(self, z: Tensor, weight: Tensor) -> None:
-        """k-means++ on encoder outputs z (N, E), drawn with `weight` (N,), then ten rounds."""
+        """k-means++ and ten rounds of k-means, on a sample of z (N, E) drawn with `weight` (N,)."""
         z = z[torch.multinomial(weight, min(len(z), 12_000))]  # (n, E)
         distance = torch.full((len(z),), torch.inf, device=z.device)
-        for k in range(self.K):  # each next centre far from the ones so far
+        for k in range(self.K):  # a vector far from all centres is likely to be the next one
             p = torch.ones_like(distance) if k == 0 else distance.clamp(min=1e-12)
             self.e[k] = z[torch.multinomial(p, 1)[0]]
             distance = torch.minimum(distance, (z - self.e[k]).square().sum(1))
@@ -110,12 +111,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Tensor, codes: Tensor, thing: Tensor, level: Tensor) -> None:
-        """One step of the averages.
+        """One step of the moving averages, weighted by w_i.
 
             N_k <- d N_k + (1 - d) sum w_i        over the vectors i that chose code k
             m_k <- d m_k + (1 - d) sum w_i z_i    e_k = m_k / N_k
 
-        z (N, E), codes (N,), thing (N,) bool, level (N,) the background's gray level.
+        z (N, E), codes (N,), thing (N,) bool, level (N,): the background's gray level, 0..255.
         """
         w = torch.where(thing, 1.0, self.PLAIN) * (1 - self.DECAY)  # (N,)
         self.count.mul_(self.DECAY).index_add_(0, codes, w)
@@ -128,7 +129,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def revive(self, retire: bool) -> None:
-        """Gives dead and duplicate codes to things; `retire` only moves duplicates out of reach."""
+        """Moves dead and duplicate codes to vectors of things. With `retire`, moves duplicates
+        only, so far away that no vector chooses them.
+        """
         duplicate = self.plain.sum(0) > 0.9 * self.uses
         duplicate[self.plain[self.plain.sum(1) > 0].argmax(1)] = False  # one for each background
         dead = duplicate | (self.uses == 0)
@@ -145,22 +148,23 @@ class Codebook(nn.Module):
 
 
 def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Tensor, dict, tuple]:
-    """-> loss, curves, and (z, codes, thing, level) for Codebook.update
+    """pixels (B, 3, H, W) -> loss, curves, and (z, codes, thing, level) for Codebook.update.
 
         loss = mean of w (|x' - x| + (x' - x)^2) + beta |z - sg[e]|^2
 
-    w is 6 on things and two pixels around them, else 1, divided by its mean.
+    w is 6 on things and two pixels around them, else 1, divided by its mean. There is no codebook
+    loss, because Codebook.update moves the code vectors. Without `quantized` the codes are left
+    out: a plain auto-encoder.
     """
     thing = foreground(pixels)  # (B, 1, H, W)
-    w = 1 + 5 * F.max_pool2d(thing, 5, stride=1, padding=2)  # with two pixels around the outline
+    w = 1 + 5 * F.max_pool2d(thing, 5, stride=1, padding=2)
     w = w / w.mean()
     with autocast(pixels.device):
         z = vq.quant_conv(vq.encoder(pixels))  # (B, E, h, w)
     z = z.float()
     codes, loss, curves = None, 0.0, {}
     if quantized:
-        # Without codebook loss: Codebook.update moves the code vectors.
-        z_e, (z, codes, losses) = z, vq.quantize(z)  # z: the code vectors, straight-through
+        z_e, (z, codes, losses) = z, vq.quantize(z)  # z: straight-through
         loss = VQ.beta * losses.commitment
         curves["code_perplexity"] = losses.perplexity.item()
     with autocast(pixels.device):
@@ -168,7 +172,7 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     error = reconstruction.float() - pixels
     loss = loss + (w * (error.abs() + error.square())).mean()
     curves["image_loss"] = loss.item()
-    curves["psnr"] = 10 * math.log10(4 / error.detach().square().mean().item())  # pixels span 2
+    curves["psnr"] = 10 * math.log10(4 / error.detach().square().mean().item())  # peak: 2
     if not quantized:
         return loss, curves, ()
     things = F.max_pool2d(thing, VQ.downsampling).flatten() > 0  # (B*S,)
@@ -186,7 +190,7 @@ def learning_rate(step: int, steps: int) -> float:
 def codebook_sample(
     vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device, pictures: int
 ) -> tuple[Tensor, Tensor]:
-    """Encoder outputs z (N, E) of fresh pictures, and weights (N,) that favour things."""
+    """Encoder outputs z (N, E) of new pictures, and weights (N,) that favour things."""
     z, weight = [], []
     with torch.no_grad():
         for _ in range(0, pictures, 16):
@@ -198,7 +202,7 @@ def codebook_sample(
 
 
 def train_vqvae(run: Run) -> None:
-    """A plain auto-encoder first, then with the codebook; duplicates retire near the end."""
+    """Trains a plain auto-encoder, then with the codebook. Duplicates retire near the end."""
     steps, rng = run.options.steps or STEPS, np.random.default_rng(run.options.seed)
     vq = ChameleonVQVAE(VQ)
     initialize(vq)
@@ -211,7 +215,7 @@ def train_vqvae(run: Run) -> None:
     for step in run.progress(range(start, steps), "vqvae"):
         if step == begin:
             codebook.start(*codebook_sample(vq, rng, run.device, 16 * min(75, steps)))
-        # Crowded pictures are quick to learn from, sparse ones are what GroupNorm must get used to.
+        # Crowded pictures teach fast. Sparse ones have the low contrast that GroupNorm has to meet.
         counts = rng.choice((1, 2, 3, 5, 8), BATCH, p=(0.15, 0.2, 0.25, 0.2, 0.2))
         scenes = [world.sample_scene(rng, int(n), None) for n in counts]
         pixels = torch.from_numpy(world.render_pixels(scenes)).to(run.device)

@@ -1,0 +1,508 @@
+"""The page of transformers' documentation on Chameleon: its code runs here with the import changed.
+
+What is replaced is named in PLACES: the module, the model's folder, the device, and the download of
+pictures. The oracle for what the calls give is transformers itself.
+"""
+
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from small import batch_with_pictures, left_padded, small_model
+from test_oracle import pair
+
+import chameleon
+from chameleon import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    ChameleonModel,
+    ChameleonProcessor,
+    KVCache,
+)
+from generate import generate, stream
+
+pytestmark = pytest.mark.docs
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = {"from transformers import": "from chameleon import", "facebook/chameleon-7b": "tiny",
+          "meta/chameleon-7b": "tiny", '"cuda"': '"cpu"', ".to(0)": '.to("cpu")'}
+
+ONE_PICTURE = '''
+from transformers import ChameleonProcessor, ChameleonForConditionalGeneration
+import torch
+from PIL import Image
+import requests
+
+processor = ChameleonProcessor.from_pretrained("facebook/chameleon-7b")
+model = ChameleonForConditionalGeneration.from_pretrained("facebook/chameleon-7b", torch_dtype=torch.bfloat16, device_map="cuda")
+
+# prepare image and text prompt
+url = 'http://images.cocodataset.org/val2017/000000039769.jpg'
+image = Image.open(requests.get(url, stream=True).raw)
+prompt = "What do you see in this image?<image>"
+
+inputs = processor(prompt, image, return_tensors="pt").to(model.device, dtype=torch.bfloat16)
+
+# autoregressively complete prompt
+output = model.generate(**inputs, max_new_tokens=50)
+print(processor.decode(output[0], skip_special_tokens=True))
+'''  # noqa: E501
+SEVERAL_PICTURES = '''
+from transformers import ChameleonProcessor, ChameleonForConditionalGeneration
+import torch
+from PIL import Image
+import requests
+
+processor = ChameleonProcessor.from_pretrained("facebook/chameleon-7b")
+model = ChameleonForConditionalGeneration.from_pretrained("facebook/chameleon-7b", torch_dtype=torch.bfloat16, device_map="cuda")
+
+# Get three different images
+url = "https://www.ilankelman.org/stopsigns/australia.jpg"
+image_stop = Image.open(requests.get(url, stream=True).raw)
+url = "http://images.cocodataset.org/val2017/000000039769.jpg"
+image_cats = Image.open(requests.get(url, stream=True).raw)
+url = "https://hugging-face.cn/microsoft/kosmos-2-patch14-224/resolve/main/snowman.jpg"
+image_snowman = Image.open(requests.get(url, stream=True).raw)
+
+# Prepare a batched prompt, where the first one is a multi-image prompt and the second is not
+prompts = [
+    "What do these images have in common?<image><image>",
+    "<image>What is shown in this image?"
+]
+
+# We can simply feed images in the order they have to be used in the text prompt
+# Each "<image>" token uses one image leaving the next for the subsequent "<image>" tokens
+inputs = processor(text=prompts, images=[image_stop, image_cats, image_snowman], padding=True, return_tensors="pt").to(device="cuda", dtype=torch.bfloat16)
+
+# Generate
+generate_ids = model.generate(**inputs, max_new_tokens=50)
+processor.batch_decode(generate_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+'''  # noqa: E501
+FOUR_BITS = '''
+import torch
+from transformers import ChameleonForConditionalGeneration, BitsAndBytesConfig
+
+# specify how to quantize the model
+quantization_config = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+
+model = ChameleonForConditionalGeneration.from_pretrained("facebook/chameleon-7b", quantization_config=quantization_config, device_map="cuda")
+'''  # noqa: E501
+FLASH = '''
+import torch
+from transformers import ChameleonForConditionalGeneration
+
+model_id = "facebook/chameleon-7b"
+model = ChameleonForConditionalGeneration.from_pretrained(
+    model_id,
+    torch_dtype=torch.bfloat16,
+    low_cpu_mem_usage=True,
+    attn_implementation="flash_attention_2"
+).to(0)
+'''
+CONFIGURATION = '''
+from transformers import ChameleonModel, ChameleonConfig
+
+# Initializing a chameleon chameleon-7b style configuration
+configuration = ChameleonConfig()
+
+# Initializing a model from the chameleon-7b style configuration
+model = ChameleonModel(configuration)
+
+# Accessing the model configuration
+configuration = model.config
+'''
+BARE_MODEL = '''
+from transformers import AutoTokenizer, ChameleonModel
+import torch
+
+tokenizer = AutoTokenizer.from_pretrained("meta/chameleon-7b")
+model = ChameleonModel.from_pretrained("meta/chameleon-7b")
+
+inputs = tokenizer("Hello, my dog is cute", return_tensors="pt")
+outputs = model(**inputs)
+
+last_hidden_states = outputs.last_hidden_state
+'''
+CONSTELLATIONS = '''
+from transformers import ChameleonProcessor, ChameleonForConditionalGeneration
+import torch
+import requests
+from PIL import Image
+
+model = ChameleonForConditionalGeneration.from_pretrained("facebook/chameleon-7b", torch_dtype=torch.bfloat16)
+processor = ChameleonProcessor.from_pretrained("facebook/chameleon-7b")
+
+prompt = "I used to know a lot about constellations when I was younger, but as I grew older, I forgot most of what I knew. These are the only two constellations that I really remember now.<image><image>I would like for you to tell me about 3 more constellations and give me a little bit of history about the constellation."
+image = Image.open(requests.get("https://nineplanets.org/wp-content/uploads/2020/12/the-big-dipper-1.jpg", stream=True).raw)
+image_2 = Image.open(requests.get("https://www.kxan.com/wp-content/uploads/sites/40/2020/10/ORION.jpg", stream=True).raw)
+
+inputs = processor(prompt, images=[image, image_2], return_tensors="pt").to(model.device, torch.bfloat16)
+
+generated_ids = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+processor.batch_decode(generated_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)[0]
+'''  # noqa: E501
+
+
+def run(code: str, monkeypatch) -> dict:
+    """Executes a block of the page at the root of the repository -> its names."""
+    for theirs, ours in PLACES.items():
+        code = code.replace(theirs, ours)
+    pictures = iter(["shapes.png", "star.png", "three.png"])
+    requests = types.ModuleType("requests")
+    requests.get = lambda url, stream: types.SimpleNamespace(
+        raw=ROOT / "examples" / next(pictures))
+    monkeypatch.setitem(__import__("sys").modules, "requests", requests)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(code, names)
+    return names
+
+
+def test_one_picture(monkeypatch, capsys):
+    run(ONE_PICTURE, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "A small red circle above a large blue square on a white background." in printed
+
+
+def test_several_pictures(monkeypatch):
+    names = run(SEVERAL_PICTURES, monkeypatch)
+    assert len(names["generate_ids"]) == 2
+
+
+def test_four_bits(monkeypatch):
+    model = run(FOUR_BITS, monkeypatch)["model"]
+    assert type(model.lm_head).__name__ == "NF4Linear"
+
+
+def test_flash_attention(monkeypatch):
+    model = run(FLASH, monkeypatch)["model"]
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_model_from_a_configuration(monkeypatch):
+    with torch.device("meta"):  # 28 GB in memory
+        model = run(CONFIGURATION, monkeypatch)["model"]
+    assert model.num_parameters() == transformers_parameters()
+
+
+def transformers_parameters() -> int:
+    """Of transformers' model of the same configuration, which has no VQ-VAE decoder, plus ours."""
+    with torch.device("meta"):
+        theirs = transformers.ChameleonModel(transformers.ChameleonConfig(
+            vocabulary_map={"<image>": 8711}))
+        vq = chameleon.ChameleonVQVAE(chameleon.ChameleonVQVAEConfig())
+    extra = [*vq.decoder.parameters()]
+    return sum(p.numel() for p in [*theirs.parameters(), *extra])
+
+
+def test_the_bare_model(monkeypatch):
+    names = run(BARE_MODEL, monkeypatch)
+    ids = names["inputs"]["input_ids"]
+    assert names["last_hidden_states"].shape == (1, ids.shape[1], 192)
+
+
+def test_the_example_of_forward(monkeypatch):
+    assert run(CONSTELLATIONS, monkeypatch)["generated_ids"].shape[0] == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# forward
+
+
+def test_a_forward_pass_returns_a_cache_that_grows():
+    """Against transformers, which is given no cache either."""
+    ours, theirs = pair()
+    ids = batch_with_pictures()["input_ids"].clamp(max=69)[:, :9]
+    with torch.no_grad():
+        for model in (ours, theirs):
+            first = model(ids[:, :5])
+            second = model(ids[:, 5:], past_key_values=first.past_key_values)
+            whole = model(ids, use_cache=False)
+            assert whole.past_key_values is None
+            assert (second.logits - whole.logits[:, 5:]).abs().max() < 1e-4
+
+
+def test_outputs_are_read_by_attribute_name_and_index():
+    ours, theirs = pair()
+    ids = torch.tensor([[0, 80, 81]])
+    with torch.no_grad():
+        a = ours(ids, labels=ids, output_hidden_states=True)
+        b = theirs(ids, labels=ids, output_hidden_states=True)
+        plain = ours(ids, labels=ids, return_dict=False)
+    # The newest transformers calls it "cache"; the documentation does not.
+    documented = [name.replace("cache", "past_key_values") for name in b]
+    assert list(a.keys()) == documented == list(a)
+    assert torch.equal(a["logits"], a.logits) and torch.equal(a[1], a.logits)
+    assert len(a.to_tuple()) == len(b.to_tuple()) and a[0] is a.loss
+    assert isinstance(plain, tuple) and torch.equal(plain[1], a.logits)
+    assert list(dict(**a)) == documented
+
+
+def test_the_config_sets_the_defaults_of_forward():
+    model = small_model(output_hidden_states=True, return_dict=False, use_cache=False)
+    model.set_attention("eager")
+    output = model(torch.tensor([[0, 80]]))
+    assert isinstance(output, tuple) and len(output) == 2 and len(output[1]) == 4
+
+
+def test_masks_of_four_dimensions_are_the_whole_rule():
+    ours, theirs = pair()
+    ids = torch.randint(74, 160, (2, 6), generator=torch.Generator().manual_seed(0))
+    allowed = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    allowed[1, :, 2:, 0] = False
+    allowed[0, :, 1, 4] = True  # a key that comes later
+    additive = torch.zeros(2, 1, 6, 6).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = theirs(ids, attention_mask=additive).logits
+        for mask in (allowed, additive):
+            assert (ours(ids, attention_mask=mask).logits - expected).abs().max() < 1e-4
+
+
+def test_embeddings_and_pictures_together():
+    model, inputs = small_model(), batch_with_pictures()
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    mask, pixels = inputs["attention_mask"], inputs["pixel_values"]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        logits = model(inputs_embeds=embeds, attention_mask=mask, pixel_values=pixels).logits
+    assert torch.equal(logits, expected)
+
+
+def test_placeholders_without_pictures_and_a_cache_of_another_batch_are_errors():
+    model = small_model()
+    with pytest.raises(ValueError, match="no pixel_values"):
+        model(torch.tensor([[0, 73, 80]]))
+    with pytest.raises(ValueError, match="KV cache holds 2 rows, the input has 1"):
+        model(torch.tensor([[0, 80]]), past_key_values=KVCache(model.config, 2, 8))
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_the_model_traces_as_one_graph(pictures):
+    model, inputs = small_model(), batch_with_pictures()
+    if not pictures:
+        inputs.pop("pixel_values")
+        inputs["input_ids"] = inputs["input_ids"].clamp(max=69)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert (compiled(**inputs).logits - expected).abs().max() < 1e-4
+
+
+def test_a_new_model_has_small_weights_and_a_zero_row_for_padding():
+    model = ChameleonModel(small_model(pad_token_id=1).config)
+    weight = model.get_input_embeddings().weight
+    assert (weight[1] == 0).all() and abs(weight[2:].std().item() - 0.02) < 0.002
+
+
+def test_half_precision_leaves_the_vqvae_and_its_codes_as_they_were():
+    model, pixels = small_model(), batch_with_pictures()["pixel_values"]
+    ids = model.get_image_tokens(pixels)
+    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()):
+        model = cast(model)
+        assert model.dtype != torch.float32
+        assert torch.equal(model.get_image_tokens(pixels), ids)
+
+
+# ---------------------------------------------------------------------------------------------
+# Generic methods
+
+
+def test_embeddings_are_resized_and_old_rows_stay():
+    model = small_model()
+    before, V = model.lm_head.weight.clone(), model.config.vocab_size
+    ids = torch.tensor([[0, 80, 81]])
+    expected = model(ids).logits
+    model.resize_token_embeddings(V + 5)
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == V + 5
+    assert torch.equal(model.lm_head.weight[:V], before)
+    assert torch.equal(model(ids).logits[..., :V], expected)
+    model.resize_token_embeddings(V - 5)
+    assert model(ids).logits.shape[-1] == V - 5
+
+
+def test_a_tied_model_stays_tied():
+    model = small_model(tie_word_embeddings=True)
+    model.resize_token_embeddings(model.config.vocab_size + 1)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model, ids = small_model().train(), torch.tensor([[0, 80, 81, 82]])
+    gradients = []
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append(model.lm_head.weight.grad.clone())
+        gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[3])
+
+
+# ---------------------------------------------------------------------------------------------
+# from_pretrained, save_pretrained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    small_model().save_pretrained(folder, max_shard_size="500KB")
+    return folder
+
+
+@pytest.mark.parametrize("options", [
+    dict(torch_dtype=torch.bfloat16), dict(torch_dtype="bfloat16"), dict(dtype="bfloat16"),
+    dict(dtype=torch.bfloat16, device_map={"": "cpu"}, low_cpu_mem_usage=True),
+    dict(dtype="bfloat16", device_map="cpu", attn_implementation="eager"),
+])
+def test_the_options_of_the_page(folder, options):
+    model = ChameleonForConditionalGeneration.from_pretrained(folder, **options)
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    assert model.model.vqmodel.quant_conv.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(device_map=7), "cuda:7 cannot be used here"),
+    (dict(device_map={"a": "cpu", "b": "cuda"}), "several devices"),
+    (dict(torch_dtype="float33"), "no dtype of torch"),
+    (dict(attn_implementation="paged"), "none of eager, sdpa, flash_attention_2"),
+    (dict(load_in_4bit=True), "has no option load_in_4bit"),
+    (dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)), "fp4"),
+])
+def test_options_that_are_not_offered_are_named(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        ChameleonForConditionalGeneration.from_pretrained(folder, **options)
+
+
+def test_eight_bits_by_transformers_own_config(folder):
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    model = ChameleonForConditionalGeneration.from_pretrained(folder, quantization_config=config)
+    assert type(model.lm_head).__name__ == "Int8Linear"
+
+
+def test_the_bare_model_saves_and_loads_and_reads_transformers_folder(folder, tmp_path):
+    bare = ChameleonModel.from_pretrained(folder)
+    ids = torch.tensor([[0, 80, 81]])
+    expected = bare(ids).last_hidden_state
+    bare.save_pretrained(tmp_path / "ours")
+    again = ChameleonModel.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(ids).last_hidden_state, expected)
+    transformers.ChameleonModel.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    theirs = ChameleonModel.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(theirs(ids).last_hidden_state, expected)
+    with pytest.raises(ValueError, match="missing lm_head.weight"):
+        ChameleonForConditionalGeneration.from_pretrained(tmp_path / "ours")
+
+
+def test_a_hub_id_is_read_from_the_librarys_cache(folder, tmp_path, monkeypatch):
+    """A cache as huggingface_hub lays it out, and no network."""
+    store = tmp_path / "models--org--small"
+    (store / "refs").mkdir(parents=True)
+    (store / "refs" / "main").write_text("0" * 40)
+    (store / "snapshots").mkdir()
+    (store / "snapshots" / ("0" * 40)).symlink_to(folder)
+    options = dict(cache_dir=tmp_path, local_files_only=True)
+    model = ChameleonForConditionalGeneration.from_pretrained("org/small", **options)
+    assert model.config.hidden_size == 64
+    with pytest.raises(ValueError, match="org/other is no folder.*hf download org/other"):
+        ChameleonForConditionalGeneration.from_pretrained("org/other", **options)
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+        ChameleonForConditionalGeneration.from_pretrained("org/small")
+
+
+# ---------------------------------------------------------------------------------------------
+# generate
+
+
+PROMPT = torch.tensor([[0, 80, 81]])
+MODEL = small_model()
+
+
+def test_generate_is_a_method_too():
+    expected = generate(MODEL, PROMPT, max_new_tokens=5)
+    assert torch.equal(MODEL.generate(PROMPT, max_new_tokens=5), expected)
+    assert torch.equal(MODEL.generate(input_ids=PROMPT, max_length=8), expected)
+
+
+def test_padding_is_recognized_by_its_id():
+    ours, theirs = pair(pad_token_id=1)
+    inputs = left_padded([[0, 80, 81, 82], [0, 90]])
+    masked = ours.generate(**inputs, max_new_tokens=6)
+    assert torch.equal(ours.generate(inputs["input_ids"], max_new_tokens=6), masked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = theirs.generate(inputs["input_ids"], max_new_tokens=6, do_sample=False,
+                                   suppress_tokens=[70, 71, 73], eos_token_id=[2, 72])
+    assert torch.equal(masked, expected)
+
+
+def test_several_sequences_are_several_seeds():
+    ids = MODEL.generate(PROMPT, num_return_sequences=3, do_sample=True, seed=4, max_new_tokens=6)
+    for n, row in enumerate(ids):
+        one = MODEL.generate(PROMPT, do_sample=True, seed=4 + n, max_new_tokens=6)[0]
+        assert torch.equal(row[: len(one)], one)
+
+
+def test_a_text_does_not_end_too_early():
+    stops = list(range(74, MODEL.config.vocab_size))  # nearly all ids
+    for n in (0, 3):
+        ids = MODEL.generate(PROMPT, eos_token_id=stops, min_new_tokens=n, max_new_tokens=9)[0, 3:]
+        ends = [i for i, x in enumerate(ids.tolist()) if x in stops]
+        assert not ends or ends[0] >= n
+    assert ends == [3] or not ends
+
+
+def test_transformers_streamers_work(untrained_folder, capsys):
+    processor = ChameleonProcessor.from_pretrained(untrained_folder)
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    inputs = processor(text="Hello", return_tensors="pt")
+    streamer = transformers.TextStreamer(processor.tokenizer, skip_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=8, streamer=streamer)
+    answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:])
+    assert capsys.readouterr().out.strip() == answer.strip()
+
+
+def test_an_answer_ends_with_a_stop_string():
+    processor = ChameleonProcessor.from_pretrained(ROOT / "tiny")
+    model = ChameleonForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=torch.float32)
+    inputs = processor("What do you see in this image?<image>",
+                       Image.open(ROOT / "examples" / "shapes.png"), return_tensors="pt")
+    ids = model.generate(**inputs, stop_strings="above", tokenizer=processor.tokenizer)
+    text = processor.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    assert text == "A small red circle above"
+
+
+def test_options_that_do_not_exist_are_named_and_idle_ones_warned_about():
+    with pytest.raises(ValueError, match="generate has no option num_beams; it has max_length"):
+        MODEL.generate(PROMPT, num_beams=4)
+    with pytest.warns(UserWarning, match="without do_sample=True"):
+        MODEL.generate(PROMPT, temperature=0.5, max_new_tokens=2)
+
+
+def test_two_streams_of_a_model_in_training_do_not_disturb_each_other():
+    model = small_model(attention_dropout=0.5)
+    expected = generate(model, PROMPT, max_new_tokens=6, eos_token_id=[])[0, 3:]
+    model.train()
+    streams = [stream(model, PROMPT, max_new_tokens=6, eos_token_id=[]) for _ in range(2)]
+    for i in expected:
+        for steps in streams:
+            assert next(steps) == i and model.training and model.model.layers[0].training
+
+
+def test_every_documented_name_is_in_one_module():
+    for name in ("ChameleonConfig", "ChameleonVQVAEConfig", "ChameleonVQVAE", "ChameleonModel",
+                 "ChameleonForConditionalGeneration", "ChameleonProcessor", "BitsAndBytesConfig",
+                 "ChameleonImageProcessor", "AutoTokenizer"):
+        assert isinstance(getattr(chameleon, name), type), name
+    with pytest.raises(AttributeError, match="no attribute 'ChameleonTokenizer'"):
+        _ = chameleon.ChameleonTokenizer
+    assert ChameleonConfig().to_dict() and AutoTokenizer.from_pretrained(ROOT / "tiny")
