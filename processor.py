@@ -37,6 +37,7 @@ the documentation of transformers' ChameleonImageProcessor and ChameleonProcesso
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,51 +47,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tokenizer import Tokenizer, load_tokenizer, read_json, write_json
+from tokenizer import (
+    BatchFeature,
+    Tokenizer,
+    load_tokenizer,
+    read_json,
+    stack,
+    write_json,
+)
 
 Picture = Image.Image | np.ndarray | torch.Tensor
 Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of both
-Stacked = list[np.ndarray] | np.ndarray | torch.Tensor
-
-
-# ---------------------------------------------------------------------------------------------
-# What both parts use
-
-
-class BatchFeature(dict):
-    """What both processors return, as in transformers: a dict whose keys are attributes, too."""
-
-    def __getattr__(self, name: str) -> Stacked:
-        if name not in self:
-            raise AttributeError(f"no {name!r} here, only {', '.join(self)}")
-        return self[name]
-
-    def to(self, *args, device: torch.device | str | int | None = None,
-           dtype: torch.dtype | None = None) -> "BatchFeature":
-        """Moves and casts in place: .to("cuda"), .to(torch.bfloat16), .to("cuda", torch.bfloat16).
-
-        Only float tensors are cast: bfloat16 has no 257, so ids would change.
-        """
-        for arg in args:
-            device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
-        for name, value in self.items():
-            if isinstance(value, torch.Tensor):
-                self[name] = value.to(device, dtype if value.is_floating_point() else None)
-        return self
-
-
-def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Stacked:
-    """N arrays of one shape (...) -> (N, ...): tensor ("pt") or array ("np"); None: the list."""
-    if return_tensors not in ("pt", "np", None):
-        raise ValueError(f"return_tensors={return_tensors!r}: 'pt', 'np' or None")
-    if return_tensors is None:
-        return arrays
-    shapes = sorted({array.shape for array in arrays})
-    if len(shapes) != 1:
-        raise ValueError(f"cannot stack shapes {shapes}: crop or pad to one" if shapes else
-                         "no picture given: pass at least one")
-    stacked = np.stack(arrays)  # (N, ...)
-    return torch.from_numpy(stacked) if return_tensors == "pt" else stacked
 
 
 # ---------------------------------------------------------------------------------------------
@@ -102,6 +69,9 @@ def load_image(path: str | Path) -> Image.Image:
 
     ValueError, in one line, if the file is missing, damaged, too large or no picture.
     """
+    if re.match(r"https?://", str(path)):
+        raise ValueError(f"picture {str(path)!r} is an address, and nothing is fetched from the "
+                         "network: download it and name the file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF data and the like, not used here
@@ -128,8 +98,10 @@ def flat_pictures(images: Pictures) -> list[Picture]:
         return list(images)
     if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
         return [images]
-    hint = " (load_image opens a file)" if isinstance(images, (str, Path)) else ""
-    raise ValueError(f"a picture must be PIL, numpy or torch, not {type(images).__name__}{hint}")
+    if isinstance(images, (str, Path)):
+        return [load_image(images)]
+    raise ValueError(f"a picture must be PIL, numpy, torch or a file's path, not "
+                     f"{type(images).__name__}")
 
 
 def guess_layout(shape: tuple[int, int, int]) -> str:
@@ -400,14 +372,25 @@ def is_text(value: object) -> TypeGuard[str | list[str]]:
     return isinstance(value, str)
 
 
-def tensor_rows(rows: list[list[int]], return_tensors: str | None) -> Stacked | list[list[int]]:
-    """B rows of T ids -> (B, T) int64, by "pt" or "np". None returns the rows, of any lengths."""
-    if return_tensors is None:
-        return rows
-    if len(set(map(len, rows))) > 1:
-        raise ValueError(f"the prompts have {min(map(len, rows))} to {max(map(len, rows))} ids: "
-                         f"pass padding=True to make them equal")
-    return stack([np.array(row, dtype=np.int64) for row in rows], return_tensors)  # (B, T)
+def parts_of(turn: dict) -> list[str | Picture]:
+    """A message -> its texts and pictures in order. ValueError if it is no message."""
+    content = turn.get("content") if isinstance(turn, dict) else None
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"a message is {{'role': ..., 'content': ...}}, not {turn!r:.80}")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        picture = part.get("image", part.get("path")) if kind == "image" else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif picture is not None:
+            parts += flat_pictures(picture)
+        else:
+            raise ValueError("a part of a message is {'type': 'text', 'text': ...} or {'type': "
+                             f"'image', 'image': ...}}, not {part!r:.80}")
+    return parts
 
 
 class ChameleonProcessor:
@@ -430,6 +413,7 @@ class ChameleonProcessor:
                  images: Pictures | None = None,
                  padding: bool | str = False, truncation: bool | str = False,
                  max_length: int | None = None, padding_side: str | None = None,
+                 pad_to_multiple_of: int | None = None, return_attention_mask: bool = True,
                  return_for_text_completion: bool = False, return_tensors: str | None = "pt",
                  **image_options) -> BatchFeature:
         """-> input_ids (B, T), attention_mask (B, T) and, with pictures, pixel_values (N, 3, H, W).
@@ -455,13 +439,12 @@ class ChameleonProcessor:
         prompts = [text] if isinstance(text, str) else text
         pictures = self.match(prompts, images)
         rows = [self.layout(prompt, return_for_text_completion) for prompt in prompts]
-        rows = self.truncate(rows, truncation, max_length, padding)
-        data = self.pad(rows, padding, max_length, padding_side or self.tokenizer.padding_side)
-        data = {name: tensor_rows(rows, return_tensors) for name, rows in data.items()}  # (B, T)
+        data = self.tokenizer.batch(rows, padding, truncation, max_length, padding_side,
+                                    pad_to_multiple_of, return_tensors, return_attention_mask)
         if pictures:
             image_options["return_tensors"] = return_tensors
             data |= self.image_processor(pictures, **image_options)  # (N, 3, H, W)
-        return BatchFeature(data)
+        return data
 
     def match(self, prompts: list[str], images: Pictures | None) -> list[Picture]:
         """All pictures in the order of their places. ValueError, naming the prompt, on a mismatch.
@@ -495,68 +478,71 @@ class ChameleonProcessor:
         Each piece of text is tokenized by itself. With completion there is no <reserved08706>, the
         end of turn. ValueError if the vocabulary lacks one of these tokens.
         """
-        names = self.tokenizer.vocabulary
-        picture = [names.begin_image_id, *[names.image_token_id] * self.image_seq_length,
-                   names.end_image_id]
-        if self.image_token in prompt and None in picture:
-            raise ValueError("this tokenizer has no image tokens: leave the picture out")
-        if not completion and names.end_of_turn_id is None:
-            raise ValueError("this tokenizer has no end of turn: set return_for_text_completion")
         ids = [self.tokenizer.bos_token_id]
         for n, piece in enumerate(prompt.split(self.image_token)):
-            ids += (picture if n else []) + self.tokenizer.encode(piece)
-        return ids if completion else [*ids, names.end_of_turn_id]
+            ids += (self.picture_ids() if n else []) + self.tokenizer.text_ids(piece)
+        return ids if completion else ids + self.end_of_turn()
 
-    def truncate(self, rows: list[list[int]], truncation: bool | str, max_length: int | None,
-                 padding: bool | str) -> list[list[int]]:
-        """Rows -> their first max_length ids. ValueError if that would cut a picture."""
-        wanted = truncation in (True, "longest_first", "only_first")
-        if not wanted and truncation not in (False, None, "do_not_truncate"):
-            raise ValueError(f"truncation={truncation!r}: want True or False")
-        if max_length is None and (wanted or padding == "max_length"):
-            raise ValueError("truncation=True and padding='max_length' need a max_length")
-        if max_length is not None and not wanted and padding != "max_length":
-            raise ValueError("max_length is for truncation=True or padding='max_length': set one")
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-            raise ValueError(f"max_length={max_length!r}: want a whole number above 0")
-        if not wanted:
-            return rows
-        end_image = self.tokenizer.vocabulary.end_image_id
-        for n, row in enumerate(rows):
-            if end_image is not None and end_image in row[max_length:]:
-                raise ValueError(f"max_length={max_length} would cut a picture of prompt {n + 1}, "
-                                 f"which has {len(row)} ids: raise it or shorten the text")
-        return [row[:max_length] for row in rows]
+    def picture_ids(self) -> list[int]:
+        """<racm3:break> <image> x S <eoss>: the model puts the codes in place of <image>."""
+        names = self.tokenizer.vocabulary
+        if None in (names.begin_image_id, names.image_token_id, names.end_image_id):
+            raise ValueError("this tokenizer has no image tokens: leave the picture out")
+        return [names.begin_image_id, *[names.image_token_id] * self.image_seq_length,
+                names.end_image_id]
 
-    def pad(self, rows: list[list[int]], padding: bool | str, max_length: int | None,
-            side: str) -> dict[str, list[list[int]]]:
-        """Rows -> input_ids, padded to one length if asked, and attention_mask: 1 id, 0 padding."""
-        if side not in ("left", "right"):
-            raise ValueError(f"padding_side={side!r}: 'left' or 'right'")
-        lengths = {False: 0, None: 0, "do_not_pad": 0, "max_length": max_length,
-                   True: max(map(len, rows)), "longest": max(map(len, rows))}
-        if padding not in lengths:
-            raise ValueError(f"padding={padding!r}: True, 'longest', 'max_length' or False")
-        data = {"input_ids": [], "attention_mask": []}
-        for row in rows:
-            space = lengths[padding] - len(row)
-            for name, filler, content in (("input_ids", self.tokenizer.pad_token_id, row),
-                                          ("attention_mask", 0, [1] * len(row))):
-                fill = [filler] * space  # [] if space is negative
-                data[name].append(fill + content if side == "left" else content + fill)
+    def end_of_turn(self) -> list[int]:
+        if self.tokenizer.vocabulary.end_of_turn_id is None:
+            raise ValueError("this tokenizer has no end of turn: set return_for_text_completion")
+        return [self.tokenizer.vocabulary.end_of_turn_id]
+
+    def apply_chat_template(self, conversation: list, *, tokenize: bool = True,
+                            return_dict: bool = True, add_generation_prompt: bool = True,
+                            return_tensors: str | None = "pt", **options) -> BatchFeature:
+        """A conversation, or a list of them, in transformers' message format -> as `__call__`:
+
+            [{"role": "user", "content": [{"type": "text", "text": "What is this?"},
+                                          {"type": "image", "image": picture}]}, ...]
+
+        <s> first turn, end of turn, second turn, end of turn ...: turns alternate (section 3), so
+        the roles need no names of their own, and the next turn is the model's. Text is text here:
+        neither "<image>" nor "<reserved08706>" in it has a meaning. options: those of `__call__`.
+        ValueError for what is no conversation, and for tokenize=False, because a string could not
+        tell the end of turn from text that looks like it.
+        """
+        if not (tokenize and return_dict and add_generation_prompt):
+            raise ValueError("apply_chat_template gives ids: leave tokenize, return_dict and "
+                             "add_generation_prompt at True")
+        many = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        rows, pictures = [], []
+        for turns in conversation if many else [conversation]:
+            ids = [self.tokenizer.bos_token_id]
+            for turn in turns:
+                for part in parts_of(turn):
+                    if isinstance(part, str):
+                        ids += self.tokenizer.text_ids(part)
+                    else:
+                        ids += self.picture_ids()
+                        pictures.append(part)
+                ids += self.end_of_turn()
+            rows.append(ids)
+        batch = {name: options.pop(name, None) for name in (
+            "padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of")}
+        data = self.tokenizer.batch(rows, **batch, return_tensors=return_tensors)
+        if pictures:
+            data |= self.image_processor(pictures, return_tensors=return_tensors, **options)
         return data
 
-    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = True,
+    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:
-        """As Tokenizer.decode. ValueError with clean_up_tokenization_spaces: it alters text."""
-        return self.batch_decode([ids], skip_special_tokens, clean_up_tokenization_spaces)[0]
+        """As Tokenizer.decode."""
+        return self.tokenizer.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
 
-    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = True,
+    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = False,
                      clean_up_tokenization_spaces: bool = False) -> list[str]:
-        """As Tokenizer.batch_decode. ValueError with clean_up_tokenization_spaces."""
-        if clean_up_tokenization_spaces:
-            raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
-        return self.tokenizer.batch_decode(batch, skip_special_tokens)
+        """As Tokenizer.batch_decode."""
+        return self.tokenizer.batch_decode(batch, skip_special_tokens,
+                                           clean_up_tokenization_spaces)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's file, preprocessor_config.json and processor_config.json."""
@@ -567,8 +553,11 @@ class ChameleonProcessor:
                    {**data, "processor_class": "ChameleonProcessor"})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ChameleonProcessor":
-        """Reads a checkpoint folder. Without processor_config.json there the defaults hold."""
+    def from_pretrained(cls, folder: str | Path, **hub: object) -> "ChameleonProcessor":
+        """Reads a folder or a hub id. Without processor_config.json the defaults hold."""
+        from chameleon_extras.files import find_folder  # the hub is for files, not for this file
+
+        folder = find_folder(folder, **hub)
         tokenizer, file = load_tokenizer(folder), Path(folder) / "processor_config.json"
         data = read_json(file) if file.is_file() else {}
         known = {name: data[name] for name in ("image_seq_length", "image_token") if name in data}

@@ -1,6 +1,6 @@
 """Chameleon's text tokenizer, and the map between codes of pictures and ids of the vocabulary.
 
-    "What is this?" --Tokenizer.encode--> ids --model--> ids --decode or StreamDecoder--> text
+    "What is this?" --Tokenizer.text_ids--> ids --model--> ids --decode or StreamDecoder--> text
     codes (N, S) of the VQ-VAE <--VocabularyMap, by name--> ids (N, S)
 
 processor.py puts the ids of text and pictures together into one row.
@@ -33,6 +33,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 BEGIN_IMAGE, END_IMAGE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
@@ -140,13 +141,106 @@ class VocabularyMap(torch.nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
+# Rows of ids as a batch, for the tokenizer and for processor.py
+
+Stacked = list[np.ndarray] | np.ndarray | torch.Tensor
+
+
+class BatchFeature(dict):
+    """What both processors return, as in transformers: a dict whose keys are attributes, too."""
+
+    def __getattr__(self, name: str) -> Stacked:
+        if name not in self:
+            raise AttributeError(f"no {name!r} here, only {', '.join(self)}")
+        return self[name]
+
+    def to(self, *args, device: torch.device | str | int | None = None,
+           dtype: torch.dtype | None = None) -> "BatchFeature":
+        """Moves and casts in place: .to("cuda"), .to(torch.bfloat16), .to("cuda", torch.bfloat16).
+
+        Only float tensors are cast: bfloat16 has no 257, so ids would change.
+        """
+        for arg in args:
+            device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                self[name] = value.to(device, dtype if value.is_floating_point() else None)
+        return self
+
+
+def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Stacked:
+    """N arrays of one shape (...) -> (N, ...): tensor ("pt") or array ("np"); None: the list."""
+    if return_tensors not in ("pt", "np", None):
+        raise ValueError(f"return_tensors={return_tensors!r}: 'pt', 'np' or None")
+    if return_tensors is None:
+        return arrays
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) != 1:
+        raise ValueError(f"cannot stack shapes {shapes}: crop or pad to one" if shapes else
+                         "no picture given: pass at least one")
+    stacked = np.stack(arrays)  # (N, ...)
+    return torch.from_numpy(stacked) if return_tensors == "pt" else stacked
+
+
+def tensor_rows(rows: list[list[int]], return_tensors: str | None) -> Stacked | list[list[int]]:
+    """B rows of T ids -> (B, T) int64, by "pt" or "np". None returns the rows, of any lengths."""
+    if return_tensors is None:
+        return rows
+    if len(set(map(len, rows))) > 1:
+        raise ValueError(f"the prompts have {min(map(len, rows))} to {max(map(len, rows))} ids: "
+                         f"pass padding=True to make them equal")
+    return stack([np.array(row, dtype=np.int64) for row in rows], return_tensors)  # (B, T)
+
+
+def truncated(rows: list[list[int]], truncation: bool | str | None, max_length: int | None,
+              padding: bool | str | None, end_image: int | None) -> list[list[int]]:
+    """Rows -> their first max_length ids. ValueError if that would cut a picture."""
+    wanted = truncation in (True, "longest_first", "only_first")
+    if not wanted and truncation not in (False, None, "do_not_truncate"):
+        raise ValueError(f"truncation={truncation!r}: want True or False")
+    if max_length is None and (wanted or padding == "max_length"):
+        raise ValueError("truncation=True and padding='max_length' need a max_length")
+    if max_length is not None and not wanted and padding != "max_length":
+        raise ValueError("max_length is for truncation=True or padding='max_length': set one")
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(f"max_length={max_length!r}: want a whole number above 0")
+    if not wanted:
+        return rows
+    for n, row in enumerate(rows):
+        if end_image is not None and end_image in row[max_length:]:
+            raise ValueError(f"max_length={max_length} would cut a picture of prompt {n + 1}, "
+                             f"which has {len(row)} ids: raise it or shorten the text")
+    return [row[:max_length] for row in rows]
+
+
+def padded(rows: list[list[int]], padding: bool | str | None, max_length: int | None, side: str,
+           pad_id: int, multiple: int | None = None) -> dict[str, list[list[int]]]:
+    """Rows -> input_ids, padded to one length if asked, and attention_mask: 1 id, 0 padding."""
+    if side not in ("left", "right"):
+        raise ValueError(f"padding_side={side!r}: 'left' or 'right'")
+    longest = max(map(len, rows))
+    lengths = {False: 0, None: 0, "do_not_pad": 0, "max_length": max_length, True: longest,
+               "longest": longest}
+    if padding not in lengths:
+        raise ValueError(f"padding={padding!r}: True, 'longest', 'max_length' or False")
+    length = -(-lengths[padding] // (multiple or 1)) * (multiple or 1)  # rounded up
+    data = {"input_ids": [], "attention_mask": []}
+    for row in rows:
+        for name, filler, content in (("input_ids", pad_id, row),
+                                      ("attention_mask", 0, [1] * len(row))):
+            fill = [filler] * (length - len(row))  # [] if that is negative
+            data[name].append(fill + content if side == "left" else content + fill)
+    return data
+
+
+# ---------------------------------------------------------------------------------------------
 # Text <-> ids: what both file formats share
 
 
 class Tokenizer:
-    """The base class of both formats. A subclass supplies encode and text_bytes.
+    """The base class of both formats. A subclass supplies text_ids and text_bytes.
 
-    vocab: name -> id. special_ids: the control ids, which encode never returns. bos_token_id "<s>",
+    vocab: name -> id. special_ids: the control ids, which text never becomes. bos_token_id "<s>",
     pad_token_id "<pad>", eos_token_id "</s>", unk_token_id "<unk>", sep_token_id (end of turn) and
     image_token_id: all but the first two may be None. padding_side is for ChameleonProcessor:
     "left" aligns the ends of all prompts, where generation continues. ValueError: no <s> or <pad>.
@@ -164,8 +258,13 @@ class Tokenizer:
         self.sep_token_id = self.vocabulary.end_of_turn_id
         self.image_token_id = self.vocabulary.image_token_id
         self._names = {token_id: name for name, token_id in vocab.items()}
+        self.all_special_ids = sorted(self.special_ids)
+        self.bos_token, self.eos_token, self.pad_token, self.unk_token, self.sep_token = (
+            self._names.get(i) for i in (self.bos_token_id, self.eos_token_id, self.pad_token_id,
+                                         self.unk_token_id, self.sep_token_id))
+        self.image_token = self._names.get(self.image_token_id)
 
-    def encode(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
         """Text -> ids, without <s> and without any control id. ValueError for broken unicode.
 
         DIFFERS: in transformers "</s>", "IMGIMGABZ" or "<reserved08706>" in a prompt become control
@@ -173,6 +272,57 @@ class Tokenizer:
         `tokenizers` does with encode_special_tokens=True.
         """
         raise NotImplementedError
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text -> ids, with <s> in front unless told otherwise."""
+        return [self.bos_token_id] * add_special_tokens + self.text_ids(text)
+
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True,
+                 padding: bool | str = False, truncation: bool | str = False,
+                 max_length: int | None = None, padding_side: str | None = None,
+                 pad_to_multiple_of: int | None = None, return_tensors: str | None = None,
+                 return_attention_mask: bool = True) -> BatchFeature:
+        """One text or several -> input_ids and attention_mask: (T,) lists of one, (B, T) of several
+        or with return_tensors. Options are those of transformers' tokenizers.
+        """
+        texts = [text] if isinstance(text, str) else text
+        rows = [self.encode(one, add_special_tokens) for one in texts]
+        data = self.batch(rows, padding, truncation, max_length, padding_side, pad_to_multiple_of,
+                          return_tensors, return_attention_mask)
+        if isinstance(text, str) and return_tensors is None:
+            return BatchFeature({name: rows[0] for name, rows in data.items()})
+        return data
+
+    def batch(self, rows: list[list[int]], padding: bool | str, truncation: bool | str,
+              max_length: int | None, padding_side: str | None, pad_to_multiple_of: int | None,
+              return_tensors: str | None, return_attention_mask: bool = True) -> BatchFeature:
+        """Rows of ids -> input_ids and attention_mask, (B, T) with return_tensors."""
+        rows = truncated(rows, truncation, max_length, padding, self.vocabulary.end_image_id)
+        data = padded(rows, padding, max_length, padding_side or self.padding_side,
+                      self.pad_token_id, pad_to_multiple_of)
+        if not return_attention_mask:
+            del data["attention_mask"]
+        return BatchFeature({name: tensor_rows(rows, return_tensors)
+                             for name, rows in data.items()})
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.vocab)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Text -> the names of its tokens, as they stand in the vocabulary."""
+        return [self._names[i] for i in self.text_ids(text)]
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+        """A name or several -> ids; an unknown name is <unk>, as in transformers."""
+        if isinstance(tokens, str):
+            return self.vocab.get(tokens, self.unk_token_id)
+        return [self.vocab.get(name, self.unk_token_id) for name in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
+        return self._names[ids] if isinstance(ids, int) else [self._names[int(i)] for i in ids]
 
     def text_bytes(self, name: str) -> bytes:
         """Name of a text token -> the bytes of utf-8 that it stands for."""
@@ -187,8 +337,13 @@ class Tokenizer:
         name = self._names[token_id]
         return name.encode() if token_id in self.special_ids else self.text_bytes(name)
 
-    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
-        """Ids (T,) -> text. Bytes that are not utf-8 become U+FFFD. ValueError for unknown ids."""
+    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
+               clean_up_tokenization_spaces: bool = False) -> str:
+        """Ids (T,) -> text. Bytes that are not utf-8 become U+FFFD. ValueError for unknown ids, and
+        with clean_up_tokenization_spaces, which would alter the text.
+        """
+        if clean_up_tokenization_spaces:
+            raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
         shape = tuple(getattr(ids, "shape", (0,)))  # a list has no shape
         if len(shape) != 1:
             raise ValueError(f"decode takes ids (T,), not {shape}: use batch_decode")
@@ -196,9 +351,11 @@ class Tokenizer:
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids  # one GPU synchronization
         return "".join(decoder.feed(token_id) for token_id in ids) + decoder.flush()
 
-    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = True) -> list[str]:
+    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = False,
+                     clean_up_tokenization_spaces: bool = False) -> list[str]:
         """Ids (B, T), or B rows of different lengths -> B texts."""
-        return [self.decode(ids, skip_special_tokens) for ids in batch]
+        return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+                for ids in batch]
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> "StreamDecoder":
         """A decoder that takes one id at a time."""
@@ -341,7 +498,7 @@ class ByteLevelBPE(Tokenizer):
         super().__init__(path, vocab, set(vocab.values()) - text_ids)
         self._cache = {}
 
-    def encode(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
         check_text(text)
         return [token_id for word in split_words(text) for token_id in self.word_ids(word)]
 
@@ -441,11 +598,11 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(path, {model.id_to_piece(i): i for i in ids}, special)
         self._byte_ids = [self.vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
         probe = "  A \n\ufb01"  # normalization or a dummy prefix would change it
-        if None in self._byte_ids or self.decode(self.encode(probe)) != probe:
+        if None in self._byte_ids or self.decode(self.text_ids(probe)) != probe:
             raise ValueError(f"{path}: this sentencepiece model does not keep a text as it is: "
                              f"train it with byte_fallback, no normalisation, no dummy prefix")
 
-    def encode(self, text: str) -> list[int]:
+    def text_ids(self, text: str) -> list[int]:
         check_text(text)
         ids = []
         for n, part in enumerate(text.split(self.SPACE)):
@@ -479,6 +636,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 class AutoTokenizer:
-    """transformers' name for "the tokenizer of a folder, whatever its format"."""
+    """transformers' name for "the tokenizer of a folder or a hub id, whatever its format"."""
 
-    from_pretrained = staticmethod(load_tokenizer)
+    @staticmethod
+    def from_pretrained(folder: str | Path, **hub: object) -> Tokenizer:
+        from chameleon_extras.files import find_folder  # the hub is for files, not for this file
+
+        return load_tokenizer(find_folder(folder, **hub))

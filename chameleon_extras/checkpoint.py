@@ -1,4 +1,4 @@
-"""Weights on disk: the Hugging Face layout, read and written with at most one copy in memory.
+"""Weights on disk: reads and writes the Hugging Face layout, with at most one copy in memory.
 
     folder/config.json -----------------> ChameleonConfig --> model on the "meta" device
     folder/model.safetensors -----------> headers: names and shapes --compare--+
@@ -6,25 +6,26 @@
         naming model-0000i-of-0000n.safetensors                                v
                               tensors, memory-mapped --assign--> the model's parameters
 
-The meta device gives tensors shapes but no storage, so building a 7B model costs nothing, and
-whatever is wrong with the files is said before a single weight is read. Memory-mapped tensors
-then BECOME the parameters (assign=True): memory never holds the checkpoint twice.
+Who needs it: `from_pretrained` and `save_pretrained` of the model, generate.py, convert.py.
 
-Quantized (`quantize="int8"`), each matrix is packed as soon as it is read, and its pages are given
-back: memory holds the quantized model and one matrix, never the whole of what lies on the disk.
-Such a folder can be saved, too. It is the same but for its linear layers, whose tensors are
+Meta tensors have a shape but no storage, so a 7B model is built at once. All errors in the files
+are found before a single weight is read. The memory-mapped tensors then become the parameters
+(assign=True), so memory never holds the checkpoint twice.
+
+With `quantize="int8"`, each matrix is packed right after it is read, and its pages are freed. So
+memory holds the quantized model and one matrix. A quantized model can be saved, too. Its folder has
+the same layout, with the field "quantized_weights" in config.json and these tensors for each linear
+layer (quantize.py explains them):
 
     NAME.weight  (O, I) int8              NAME.scale  (O,) fp32          "quantized_weights": "int8"
     NAME.weight  (O, I/2) uint8, two in   NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
                  a byte, the first high
 
-as quantize.py explains them, and for that field in config.json. The files are then called
-model.int8.safetensors, since a reader who does not know them would take such weights for numbers.
+Its files are called model.int8.safetensors, so that no other reader takes them for plain weights.
 
-There is no table of names: parameters are called as in the files. `model.safetensors` of the 7B
-model has 548 tensors; those of the VQ-VAE's decoder (model.vqmodel.decoder.*) may be absent, as
-facebook/chameleon-7b was published without them. Meta's own files, and Anole's, look like such a
-folder from here: release.py gives them these names.
+There is no table of names, because parameters have the names of the files. The 7B model has 548
+tensors. Those of the VQ-VAE's decoder (model.vqmodel.decoder.*) may be missing, as in
+facebook/chameleon-7b. release.py reads Meta's and Anole's files under the same names.
 """
 
 import json
@@ -61,17 +62,17 @@ from tokenizer import read_json
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 OWN_FILES = re.compile(
-    r"model(\.int[48])?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    r"model(\.int[48]|\.nf4)?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 QUANTIZED = "quantized_weights"  # in config.json: one of KINDS; absent where weights are plain
 
 
 def read_config(folder: Path) -> ChameleonConfig:
-    """The config of a folder, Meta's or Hugging Face's; ValueError says what is wrong with it."""
+    """The config of a folder in Meta's or Hugging Face's layout. ValueError names what is wrong."""
     return open_config(folder)[0]
 
 
 def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
-    """-> config, and of which of KINDS the folder's weights are, None for plain ones."""
+    """-> config, and how the weights are quantized: one of KINDS, or None."""
     release = find_release(folder)
     if release:
         return open_release(release)[0], None
@@ -95,11 +96,12 @@ def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
 
 
 def file_stem(kind: str | None) -> str:
-    """How the files with the weights begin."""
+    """The start of the names of the files with the weights."""
     return f"model.{kind}" if kind else "model"
 
 
 def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
+    """The safetensors files of a folder. ValueError if one is missing."""
     index = folder / f"{file_stem(kind)}.safetensors.index.json"
     if index.is_file():
         try:
@@ -117,10 +119,9 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
 def open_checkpoint(
     folder: Path, device: str | torch.device, vqgan: Path | None = None, apart: bool = False
 ) -> tuple[ChameleonConfig, str | None, dict[str, Stored]]:
-    """A folder of any layout -> config, how its weights are quantized, and the tensors under
-    Hugging Face's names and in its order.
+    """A folder of any layout -> config, kind of quantized weights, {Hugging Face's name: tensor}.
 
-    `vqgan` is a file with a VQ-VAE to take instead of the folder's, see release.py.
+    `vqgan` names a file whose VQ-VAE replaces the folder's, see release.py.
     """
     release = find_release(folder)
     if release:
@@ -139,8 +140,9 @@ def open_checkpoint(
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """What a file of this model holds. Tied matrices stand there once; a quantized head is one of
-    its own, whatever it was tied to.
+    """The tensors that a checkpoint of this model contains, by name.
+
+    A tied head is not among them, unless it is quantized: then it has weights of its own.
     """
     state = model.state_dict()
     if model.config.tie_word_embeddings and isinstance(model.get_output_embeddings(), nn.Linear):
@@ -149,7 +151,9 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stored]) -> None:
-    """ValueError lists what is missing, unknown, misshapen or of a wrong kind, the first eight."""
+    """ValueError lists the first eight tensors that are missing, unknown, or of a wrong shape or
+    dtype.
+    """
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
     for name, want in wanted.items():
@@ -168,13 +172,13 @@ def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stor
 
 
 class WithoutInit(TorchFunctionMode):
-    """Inside, weights are not initialized. Meta tensors hold nothing to fill, and torch imports
-    half of its compiler to find that out: two seconds before the first word.
+    """Skips the initialization of weights. On meta tensors it would have no effect, but make torch
+    import half of its compiler, which takes two seconds.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
-            return None  # they work in place, nobody reads what they return
+            return None
         return function(*args, **(kwargs or {}))
 
 
@@ -209,12 +213,12 @@ def open_model(
 
 def packed_when_read(model: nn.Module, tensors: dict[str, Stored], kind: str,
                      device: str | torch.device) -> dict[str, Stored]:
-    """Swaps the layers of a meta model -> `tensors` with those of the twins instead of theirs."""
+    """Quantizes the layers of a meta model -> `tensors`, with packed weights for these layers."""
     layers, embedding = swap_layers(model, kind), "model.embed_tokens.weight"
 
-    @lru_cache(maxsize=1)  # weight and scale come from one reading, one right after the other
+    @lru_cache(maxsize=1)  # weight and scale, read one after the other, come from one `pack`
     def packed(name: str) -> dict[str, Tensor]:
-        stored = tensors.get(name, tensors[embedding])  # a tied head has no file of its own
+        stored = tensors.get(name, tensors[embedding])  # a tied head
         return pack(stored.read().to(device), kind)
 
     found = {}
@@ -230,12 +234,14 @@ def packed_when_read(model: nn.Module, tensors: dict[str, Stored], kind: str,
 
 def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
                     vqgan: Path | None = None, quantize: str | None = None) -> nn.Module:
-    """A folder of any layout -> model. `dtype` as in from_pretrained; quantized weights are made
-    from the file's own numbers, whatever it is. ValueError, in one line, says what is wrong.
+    """A folder of any layout -> model. `dtype` is that of from_pretrained.
+
+    Weights are quantized from the numbers of the file, whatever `dtype` is. ValueError names the
+    error, in one line.
     """
     if quantize:
         check_kind(quantize)
-    late = quantize == TORCHAO  # its tensors need their layer around them
+    late = quantize == TORCHAO  # torchao quantizes whole layers
     model, tensors = open_model(cls, folder, device, vqgan, None if late else quantize)
     if late and kind_of(model):
         raise ValueError(f"{folder} holds {kind_of(model)} weights: leave --quantize out")
@@ -245,7 +251,7 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
         if not want.dtype.is_floating_point or name.endswith(".scale"):
             to = want.dtype
         state[name] = tensors[name].read().to(device=device, dtype=to)
-    model.load_state_dict(state, strict=False, assign=True)  # checked above, so strict in effect
+    model.load_state_dict(state, strict=False, assign=True)  # check_tensors was strict
     if isinstance(model.lm_head, nn.Linear):
         model.tie_weights()
     model = model.to(device).eval()
@@ -267,7 +273,7 @@ def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str) -
         if type(tensor) is not Tensor:  # DTensor of parallel.py, torchao's
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
-        tensors[name] = Stored(tuple(tensor.shape), tensor.dtype, tensor.detach)
+        tensors[name] = Stored.of(tensor)
     write_checkpoint(folder, model.config, tensors, byte_size(max_shard_size), kind_of(model),
                      architecture=type(model).__name__)
 
@@ -275,10 +281,10 @@ def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str) -
 def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored],
                      max_shard_bytes: int, kind: str | None = None, progress: str | None = None,
                      architecture: str = "ChameleonForConditionalGeneration") -> None:
-    """Writes config.json, safetensors and, of several, their index; memory holds one file's.
+    """Writes config.json, safetensors and, if there are several, their index.
 
-    `kind` says how the weights are quantized, if they are. `progress` is the name of a bar on
-    stderr, if one is wanted.
+    Memory holds the tensors of one file. `kind` is how the weights are quantized. `progress` is the
+    name of a progress bar on stderr.
     """
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -305,7 +311,7 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
             bar.update(tensors[name].nbytes)
         save = partial(save_file, shard, metadata={"format": "pt"})
         write_atomically(folder / file, save)
-        del shard, save  # or the next file's tensors would join this one's in memory
+        del shard, save  # else memory would hold the tensors of two files
     bar.close()
     dtype = next(t.dtype for name, t in tensors.items() if name.endswith("embed_tokens.weight"))
     values = {"architectures": [architecture], "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -323,7 +329,7 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     for old in folder.iterdir():
         stale = old.name not in files and old.name not in documents
         if stale and OWN_FILES.fullmatch(old.name):
-            old.unlink()  # an earlier save's, which a reader could take for this one's
+            old.unlink()  # of an earlier save
 
 
 # ---------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) 
         return
     for prompt, row in zip(options.prompt, torch.stack(list(steps), dim=1).tolist()):
         print(prompt, file=sys.stderr, flush=True)
-        print(tokenizer.decode(row), flush=True)
+        print(tokenizer.decode(row, skip_special_tokens=True), flush=True)
 
 
 def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:

@@ -1,27 +1,27 @@
-"""The command that converts a checkpoint: any layout -> a folder that transformers reads, too.
+"""Converts a checkpoint of any layout to a folder that transformers reads, too.
 
     python -m chameleon_extras.convert SRC DST     SRC: Hugging Face's folder, Meta's or Anole's
                            --vqgan FILE            with the VQ-VAE of FILE, decoder included
                            --quantize int8         weights in 8 bits: half of the bytes
 
-Who needs it: whoever wants Meta's files, or quantized weights, on disk once and for all, or wants
-transformers' AutoProcessor to read a folder. release.py lists the layouts.
-
     tokenizer.model (sentencepiece) ------------+
     text_tokenizer.json (Meta's release) -------+--> tokenizer.json, tokenizer_config.json
 
-transformers reads byte-level BPE as it is, but for the name of <image> and for <s> in front. To
-read a sentencepiece model, it needs the protobuf package. So a tokenizer.json that gives the same
-ids is written beside it: a BPE whose merges are all the ways to put a piece together from two, the
-piece with the best score first, and bytes for all that has no piece.
+Who needs it: whoever wants Meta's files, or quantized weights, on disk once and for all, or wants
+transformers' AutoProcessor to read a folder. release.py lists the layouts.
 
-That file cannot express one rule: in transformers, the name of a control token in a text, such as
-"<s>", becomes that token. In tokenizer.py text never does.
+Meta's text_tokenizer.json is byte-level BPE. transformers reads it after two changes: the name of
+<image>, and <s> in front of a text. To read a sentencepiece model, transformers needs the protobuf
+package. So this command writes a tokenizer.json that gives the same ids. It is a BPE whose merges
+are all ways to join two pieces to a third, the piece with the best score first, with bytes for
+everything that has no piece.
+
+One rule cannot be expressed there. In transformers, the name of a control token in a text, such as
+"<s>", becomes that token. In tokenizer.py a text never becomes a control token.
 """
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ SPACE = SentencePieceTokenizer.SPACE
 
 
 def begin_with(bos_id: int) -> dict:
-    """Meta's code puts <s> in front by itself; transformers' tokenizer is told to by its file."""
+    """The post_processor of tokenizer.json that puts <s> in front, as Meta's code does."""
     begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     return {
         "type": "TemplateProcessing", "single": begin,
@@ -63,12 +63,12 @@ def begin_with(bos_id: int) -> dict:
 
 
 def write_tokenizer(folder: Path, data: dict) -> None:
-    """`data` is the contents of tokenizer.json but for its post_processor."""
+    """Writes tokenizer.json, whose contents are `data` and <s> in front; tokenizer_config.json."""
     data["post_processor"] = begin_with(data["model"]["vocab"]["<s>"])
     text = json.dumps(data, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {
-        # Named, since some versions of transformers take Llama's by default and lose all spaces.
+        # Without a class, some versions of transformers take Llama's tokenizer and lose all spaces.
         "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "ChameleonProcessor",
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
         "sep_token": END_OF_TURN, "image_token": IMAGE_PLACEHOLDERS[0], "boi_token": BEGIN_IMAGE,
@@ -77,7 +77,7 @@ def write_tokenizer(folder: Path, data: dict) -> None:
 
 
 def write_release_tokenizer(folder: Path) -> None:
-    """tokenizer.json, as Meta has it, gets transformers' name for the placeholder."""
+    """Renames the placeholder in Meta's tokenizer.json to <image>, as transformers calls it."""
     data, (ours, metas) = read_json(folder / "tokenizer.json"), IMAGE_PLACEHOLDERS
     vocab = data["model"]["vocab"]
     data["model"]["vocab"] = {ours if name == metas else name: vocab[name] for name in vocab}
@@ -87,15 +87,15 @@ def write_release_tokenizer(folder: Path) -> None:
 
 
 def write_sentencepiece_tokenizer(folder: Path) -> None:
-    """Beside tokenizer.model, the same as a tokenizer.json. ValueError if that file is broken."""
+    """Writes tokenizer.json beside tokenizer.model. ValueError if tokenizer.model is broken."""
     from sentencepiece import SentencePieceProcessor
 
     path = folder / "tokenizer.model"
-    vocab = SentencePieceTokenizer(path).vocab  # checked: it keeps a text as it is
+    vocab = SentencePieceTokenizer(path).vocab  # ValueError if it changes texts
     model = SentencePieceProcessor(model_proto=path.read_bytes())
     special = {name for name, id in vocab.items() if model.is_control(id) or model.is_unknown(id)}
     pieces = [name for name, id in vocab.items() if name not in special and not model.is_byte(id)]
-    pieces.sort(key=lambda name: -model.get_score(vocab[name]))  # the order of training
+    pieces.sort(key=lambda name: -model.get_score(vocab[name]))  # in the order of training
     known = set(pieces)
     merges = [[piece[:k], piece[k:]] for piece in pieces for k in range(1, len(piece))
               if piece[:k] in known and piece[k:] in known]
@@ -115,7 +115,7 @@ def write_sentencepiece_tokenizer(folder: Path) -> None:
 
 
 def write_processor(source: Path, folder: Path) -> None:
-    """Tokenizer and processor, so that transformers' AutoProcessor reads them, too."""
+    """Writes tokenizer and processor as transformers' AutoProcessor reads them."""
     release = find_release(source)
     if release:
         load_processor(release).save_pretrained(folder)
@@ -133,7 +133,7 @@ def write_processor(source: Path, folder: Path) -> None:
 
 def convert(source: Path, target: Path, vqgan: Path | None = None,
             max_shard_bytes: int = 5 * 10**9, quantize: str | None = None) -> None:
-    """Writes the folder `target`, whole or not at all. ValueError says what stands in the way."""
+    """Writes the folder `target`, as a whole or not at all. ValueError if it cannot."""
     part = target.with_name(target.name + ".part")
     if target.exists():
         raise ValueError(f"{target} exists already: name a folder that does not")
@@ -151,7 +151,7 @@ def convert(source: Path, target: Path, vqgan: Path | None = None,
         write_checkpoint(part, model.config, tensors, max_shard_bytes, kind_of(model), "converting")
         write_processor(source, part)
         part.rename(target)
-    except BaseException:  # Ctrl-C and a full disk too: what is half is removed
+    except BaseException:  # also Ctrl-C: no half folder is left
         shutil.rmtree(part, ignore_errors=True)
         raise
 
@@ -168,9 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     parser = OneLineParser(
-        prog="convert",
-        description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.",
-    )
+        "convert", description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.")
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
     parser.add_argument("--vqgan", type=Path, metavar="FILE",
@@ -179,6 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="largest file, and so the memory that is needed (default: 5GB)")
     parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
     options = parser.parse_args(arguments)
+
     def run() -> None:
         if not options.target.name:
             raise ValueError("DST must be the name of a folder that is not there yet")

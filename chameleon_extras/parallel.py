@@ -51,9 +51,10 @@ def check_ranks(config, N: int, quantize: str | None = None) -> None:
             raise ValueError(f"{N} processes cannot share {count} {what}: "
                              "start a number that divides it")
     for width in (config.hidden_size, config.intermediate_size):  # of o_proj and down_proj
-        if quantize == "int4" and width // group_size(width) % N:
+        group = group_size(width, KINDS[quantize].GROUPS) if quantize in ("int4", "nf4") else 1
+        if width // group % N:
             raise ValueError(f"{N} processes cannot share {width} inputs in 4-bit groups of "
-                             f"{group_size(width)}: take --quantize int8")
+                             f"{group}: take --quantize int8")
 
 
 def join(device: torch.device) -> torch.device:
@@ -80,11 +81,11 @@ def own_part(norm: nn.Module, rank: int, N: int) -> None:
 
 
 def own_columns(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
-    """A quantized layer -> one of this rank's inputs: x (..., I/N) -> sums over all ranks (..., O)"""
+    """A quantized layer -> one of this rank's inputs: x (..., I/N) -> sum over ranks (..., O)"""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     weight = layer.weight.chunk(N, dim=1)[rank].clone()  # O rows of I/N numbers; 4 bits: I/N/2
-    inputs = weight.shape[1] * (2 if type(layer) is KINDS["int4"] else 1)
+    inputs = weight.shape[1] * (2 if layer.weight.dtype == torch.uint8 else 1)
     part = type(layer)(inputs, len(weight), bias=False)
     part.weight = weight
     by_group = layer.scale.ndim == 2

@@ -25,6 +25,8 @@ With 4 bits there are 15 steps, and one scale for each GROUP of weights in a row
 
 Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE (its codes change).
 
+"nf4" has 16 unequal steps instead, see NF4Linear.
+
 Three ways to get there:
     load_checkpoint(..., quantize="int8")       each matrix on its own as it comes from the disk, so
                                                 that memory never holds the whole model in bf16
@@ -43,7 +45,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUPS = (128, 64, 32)  # inputs that share a 4-bit scale: the largest that divides the width
+NF4 = (  # quantiles of the normal distribution, as printed in arXiv 2305.14314, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0)
 ROWS_AT_ONCE = 64  # of a weight, while it is packed: the way leads through wider numbers
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
 TORCHAO = "torchao-int8"
@@ -111,12 +117,15 @@ class Int4Linear(nn.Module):
     Elsewhere they are unpacked in each call, which saves memory and no time.
     """
 
+    GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
+    SCALE = torch.bfloat16  # as the CPU kernel wants it
+
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
-        self.group = group_size(inputs)
+        self.group = group_size(inputs, self.GROUPS)
         self.register_buffer("weight", torch.zeros(outputs, inputs // 2, dtype=torch.uint8))
         shape = outputs, inputs // self.group
-        self.register_buffer("scale", torch.ones(shape, dtype=torch.bfloat16))
+        self.register_buffer("scale", torch.ones(shape, dtype=self.SCALE))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.kernel = None  # the weight in the order of the device's kernel, made when first used
 
@@ -146,19 +155,22 @@ class Int4Linear(nn.Module):
 
     def rows(self, index: Tensor) -> "Int4Linear":
         """A layer with only these outputs."""
-        part = Int4Linear(self.weight.shape[1] * 2, len(index), self.bias is not None)
+        part = type(self)(self.weight.shape[1] * 2, len(index), self.bias is not None)
         part.weight, part.scale = self.weight[index], self.scale[index]
         part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
         return part
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
-        if x.device.type == "cpu" and len(self.weight) % 16 == 0:  # what the kernel can do
+        if self.has_kernel(x):
             y = self.cpu_product(flat)
         else:
             y = F.linear(flat, self.unpacked().to(x.dtype))
         y = y.unflatten(0, x.shape[:-1])  # (..., O)
         return y if self.bias is None else y + self.bias
+
+    def has_kernel(self, x: Tensor) -> bool:
+        return x.device.type == "cpu" and len(self.weight) % 16 == 0
 
     def cpu_product(self, x: Tensor) -> Tensor:
         """x (rows, I) -> (rows, O) by PyTorch's 4-bit kernel."""
@@ -172,22 +184,57 @@ class Int4Linear(nn.Module):
                                                           self.kernel[1])
 
 
-KINDS = {"int8": Int8Linear, "int4": Int4Linear}
+class NF4Linear(Int4Linear):
+    """As Int4Linear with 16 unequal steps, NF4 of QLoRA (arXiv 2305.14314, appendix E).
+
+        w_oi = NF4[q_oi] * scale_og        scale_og: the largest magnitude of the group's 64 weights
+
+    Weights of a row are about normally distributed. The 16 values are quantiles of that
+    distribution, so that each of them is used about as often. Equals bitsandbytes' "nf4" bit for
+    bit. The head stays as it is, as in transformers. There is no kernel for it: the weights are
+    unpacked in each call, which saves memory and no time.
+    """
+
+    GROUPS, SCALE = (64,), torch.float32
+
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        groups = weight.float().unflatten(1, (-1, NF4Linear.GROUPS[0]))  # (O, I/g, g)
+        scale = groups.abs().amax(2)  # (O, I/g)
+        check_finite(scale)
+        values = torch.tensor(NF4, device=weight.device)  # (16,)
+        middles = (values[1:] + values[:-1]) / 2  # nearer to the value above where beyond it
+        safe = torch.where(scale == 0, 1.0, scale)
+        q = torch.bucketize(groups / safe[..., None], middles)  # (O, I/g, g), 0 .. 15
+        q = q.flatten(1).to(torch.uint8)  # (O, I)
+        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale}
+
+    def unpacked(self) -> Tensor:
+        """The weight (O, I) that these numbers stand for, fp32."""
+        values = torch.tensor(NF4, device=self.weight.device)[self.nibbles(self.weight)]  # (O, I)
+        groups = values.unflatten(1, (-1, self.group))  # (O, I/g, g)
+        return (groups * self.scale[..., None]).flatten(1)  # (O, I)
+
+    def has_kernel(self, x: Tensor) -> bool:
+        return False
+
+
+KINDS = {"int8": Int8Linear, "int4": Int4Linear, "nf4": NF4Linear}
 CHOICES = (*KINDS, TORCHAO)
 
 
-def group_size(inputs: int) -> int:
+def group_size(inputs: int, sizes: tuple[int, ...] = Int4Linear.GROUPS) -> int:
     """ValueError if no group size divides the width."""
-    for size in GROUPS:
+    for size in sizes:
         if inputs % size == 0:
             return size
-    raise ValueError(f"4-bit weights need widths that are multiples of {GROUPS[-1]}, not {inputs}")
+    raise ValueError(f"4-bit weights need widths that are multiples of {sizes[-1]}, not {inputs}")
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers that are quantized: all of the decoder and its head, nothing of the VQ-VAE."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and "vqmodel" not in name}
+def linear_layers(model: nn.Module, kind: str | None = None) -> dict[str, nn.Linear]:
+    """The layers that are quantized: all of the decoder and, but for nf4, its head."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+            and "vqmodel" not in name and not (kind == "nf4" and name == "lm_head")}
 
 
 def check_kind(kind: str) -> None:
@@ -228,10 +275,10 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
 
     ValueError for widths that 4-bit groups do not fit, before any change.
     """
-    layers = linear_layers(model)
-    if kind == "int4":
+    layers = linear_layers(model, kind)
+    if issubclass(KINDS[kind], Int4Linear):
         for layer in layers.values():
-            group_size(layer.in_features)
+            group_size(layer.in_features, KINDS[kind].GROUPS)
     for name, layer in layers.items():
         twin = empty_twin(layer.in_features, layer.out_features, layer.bias is not None, kind)
         twin.bias = layer.bias

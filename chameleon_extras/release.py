@@ -84,7 +84,7 @@ def halves(parts: list[Tensor], head_dim: int) -> Tensor:
 
 
 def every_head(parts: list[Tensor], heads: int) -> Tensor:
-    """P vectors (Dh,) -> (heads, Dh), in the order of `halves`. A shard's heads share its vector."""
+    """P vectors (Dh,) -> (heads, Dh), in the order of `halves`. A shard's heads share one."""
     vectors = torch.stack(parts)  # (P, Dh)
     vectors = vectors.unflatten(1, (-1, 2)).mT.flatten(1)  # (P, 2, Dh/2) -> (P, Dh)
     return vectors.repeat_interleave(heads // len(parts), dim=0)  # (heads, Dh)

@@ -60,14 +60,9 @@ from measuring import (  # noqa: E402
 
 from chameleon import ChameleonForConditionalGeneration  # noqa: E402
 from chameleon_extras.decoding import Decoder  # noqa: E402
-from chameleon_extras.files import pick_device  # noqa: E402
+from chameleon_extras.files import OneLineParser, exit_code, pick_device  # noqa: E402
 from chameleon_extras.quantize import quantize_model  # noqa: E402
-from generate import (  # noqa: E402
-    OneLineParser,
-    exit_code,
-    picture_ids,  # noqa: E402
-    stream,  # noqa: E402
-)
+from generate import picture_ids, stream  # noqa: E402
 from vqvae import ChameleonVQVAE  # noqa: E402
 
 TOY_VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=16, resolution=32,
@@ -448,7 +443,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """-> exit code: 2 also for a row that is wrong, else see `generate.exit_code`."""
+    """-> exit code: 2 also for a row that is wrong, else see `files.exit_code`."""
     return exit_code("benchmark.py", lambda: run(parse(arguments)))
 
 

@@ -9,7 +9,7 @@ from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=24, resolution=32, base_channels=32,
           channel_multiplier=[1, 1, 2], num_res_blocks=2)
 K, S, V = 64, 64, 160  # codes, image tokens of a 32x32 picture, vocabulary
-SIZES = dict(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+SIZES = dict(vocab_size=V, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
              bos_token_id=0, pad_token_id=1, eos_token_id=2)
 

@@ -1,7 +1,9 @@
-"""Small tokenizer files with the release's pipeline and layout; the real file is gated."""
+"""Small tokenizer files with the release's pipeline and layout (the real file is gated), and a png."""
 
 import json
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,15 @@ def write_small_sentencepiece(folder: str | Path, num_codes: int = 64) -> Path:
     path = Path(folder) / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
+
+
+def png(width: int, height: int) -> bytes:
+    """A png that claims a size; its data holds one row only."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        length, checksum = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
+        return length + kind + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * (1 + 3 * min(width, 1000)))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks

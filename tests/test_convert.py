@@ -293,7 +293,7 @@ def test_transformers_tokenizer_of_a_converted_folder_gives_our_ids(releases, co
     ours = load_tokenizer(releases["7b"])
     theirs = transformers.AutoTokenizer.from_pretrained(converted["7b"])
     for text in TEXTS:
-        ids = [ours.bos_token_id, *ours.encode(text)]
+        ids = [ours.bos_token_id, *ours.text_ids(text)]
         assert theirs(text).input_ids == ids
         assert theirs.decode(ids, skip_special_tokens=True) == text
     again = load_tokenizer(converted["7b"])
@@ -333,7 +333,7 @@ def tiny_for_transformers(tmp_path_factory):
 def test_transformers_gives_our_ids_for_a_sentencepiece_model(tiny_for_transformers, text):
     ours, theirs = load_tokenizer(ROOT / "tiny"), tokenizer_of(tiny_for_transformers)
     text = text.replace("\u2581", "")  # the sign for a space, which transformers takes for one
-    ids = [ours.bos_token_id, *ours.encode(text)]
+    ids = [ours.bos_token_id, *ours.text_ids(text)]
     assert theirs(text).input_ids == ids
     assert theirs.decode(ids, skip_special_tokens=True) == text
 

@@ -25,6 +25,7 @@ from chameleon import (
     ChameleonProcessor,
     KVCache,
 )
+from chameleon_extras.quantize import NF4Linear
 from generate import generate, stream
 
 pytestmark = pytest.mark.docs
@@ -180,7 +181,7 @@ def test_several_pictures(monkeypatch):
 
 def test_four_bits(monkeypatch):
     model = run(FOUR_BITS, monkeypatch)["model"]
-    assert type(model.lm_head).__name__ == "NF4Linear"
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "NF4Linear"
 
 
 def test_flash_attention(monkeypatch):
@@ -354,7 +355,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    small_model().save_pretrained(folder, max_shard_size="500KB")
+    small_model(intermediate_size=128).save_pretrained(folder, max_shard_size="500KB")
     return folder
 
 
@@ -506,3 +507,102 @@ def test_every_documented_name_is_in_one_module():
     with pytest.raises(AttributeError, match="no attribute 'ChameleonTokenizer'"):
         _ = chameleon.ChameleonTokenizer
     assert ChameleonConfig().to_dict() and AutoTokenizer.from_pretrained(ROOT / "tiny")
+
+
+# ---------------------------------------------------------------------------------------------
+# 4 bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_is_bitsandbytes_bit_for_bit(dtype):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 512, generator=g) * torch.logspace(-3, 1, 96)[:, None]
+    weight[5], weight[6, 64:128] = 0.0, 0.0
+    weight = weight.to(dtype)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    expected = functional.dequantize_4bit(packed, state)
+    layer = NF4Linear(512, 96, bias=False)
+    layer.weight, layer.scale = NF4Linear.pack(weight).values()
+    assert torch.equal(layer.unpacked().to(dtype), expected)
+
+
+def test_a_model_in_four_bits_saves_and_loads(folder, tmp_path):
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = ChameleonForConditionalGeneration.from_pretrained(folder, quantization_config=config)
+    plain = ChameleonForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    again = ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
+    assert (model(PROMPT).logits - plain(PROMPT).logits).norm() < 0.3 * plain(PROMPT).logits.norm()
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokenizer, processor
+
+
+def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_folder):
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(bpe_folder / "tokenizer.json"), bos_token="<s>", pad_token="<pad>",
+        padding_side="left")
+    texts = ["What is in this image?", "Hi"]
+    for text, options in (
+        (texts[0], {}), (texts, {}), (texts[0], dict(add_special_tokens=False)),
+        (texts, dict(padding=True, return_tensors="pt")),
+        (texts, dict(padding=True, padding_side="right", return_tensors="np")),
+        (texts, dict(padding=True, pad_to_multiple_of=8)),
+        (texts, dict(padding="max_length", max_length=40, truncation=True)),
+        (texts, dict(truncation=True, max_length=3, return_attention_mask=False)),
+    ):
+        ours, expected = bpe(text, **options), theirs(text, return_token_type_ids=False, **options)
+        assert ours.keys() == expected.keys(), options
+        for name, value in expected.items():
+            assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)) if (
+                "return_tensors" in options) else ours[name] == value, options
+    ids = bpe.encode(texts[0])
+    assert ids == theirs.encode(texts[0]) == [0, *bpe.encode(texts[0], add_special_tokens=False)]
+    assert bpe.tokenize(texts[0]) == theirs.tokenize(texts[0]) == bpe.convert_ids_to_tokens(ids[1:])
+    assert bpe.convert_tokens_to_ids(bpe.tokenize(texts[0])) == ids[1:]
+    assert bpe.decode(ids) == theirs.decode(ids) == "<s>" + texts[0]
+    assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
+    assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
+
+
+@pytest.mark.parametrize("order", ["text first", "picture first", "by name"])
+def test_both_positional_orders_of_the_processor(order):
+    processor = ChameleonProcessor.from_pretrained(ROOT / "tiny")
+    picture, text = Image.open(ROOT / "examples" / "star.png"), "What?<image>"
+    expected = processor(text=text, images=picture)
+    given = {"text first": (text, picture), "picture first": (picture, text)}
+    inputs = processor(*given.get(order, ()), **({} if order in given else
+                                                 dict(images=picture, text=text)))
+    assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
+    processor = ChameleonProcessor.from_pretrained(ROOT / "tiny")
+    picture = ROOT / "examples" / "star.png"
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "What is this? <image></s>"},
+                                     {"type": "image", "path": str(picture)}]},
+        {"role": "assistant", "content": "A star.<reserved08706>"},
+        {"role": "user", "content": [{"type": "text", "text": "Is it red?"}]},
+    ]
+    inputs = processor.apply_chat_template(turns)
+    t, (ids,) = processor.tokenizer, inputs["input_ids"].tolist()
+    eot, text = t.sep_token_id, t.text_ids
+    assert ids == [0, *text("What is this? <image></s>"), *processor.picture_ids(), eot,
+                   *text("A star.<reserved08706>"), eot, *text("Is it red?"), eot]
+    assert inputs["pixel_values"].shape == (1, 3, 36, 36)
+    assert ids.count(eot) == 3 and ids.count(t.image_token_id) == 81  # text injects none
+    first = processor.apply_chat_template(turns[:1], return_tensors="pt")
+    plain = processor(text="What is this? <", images=None)
+    assert first["input_ids"].shape[1] < len(ids) and plain["input_ids"][0, -1] == eot
+    batch = processor.apply_chat_template([turns, turns[2:]], padding=True)
+    assert batch["input_ids"].shape == (2, len(ids)) and not batch["attention_mask"][1, 0]
+    for wrong in ([{"role": "user"}], [{"content": [{"type": "video"}]}], ["text"]):
+        with pytest.raises(ValueError, match="message"):
+            processor.apply_chat_template(wrong)
+    with pytest.raises(ValueError, match="gives ids"):
+        processor.apply_chat_template(turns, tokenize=False)

@@ -1,8 +1,6 @@
 """image_processor.py: the documented numbers bit for bit, the way back, and bad files."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from synthetic import png
 
 from processor import BatchFeature, ChameleonImageProcessor, load_image
 
@@ -310,18 +309,6 @@ def test_pictures_of_different_shapes_cannot_be_stacked():
 
 
 # ------------------------------------------------------------------------------------ load_image
-
-
-def png(width: int, height: int) -> bytes:
-    """A png that claims a size; its data holds one row only."""
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        length, checksum = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
-        return length + kind + data + checksum
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    rows = zlib.compress(b"\0" * (1 + 3 * min(width, 1000)))
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 @pytest.fixture

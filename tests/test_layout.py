@@ -138,7 +138,7 @@ model = ChameleonForConditionalGeneration.from_pretrained({tiny!r})
 processor = ChameleonProcessor.from_pretrained({tiny!r})
 inputs = processor("What do you see in this image?<image>", Image.open({picture!r}))
 ids = model.generate(**inputs, max_new_tokens=50)
-print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:])[0])
+print(processor.batch_decode(ids[:, inputs["input_ids"].shape[1]:], True)[0])
 
 from generate import decode_pictures, main
 ids = model.generate(**processor("Draw a blue star."), mode="image")

@@ -41,7 +41,7 @@ for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa), ("int8", "i
         with torch.inference_mode():
             logits = model(**inputs, mask_image_logits=False).logits
         logits = logits[inputs["attention_mask"].bool()]
-        return logits, [generate.generate(model, **inputs, mode=mode, max_new_tokens=24, **sampling)
+        return logits, [generate.generate(model, **inputs, mode=mode, max_new_tokens=12, **sampling)
                         for mode in ("text", "interleaved")
                         for sampling in (dict(do_sample=False), dict(do_sample=True, seed=1))]
     bytes_of = lambda model: sum(

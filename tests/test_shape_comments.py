@@ -25,6 +25,7 @@ from tiny_world.code_rows import add_code_rows
 from tiny_world.pictures import Pictures
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
+pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for folder in ("", "chameleon_extras", "tiny_world")
            for path in sorted((ROOT / folder).glob("*.py"))]
@@ -111,11 +112,15 @@ def decoder() -> None:
         model = small_model(**changes)
         for name in ("eager", "sdpa"):
             model.set_attention(name)(**batch, labels=batch["input_ids"], mask_image_logits=False)
-    model(batch["input_ids"], attention_mask=torch.ones(2, T, T), output_attentions=True)
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == 73, 80)  # without pictures
+    model(ids, attention_mask=torch.ones(2, T, T), output_attentions=True)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
     cache = KVCache(model.config, 2, T)
-    for part in (batch["input_ids"][:, :9], batch["input_ids"][:, 9:]):
+    for part in (ids[:, :9], ids[:, 9:]):
         model(part, past_key_values=cache)
-    model(batch["input_ids"][:1])
+    grown = model(ids[:1, :9]).past_key_values
+    model(ids[:1, 9:], past_key_values=grown)
 
 
 def writing() -> None:

@@ -141,7 +141,7 @@ def test_twenty_thousand_random_texts_get_the_ids_of_the_tokenizers_library(bpe,
     rng = random.Random(0)
     samples = [random_text(rng) for _ in range(20_000)]
     encoded = oracle.encode_batch(samples, add_special_tokens=False)
-    wrong = [s for s, e in zip(samples, encoded) if bpe.encode(s) != e.ids]
+    wrong = [s for s, e in zip(samples, encoded) if bpe.text_ids(s) != e.ids]
     assert wrong == []
 
 
@@ -168,10 +168,10 @@ def test_random_texts_are_split_as_by_the_tokenizers_library(oracle):
 @given(texts)
 @settings(deadline=None, max_examples=200)
 def test_any_text_decodes_as_the_tokenizers_library_decodes_it(bpe, oracle, text):
-    ids = bpe.encode(text)
+    ids = bpe.text_ids(text)
     assert ids == oracle.encode(text, add_special_tokens=False).ids
     for part in (ids, ids[1:], ids[:-1]):  # may begin or end in the middle of a character
-        assert bpe.decode(part) == oracle.decode(part)
+        assert bpe.decode(part, skip_special_tokens=True) == oracle.decode(part)
 
 
 def test_both_spellings_of_merges_and_both_names_of_the_file_are_read(tmp_path, bpe_folder):
@@ -179,7 +179,7 @@ def test_both_spellings_of_merges_and_both_names_of_the_file_are_read(tmp_path, 
     write_synthetic_tokenizer(tmp_path / "a", list_merges=False)
     write_synthetic_tokenizer(tmp_path / "b" / "tokenizer", meta=True)
     hf, meta = load_tokenizer(tmp_path / "a"), load_tokenizer(tmp_path / "b")
-    assert hf.encode(text) == meta.encode(text) and len(hf.encode(text)) < len(text) / 2
+    assert hf.text_ids(text) == meta.text_ids(text) and len(hf.text_ids(text)) < len(text) / 2
     assert hf.image_token_id == meta.image_token_id == hf.vocab["<image>"]
     assert meta.path.name == "text_tokenizer.json" and "<image>" not in meta.vocab
 
@@ -215,15 +215,15 @@ def test_merges_go_by_rank_then_leftmost(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     tokenizer = load_tokenizer(tmp_path)
     names = {token_id: name for name, token_id in tokenizer.vocab.items()}
-    assert [names[i] for i in tokenizer.encode("abc")] == ["a", "bc"]  # rank 0 before rank 1
-    assert [names[i] for i in tokenizer.encode("aaaaa")] == ["aa", "aaa"]  # leftmost first
-    assert [names[i] for i in tokenizer.encode("abab")] == ["ab", "ab"]
+    assert [names[i] for i in tokenizer.text_ids("abc")] == ["a", "bc"]  # rank 0 before rank 1
+    assert [names[i] for i in tokenizer.text_ids("aaaaa")] == ["aa", "aaa"]  # leftmost first
+    assert [names[i] for i in tokenizer.text_ids("abab")] == ["ab", "ab"]
 
 
 def test_a_word_of_a_hundred_thousand_letters_is_tokenized_in_seconds(bpe):
     word = "".join(random.Random(0).choices("abcdeéя", k=100_000))
     start = time.perf_counter()
-    ids = bpe.encode(word)
+    ids = bpe.text_ids(word)
     assert time.perf_counter() - start < 10 and bpe.decode(ids) == word
 
 
@@ -231,16 +231,16 @@ def test_the_word_cache_is_bounded(bpe_folder, monkeypatch):
     tokenizer = load_tokenizer(bpe_folder)
     monkeypatch.setattr(ByteLevelBPE, "CACHED_WORDS", 10)
     text = " ".join(CORPUS)
-    want = load_tokenizer(bpe_folder).encode(text)
-    assert tokenizer.encode(text) == want and 0 < len(tokenizer._cache) <= 10
-    tokenizer.encode("a" * 65)
+    want = load_tokenizer(bpe_folder).text_ids(text)
+    assert tokenizer.text_ids(text) == want and 0 < len(tokenizer._cache) <= 10
+    tokenizer.text_ids("a" * 65)
     assert "a" * 65 not in tokenizer._cache
 
 
 def test_encoding_does_not_depend_on_what_was_encoded_before(bpe, bpe_folder):
-    ids = bpe.encode("What do you see?")
+    ids = bpe.text_ids("What do you see?")
     ids.append(0)  # the caller's list, not the cache's
-    assert bpe.encode("What do you see?") == load_tokenizer(bpe_folder).encode("What do you see?")
+    assert bpe.text_ids("What do you see?") == load_tokenizer(bpe_folder).text_ids("What do you see?")
 
 
 def test_the_layout_of_the_release_is_found(bpe):
@@ -268,7 +268,7 @@ GOLDEN = {  # the release's ids, as llama.cpp's tests have them
 @pytest.mark.skipif("CHAMELEON_TOKENIZER" not in os.environ, reason="needs the gated release")
 def test_the_releases_own_tokenizer_gives_its_published_ids():
     tokenizer = load_tokenizer(os.environ["CHAMELEON_TOKENIZER"])
-    assert {text: tokenizer.encode(text) for text in GOLDEN} == GOLDEN
+    assert {text: tokenizer.text_ids(text) for text in GOLDEN} == GOLDEN
     assert tokenizer.vocab_size == 65536 and tokenizer.vocabulary.num_codes == 8192
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 1)
     assert (tokenizer.sep_token_id, tokenizer.image_token_id) == (8710, 8711)
@@ -282,7 +282,7 @@ def test_the_releases_own_tokenizer_gives_its_published_ids():
 def test_decoding_what_was_encoded_gives_the_text_back(bpe, sentencepiece_tokenizer, data):
     text = data.draw(texts)
     for tokenizer in (bpe, sentencepiece_tokenizer):
-        ids = tokenizer.encode(text)
+        ids = tokenizer.text_ids(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode(torch.tensor(ids, dtype=torch.long)) == text
 
@@ -292,14 +292,14 @@ def test_decoding_what_was_encoded_gives_the_text_back(bpe, sentencepiece_tokeni
 def test_no_text_becomes_a_control_id(bpe, sentencepiece_tokenizer, data):
     text = data.draw(texts) + data.draw(st.sampled_from(NAMES)) + data.draw(texts)
     for tokenizer in (bpe, sentencepiece_tokenizer):
-        assert not tokenizer.special_ids & set(tokenizer.encode(text))
+        assert not tokenizer.special_ids & set(tokenizer.text_ids(text))
 
 
 def test_the_names_of_control_tokens_are_special_and_those_of_text_are_not(either):
     special = {name for name, token_id in either.vocab.items() if token_id in either.special_ids}
     assert {"<s>", "<pad>", "</s>", "<unk>", "<eoss>", "<racm3:break>", "<image>"} < special
     assert set(image_token_names(64)) < special
-    text_ids = {token_id for text in CORPUS for token_id in either.encode(text)}
+    text_ids = {token_id for text in CORPUS for token_id in either.text_ids(text)}
     assert len(text_ids) > 100 and not text_ids & either.special_ids
 
 
@@ -317,7 +317,7 @@ def test_streamed_pieces_joined_equal_the_decoded_whole(bpe, sentencepiece_token
 
 
 def test_a_character_of_several_ids_is_streamed_when_it_is_whole(either):
-    ids = either.encode("𝄞")  # in no corpus: four bytes, four ids
+    ids = either.text_ids("𝄞")  # in no corpus: four bytes, four ids
     decoder = either.stream_decoder()
     assert [decoder.feed(i) for i in ids] == ["", "", "", "𝄞"] and decoder.flush() == ""
     decoder = either.stream_decoder()
@@ -325,12 +325,12 @@ def test_a_character_of_several_ids_is_streamed_when_it_is_whole(either):
 
 
 def test_control_tokens_vanish_or_show_their_names(either):
-    ids = [0, *either.encode("Hi!"), either.sep_token_id, either.vocab["IMGIMGBZ"], 2]
-    assert either.decode(ids) == "Hi!"
-    assert either.decode(ids, skip_special_tokens=False) == "<s>Hi!<reserved08706>IMGIMGBZ</s>"
-    assert either.batch_decode(torch.tensor([ids, ids])) == ["Hi!", "Hi!"]
-    assert either.batch_decode([ids, []]) == ["Hi!", ""]
-    assert either.decode(torch.tensor(ids)[None][0]) == "Hi!"
+    ids = [0, *either.text_ids("Hi!"), either.sep_token_id, either.vocab["IMGIMGBZ"], 2]
+    assert either.decode(ids, skip_special_tokens=True) == "Hi!"
+    assert either.decode(ids) == "<s>Hi!<reserved08706>IMGIMGBZ</s>"
+    assert either.batch_decode(torch.tensor([ids, ids]), True) == ["Hi!", "Hi!"]
+    assert either.batch_decode([ids, []], skip_special_tokens=True) == ["Hi!", ""]
+    assert either.decode(torch.tensor(ids)[None][0], True) == "Hi!"
 
 
 def test_ids_that_do_not_exist_or_have_two_axes_are_errors(either):
@@ -343,7 +343,7 @@ def test_ids_that_do_not_exist_or_have_two_axes_are_errors(either):
 
 def test_half_a_surrogate_pair_is_a_one_line_error(either):
     with pytest.raises(ValueError, match="character 3"):
-        either.encode("ab\ud800")
+        either.text_ids("ab\ud800")
 
 
 def test_a_saved_tokenizer_is_the_same_tokenizer(either, tmp_path):
@@ -351,7 +351,7 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(either, tmp_path):
     again = load_tokenizer(tmp_path / "new" / "folder")
     again.save_pretrained(tmp_path / "new" / "folder")  # onto itself
     assert type(again) is type(either) and again.vocab == either.vocab
-    assert again.encode(CORPUS[1]) == either.encode(CORPUS[1])
+    assert again.text_ids(CORPUS[1]) == either.text_ids(CORPUS[1])
     assert again.special_ids == either.special_ids
 
 
@@ -360,19 +360,20 @@ def test_the_small_model_has_the_layout_of_the_release(sentencepiece_tokenizer):
     assert isinstance(t, SentencePieceTokenizer)
     assert (t.bos_token_id, t.pad_token_id, t.eos_token_id, t.unk_token_id) == (0, 1, 2, 3)
     assert t.vocabulary.code_to_id.tolist() == list(range(4, 68))
-    assert len(t.encode("What do you see in this image?")) < 20
+    assert len(t.text_ids("What do you see in this image?")) < 20
 
 
 def test_sentencepiece_itself_loses_u_2581_and_the_tokenizer_does_not(sentencepiece_tokenizer):
     t, text = sentencepiece_tokenizer, "a\u2581b \u2581"
     assert t._model.decode(t._model.encode(text)) == "a b  "
-    assert t.decode(t.encode(text)) == text
+    assert t.decode(t.text_ids(text)) == text
 
 
 def test_without_u_2581_the_ids_are_sentencepieces_own(sentencepiece_tokenizer):
     rng = random.Random(1)
     for text in [random_text(rng).replace("\u2581", "") for _ in range(500)]:
-        assert sentencepiece_tokenizer.encode(text) == sentencepiece_tokenizer._model.encode(text)
+        ids = sentencepiece_tokenizer.text_ids(text)
+        assert ids == sentencepiece_tokenizer._model.encode(text)
 
 
 # ------------------------------------------------------------------------------------- bad folders

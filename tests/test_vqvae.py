@@ -169,8 +169,10 @@ def test_encoding_is_fp32_whatever_the_surroundings():
             rounded = model.quant_conv(model.encoder(pixels)).float()
     flat = rounded.permute(0, 2, 3, 1).flatten(0, 2)
     assert not torch.equal(model.quantize.nearest(flat).view_as(codes), codes)
+    assert torch.equal(model.to(torch.bfloat16).encode(pixels), codes)  # the weights stay fp32
+    model.quant_conv.to(torch.bfloat16)  # a part of it, on its own
     with pytest.raises(ValueError, match="bfloat16, which changes codes"):
-        model.to(torch.bfloat16).encode(pixels)
+        model.encode(pixels)
 
 
 class PeakBytes(TorchDispatchMode):

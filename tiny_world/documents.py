@@ -90,7 +90,7 @@ class Writer:
         """
         for part in parts:
             if isinstance(part, str):
-                document.add(self.tokenizer.encode(part), text)
+                document.add(self.tokenizer.text_ids(part), text)
                 continue
             both = part if isinstance(part, Picture) else (self.codes[part], self.codes[part])
             ids, read = (self.code_to_id[codes].tolist() for codes in both)
@@ -103,8 +103,8 @@ class Writer:
         The last sentence is the conclusion, and often a single word. It weighs CONCLUSION_WEIGHT
         as a whole, so that a long description in front does not outweigh it.
         """
-        ids = self.tokenizer.encode(text) + self.eos
-        last = 1 + len(self.tokenizer.encode(text.rsplit(". ", 1)[-1]))
+        ids = self.tokenizer.text_ids(text) + self.eos
+        last = 1 + len(self.tokenizer.text_ids(text.rsplit(". ", 1)[-1]))
         return ids, [1.0] * (len(ids) - last) + [max(1.0, CONCLUSION_WEIGHT / last)] * last
 
     def asked(self, prompt: Sequence) -> Document:
@@ -149,12 +149,12 @@ class Writer:
         document.add(self.bos, 0.0)
         self.write(document, shared, image, image)
         for branch, (question, text) in enumerate(turns, start=1):
-            question = self.tokenizer.encode(question) + self.turn if question else []
+            question = self.tokenizer.text_ids(question) + self.turn if question else []
             answer, weight = self.answer(text)
             if not question:
                 weight = 1.0
             elif not shared:
-                seen = len(self.tokenizer.encode(text.split(". ")[0])) + 1  # and the full stop
+                seen = len(self.tokenizer.text_ids(text.split(". ")[0])) + 1  # and the full stop
                 weight[:seen] = [0.0] * seen
             if len(document.ids) + len(question) + len(answer) > room:
                 break
@@ -199,6 +199,7 @@ class Corpus:
         return scene
 
     def question(self, scene: Scene) -> tuple[str, str]:
+        """A random question that has an answer for this scene, and the answer."""
         while True:
             name = self.questions[self.rng.choice(len(self.questions), p=self.asked)]
             turn = language.QUESTIONS[name](self.rng, scene)
@@ -215,10 +216,12 @@ class Corpus:
     # --- pretraining: statements, no turns
 
     def statements(self, scene: Scene, n: int) -> list[str]:
+        """The first n of: the caption, the description, random statements."""
         both = [language.caption(scene), language.look(scene)]
         return (both + [language.state(self.rng, scene) for _ in range(n)])[:n]
 
     def pretrain(self, room: int) -> Document:
+        """Statements and pictures without turns. `room` is the number of tokens left in the row."""
         rng, writer, kind = self.rng, self.writer, self.rng.random()
         scene = self.scene()
         if kind < 0.35:  # a picture, then independent statements about it
@@ -243,7 +246,7 @@ class Corpus:
     # --- sft: prompt and answer
 
     def sft(self, room: int) -> Document:
-        """One document of a random kind. `room` is the number of tokens left in its row.
+        """Prompts with answers, of a random kind. `room` is as in `pretrain`.
 
         `shares` counts documents. A document of `practice` fills the room, so a share of 0.14
         yields 25 % of all tokens and a share of 0.36 yields 56 %.
@@ -290,7 +293,7 @@ class Corpus:
         while len(turns) < (12 if in_order else 30):
             if in_order or not turns:  # a new scene for each turn, or one scene for all
                 count = int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
-                scene = world.sample_scene(rng, count, self.heard_of())
+                scene = world.sample_scene(rng, count, self.held_out_or_any())
                 pair = world.sample_pair(rng, self.chance(0.3))
                 while pair[2] in ("colour", "both") and self.chance(0.6):
                     pair = world.sample_pair(rng, self.chance(0.3))  # equal shapes are harder
@@ -314,7 +317,7 @@ class Corpus:
         turns = [(question, answer.removeprefix(seen + " ")) for question, answer in turns]
         return self.writer.branches((seen,), turns, 0.0, room)
 
-    def heard_of(self) -> bool | None:
+    def held_out_or_any(self) -> bool | None:
         """`held_out` of a scene in words: half of them name a pair that no picture shows."""
         return True if self.chance(0.5) else None
 
@@ -324,7 +327,7 @@ class Corpus:
         This is the purest exercise in looking things up. Once colour and shape are said, only the
         description tells the place, and a guess is seldom right.
         """
-        scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), self.heard_of())
+        scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), self.held_out_or_any())
         said = [language.found(thing) for thing in scene.things]
         order = self.rng.permutation(len(said))
         return language.look(scene), " ".join(said[i] for i in order)
@@ -335,6 +338,7 @@ class Corpus:
         return self.writer.chat((words,), (found,))
 
     def drawing(self) -> Document:
+        """A request to draw, and the picture; sometimes a caption behind it, or no request."""
         scene = self.scene()
         if self.chance(EMPTY_PROMPT):
             return self.writer.completion(scene)
@@ -377,6 +381,7 @@ class Corpus:
         return tuple(pictures)
 
     def edit(self) -> Document:
+        """A picture with a request to change it, and the changed picture."""
         before, after, change = self.one_of(self.pictures.edits)
         request = language.vary(self.rng, language.ask_edit(self.rng, after, change))
         pictures = before, self.drawn(after)

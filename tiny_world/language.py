@@ -117,10 +117,12 @@ def caption(scene: Scene) -> str:
 
 
 def matches(thing: Thing, **named: str) -> bool:
+    """Has the thing these values of colour, shape, size or place?"""
     return all(getattr(thing, field) == value for field, value in named.items())
 
 
 def phrase(rng: np.random.Generator, size: str = "", colour: str = "", shape: str = "") -> str:
+    """The named fields in order: "small red circle", "red shape" or "red object"."""
     return " ".join(filter(None, (size, colour, shape or pick(rng, ("shape", "object")))))
 
 

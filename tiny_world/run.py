@@ -71,8 +71,6 @@ class Run:
 
     def whole_state(self, model: nn.Module, optimizer=None) -> dict:
         """The unsharded state of a model or of its optimizer, on the CPU. All ranks call it."""
-        if self.world_size == 1:
-            return model.state_dict() if optimizer is None else optimizer.state_dict()
         from torch.distributed.checkpoint import state_dict as dcp
 
         how = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -104,34 +102,28 @@ class Run:
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
 
-    def take_over(self, stage: str, model: nn.Module) -> None:
-        """Loads the weights with which another stage ended. ValueError if they do not fit."""
-        weights = self.load(stage)["model"]
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError:
-            raise self.other_options(stage) from None
+    def take_over(self, stage: str, model: nn.Module, optimizer=None) -> dict:
+        """Loads the weights, and the optimizer's state, with which a stage ended -> all it saved.
 
-    def other_options(self, stage: str) -> ValueError:
-        return ValueError(f"{self.file(stage)} was saved with other options: name another --state")
+        ValueError if they do not fit.
+        """
+        from torch.distributed.checkpoint import state_dict as dcp
+
+        data, how = self.load(stage), dcp.StateDictOptions(full_state_dict=True)
+        try:
+            dcp.set_model_state_dict(model, data["model"], options=how)
+            if optimizer is not None:
+                dcp.set_optimizer_state_dict(model, optimizer, data["optimizer"], options=how)
+        except (RuntimeError, ValueError, KeyError):
+            raise ValueError(f"{self.file(stage)} was saved with other options: name another "
+                             "--state") from None
+        return data
 
     def resume(self, stage: str, model, optimizer, rng, codebook=None) -> int:
         """Restores what `save` wrote -> the next step, which is 0 if there is no such file."""
         if not self.file(stage).is_file():
             return 0
-        data = self.load(stage)
-        if self.world_size == 1:
-            try:
-                model.load_state_dict(data["model"])
-                optimizer.load_state_dict(data["optimizer"])
-            except (RuntimeError, ValueError, KeyError):
-                raise self.other_options(stage) from None
-        else:
-            from torch.distributed.checkpoint import state_dict as dcp
-
-            how = dcp.StateDictOptions(full_state_dict=True)
-            dcp.set_model_state_dict(model, data["model"], options=how)
-            dcp.set_optimizer_state_dict(model, optimizer, data["optimizer"], options=how)
+        data = self.take_over(stage, model, optimizer)
         rng.bit_generator.state = data["rng"]
         torch.set_rng_state(data["torch_rng"])
         if codebook is not None:

@@ -1,0 +1,84 @@
+"""What is compiled is what was meant: any padding, any column, any few rows, by the real compiler."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import V, left_padded, small_model
+
+from chameleon import KVCache
+from chameleon_extras.decoding import Decoder, check_compile
+from generate import CACHE_STEP, stream
+
+ROWS = (1, 2, 3)
+SIZES = dict(num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=CACHE_STEP)
+try:
+    check_compile(torch.device("cpu"))
+except ValueError as error:
+    pytestmark = pytest.mark.skip(reason=str(error))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def decoder(request):
+    """One compiled block for the whole file: a shape for each number of rows."""
+    torch._dynamo.reset()
+    yield Decoder(small_model(**SIZES).to(request.param), compiled=True)
+    torch._dynamo.reset()
+
+
+@st.composite
+def moments(draw):
+    """A cache filled to any column, any of its columns masked, and one more id for each row."""
+    B, column = draw(st.sampled_from(ROWS)), draw(st.integers(1, CACHE_STEP - 1))
+    seed, hidden = draw(st.integers(0, 10**6)), draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(B, CACHE_STEP, dtype=torch.long)
+    mask[:, :column] = torch.rand(B, column, generator=g) >= hidden  # even a row of padding alone
+    mask[:, column] = torch.rand(B, generator=g) < 0.8  # a guidance stream may skip the new one
+    padded = draw(st.booleans()) or not hidden == 0.0
+    return B, column, mask if padded else None, g
+
+
+@settings(max_examples=60, deadline=None)
+@given(moment=moments())
+@torch.inference_mode()
+def test_a_compiled_step_is_the_eager_models_for_any_mask_and_column(decoder, moment):
+    B, column, mask, g = moment
+    model, dtype = decoder.model, decoder.model.dtype
+    caches = [KVCache(model.config, B, CACHE_STEP, dtype) for _ in range(2)]
+    mine, theirs = ([*cache.k, *cache.v] for cache in caches)
+    for a, b in zip(mine, theirs):
+        b.copy_(a.copy_(torch.randn(a.shape, generator=g)))  # behind the column: old numbers
+    for cache in caches:
+        cache.length = column
+    new, positions, seen = torch.randint(74, V, (B, 1), generator=g), None, None
+    if mask is not None:
+        seen = mask[:, : column + 1]
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -1:]  # (B, 1)
+    compiled = decoder(new, mask, positions, caches[0]).float()  # (B, D)
+    model.set_attention("eager")
+    plain = model.model(new, attention_mask=seen, position_ids=positions,
+                        past_key_values=caches[1]).last_hidden_state[:, -1].float()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.06
+    assert (compiled - plain).norm() <= tolerance * plain.norm()
+    assert caches[0].length == caches[1].length == column + 1
+    for a, b in zip(mine, theirs):
+        x, y = (c[:, :, column].float() for c in (a, b))
+        assert (x - y).norm() <= tolerance * y.norm()
+        a[:, :, column] = b[:, :, column]
+        assert torch.equal(a, b)  # no other column is touched
+
+
+@pytest.mark.parametrize("decoder", [torch.float32], indirect=True, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=len(ROWS)),
+       seed=st.integers(0, 10**6), sampled=st.booleans())
+def test_ids_of_any_batch_are_those_without_a_decoder(decoder, lengths, seed, sampled):
+    """In fp32: in bf16 two ids may be equally good."""
+    g = torch.Generator().manual_seed(seed)
+    inputs = left_padded([torch.randint(74, V, (n,), generator=g).tolist() for n in lengths])
+    options = dict(max_new_tokens=12, eos_token_id=[80, 90], do_sample=sampled, seed=seed)
+    fast = torch.stack(list(stream(decoder.model, **inputs, **options, decoder=decoder)), 1)
+    decoder.model.set_attention("sdpa")
+    plain = torch.stack(list(stream(decoder.model, **inputs, **options)), 1)
+    assert torch.equal(fast, plain)
