@@ -107,6 +107,7 @@ class ChameleonConfig:
     output_hidden_states: bool = False  # defaults of forward's arguments of the same names
     output_attentions: bool = False
     return_dict: bool = True
+    model_type = "chameleon"  # no field: transformers' name for the family
 
     def __post_init__(self) -> None:
         if self.num_key_value_heads is None:
@@ -555,6 +556,7 @@ class PreTrainedModel(nn.Module):
 
     config: ChameleonConfig
     gradient_checkpointing = False
+    generation_config = None  # peft looks for it; options are arguments of `generate` here
 
     @property
     def body(self) -> "ChameleonModel":
@@ -604,6 +606,10 @@ class PreTrainedModel(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         self.body.gradient_checkpointing = False
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Tensor) -> dict:
+        """What wrappers such as peft's look for; `generate` itself has no use for it."""
+        return {"input_ids": input_ids, **inputs}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options) -> Self:

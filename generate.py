@@ -483,6 +483,14 @@ class Picker:
         return self.code_to_id[self.image.choose(logits, generators)]  # (B,)
 
 
+def unwrapped(model: nn.Module) -> ChameleonForConditionalGeneration:
+    """The model inside a wrapper, such as a LoRA model of peft. ValueError if there is none."""
+    for module in model.modules():
+        if isinstance(module, ChameleonForConditionalGeneration):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no ChameleonForConditionalGeneration")
+
+
 def stream(
     model: ChameleonForConditionalGeneration,
     input_ids: Tensor,  # (B, T), padded on the left
@@ -522,6 +530,7 @@ def stream(
     if not do_sample and mode != "image" and (temperature not in (0, 1) or top_k or top_p < 1):
         warnings.warn("temperature, top_k and top_p change nothing here: without do_sample=True, "
                       "text is greedy", stacklevel=2)
+    model = unwrapped(model)
     grammar = Grammar(model, mode)
     steps = steps_to_make(model, input_ids.shape[-1], mode, max_new_tokens)
     stops = stop_ids(model, eos_token_id, mode)

@@ -545,8 +545,13 @@ class ChameleonProcessor:
                                            clean_up_tokenization_spaces)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the tokenizer's file, preprocessor_config.json and processor_config.json."""
+        """Writes the tokenizer's files, preprocessor_config.json and processor_config.json, from
+        which `from_pretrained` and transformers' AutoProcessor give the same ids.
+        """
+        from chameleon_extras.convert import write_for_transformers  # files it alone needs
+
         self.tokenizer.save_pretrained(folder)
+        write_for_transformers(Path(folder))
         self.image_processor.save_pretrained(folder)
         data = {"image_seq_length": self.image_seq_length, "image_token": self.image_token}
         write_json(Path(folder) / "processor_config.json",

@@ -489,7 +489,8 @@ class ByteLevelBPE(Tokenizer):
         vocab, merges = read_bpe(Path(path))
         characters = byte_characters()
         if not vocab.keys() >= set(characters):
-            raise ValueError(f"{path}: some of the 256 byte tokens are missing, not byte-level BPE")
+            raise ValueError(f"{path}: some of the 256 byte tokens are missing, not byte-level BPE "
+                             "(put the tokenizer.model that it was made from beside it)")
         self._byte_ids = [vocab[character] for character in characters]
         self._bytes = {character: byte for byte, character in enumerate(characters)}
         self._merges = merges  # (left id, right id) -> (rank, id of both joined)

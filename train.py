@@ -256,7 +256,8 @@ class QueryNorm:
         q = layer.self_attn.q_proj(x).unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
         if hasattr(layer, "reshard"):
             layer.reshard()
-        return q.float().norm(dim=-1).mean().item()
+        norms = q.float().norm(dim=-1)  # (B, T, H)
+        return norms[norms > 0].mean().item()  # a padding token is zero in every layer
 
 
 def train_decoder(stage: str, run: Run) -> None:

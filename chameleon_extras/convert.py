@@ -114,12 +114,19 @@ def write_sentencepiece_tokenizer(folder: Path) -> None:
     })
 
 
+def write_for_transformers(folder: Path) -> None:
+    """Beside the tokenizer's own file, those from which AutoProcessor gives the same ids."""
+    if (folder / "tokenizer.model").is_file():
+        write_sentencepiece_tokenizer(folder)
+    elif (folder / "tokenizer.json").is_file():
+        write_release_tokenizer(folder)
+
+
 def write_processor(source: Path, folder: Path) -> None:
     """Writes tokenizer and processor as transformers' AutoProcessor reads them."""
     release = find_release(source)
     if release:
-        load_processor(release).save_pretrained(folder)
-        return write_release_tokenizer(folder)
+        return load_processor(release).save_pretrained(folder)
     for name in TOKENIZER_AND_PROCESSOR:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -1,4 +1,4 @@
-"""Small tokenizer files with the release's pipeline and layout (the real file is gated), and a png."""
+"""Small tokenizer files with the release's pipeline and layout (that is gated), and a png."""
 
 import json
 import random

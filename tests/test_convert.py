@@ -34,7 +34,7 @@ from tokenizer import load_tokenizer
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS, D, F, EPS, THETA = 2, 64, 96, 1e-5, 10000.0
+LAYERS, D, F, EPS, THETA = 2, 64, 128, 1e-5, 10000.0
 SMALL = {  # the two releases in small: heads, kv heads, shards, order of norms
     "7b": dict(heads=4, kv=4, shards=1, swin=False),
     "30b": dict(heads=8, kv=4, shards=4, swin=True),

@@ -606,3 +606,42 @@ def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
             processor.apply_chat_template(wrong)
     with pytest.raises(ValueError, match="gives ids"):
         processor.apply_chat_template(turns, tokenize=False)
+
+
+def test_transformers_reads_the_processor_that_is_saved_and_we_read_theirs(
+        either, tmp_path, monkeypatch):
+    processor = ChameleonProcessor(
+        chameleon.ChameleonImageProcessor(size=32, crop_size=32), either, image_seq_length=16)
+    processor.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "ours")
+    picture, text = Image.new("RGB", (40, 40), "red"), "  What is this?<image> 12"
+    want = processor(text=text, images=picture, return_tensors="pt")
+    got = theirs(text=text, images=picture, return_tensors="pt")
+    assert torch.equal(got["input_ids"], want["input_ids"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    if either.path.suffix == ".model":  # transformers does not keep it
+        with pytest.raises(ValueError, match="put the tokenizer.model .* beside it"):
+            ChameleonProcessor.from_pretrained(tmp_path / "theirs")
+        (tmp_path / "theirs" / "tokenizer.model").write_bytes(either.path.read_bytes())
+    again = ChameleonProcessor.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(again(text=text, images=picture)["input_ids"], want["input_ids"])
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_a_lora_model_learns_and_writes_before_and_after_merging(task):
+    peft = pytest.importorskip("peft")
+    model, inputs = small_model(), batch_with_pictures()
+    plain = model.generate(**inputs, max_new_tokens=6)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"],
+                                                      task_type=task))
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.5)
+    ids = lora.generate(**inputs, max_new_tokens=6)
+    assert torch.equal(generate(lora, **inputs, max_new_tokens=6), ids)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 73, -100)
+    lora(**inputs, labels=labels).loss.backward()
+    learned = {name for name, p in lora.named_parameters() if p.grad is not None}
+    assert learned and all("lora_" in name for name in learned)
+    assert torch.equal(lora.merge_and_unload().generate(**inputs, max_new_tokens=6), ids)
+    assert not torch.equal(ids, plain)

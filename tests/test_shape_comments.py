@@ -152,13 +152,14 @@ def pictures() -> None:
 def weights() -> None:
     """Few bits, Meta's layout, parts of a model."""
     whole = small_model()
-    for kind in ("int8", "int4"):
+    for kind in ("int8", "int4", "nf4"):
         for dtype in (torch.float32, torch.bfloat16):
             model = quantize_model(copy.deepcopy(whole).to(dtype), kind)
             model.model(torch.ones(2, 30, dtype=torch.long))
             model.model(torch.ones(1, 1, dtype=torch.long))
-            model.lm_head.unpacked()
-            model.lm_head.rows(torch.arange(16))(torch.ones(2, 64, dtype=dtype))
+            layer = model.model.layers[0].self_attn.q_proj
+            layer.unpacked()
+            layer.rows(torch.arange(16))(torch.ones(2, 64, dtype=dtype))
     parts = [torch.zeros(16, 64), torch.zeros(16, 64)]
     for join in (release.rows, release.columns):
         join(parts)
