@@ -282,7 +282,10 @@ class Contexts:
         for mask, row in zip(self.mask, rows):
             mask[T - len(row) : T] = 1
         self.padded = len(streams) > 1 or not bool(self.mask[:, :T].all())
-        self.cache = KVCache(model.config, len(rows), size, model.dtype, device)
+        if decoder:  # which may have one, with what was recorded for it
+            self.cache = decoder.new_cache(len(rows), size)
+        else:
+            self.cache = KVCache(model.config, len(rows), size, model.dtype, device)
 
     def version(self, row: Tensor, stream: str) -> Tensor:
         """One row's ids (n,) -> those that the stream sees; <s> always stays."""
@@ -595,20 +598,24 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
     places = pick.grammar.places(seen)
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
     ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
-    for room in range(steps, 0, -1):
-        with evaluating(model):
-            hidden = contexts.hidden()  # (G, B, D)
-        if room == steps and not hidden.isfinite().all():  # once, as it is a GPU synchronization
-            raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
-                             "for this dtype")
-        chosen = pick(hidden, seen, places, room)  # (B,)
-        chosen = chosen.masked_fill(ended, pad)
-        yield chosen
-        if room > 1:
-            ended = ended | (chosen[:, None] == ends).any(1)
-            places = pick.grammar.advance(places, chosen, room)
-            seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
-            contexts.feed(chosen)
+    try:
+        for room in range(steps, 0, -1):
+            with evaluating(model):
+                hidden = contexts.hidden()  # (G, B, D)
+            if room == steps and not hidden.isfinite().all():  # once: a GPU synchronization
+                raise ValueError("the model computes inf or nan: its weights are damaged, or too "
+                                 "large for this dtype")
+            chosen = pick(hidden, seen, places, room)  # (B,)
+            chosen = chosen.masked_fill(ended, pad)
+            yield chosen
+            if room > 1:
+                ended = ended | (chosen[:, None] == ends).any(1)
+                places = pick.grammar.advance(places, chosen, room)
+                seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
+                contexts.feed(chosen)
+    finally:
+        if decoder:
+            decoder.keep(contexts.cache)
 
 
 def generate(

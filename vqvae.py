@@ -403,13 +403,13 @@ class ChameleonVQVAE(nn.Module):
         self.decoder = Decoder(config) if with_decoder else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChameleonVQVAE":
-        """torch calls this in .to(), .half() and .cuda(). It moves weights but keeps their dtype.
+        """torch calls this in .to(), .half() and .cuda(). It moves weights, and casts to fp32 only.
 
         So codes stay the same when a whole model is cast to bf16 (see `encode`).
         """
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+            return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
 

@@ -13,17 +13,20 @@ Python and launches   Every small operation costs microseconds to start, hundred
 changing shapes       A cache that grows is another shape in each step, and would be compiled anew.
                       So the buffers keep their full size L, the column to write is a number on the
                       device, and a mask hides what is not yet written. Nothing depends on the step.
+                      On CUDA a step reads a view of the first 256, 512 ... columns, with a graph
+                      for each; one compiled code serves all of them.
 attention             For one query, softmax(q k^T) v as it stands in the textbook beats the fused
                       kernels on a CPU, which are made for many queries.
 matrix times vector   The libraries for matrix products are made for many rows. For a few (one, or
                       those of a guided picture), a plain loop over the weights is twice as fast:
                       torch.compile writes it, for float and for int8 weights; without, torch has
-                      one of its own for one row in bf16 on a CPU.
+                      one of its own for one row in bf16 on a CPU. On CUDA, cuBLAS is faster from
+                      two rows of float weights on; for int8 it would want a bf16 copy of them.
 waiting               Reading an id makes the host wait for CUDA. So ids are read one step behind,
                       while the next step already runs; inside a picture nothing else is read.
 
-Not done: joining q, k, v and gate, up into one matrix each. Compiled, a block is one function
-anyway; else it saves 2 % of the time that these products take.
+Not done: joining q, k, v and gate, up into one matrix each. On CUDA the compiler does the same with
+`combo_kernels`, one launch for loops that do not need each other; on a CPU it saves 2 %.
 
 One block is compiled, and its code serves all N, since they differ in their tensors only: a sixth
 of the time that compiling the whole step takes, at the same speed.
@@ -43,6 +46,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -51,15 +55,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chameleon import (
+    ChameleonConfig,
     ChameleonForConditionalGeneration,
     KVCache,
     eager_attention,
     rotary_table,
     sdpa_attention,
 )
-from chameleon_extras.quantize import Int8Linear
+from chameleon_extras.quantize import Int8Linear, kind_of
 
 FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
+VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
+VIEW = 256  # such a view has a multiple of so many columns
+UNREAD = 8  # columns behind the last that a view may have
 AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few
 
 
@@ -111,11 +119,15 @@ def one_query_loops(
 def auto_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, None]:
-    """The form for one query; for many the fused kernel that torch picks."""
+    """The form for one query; for many the fused kernel that torch picks.
+
+    On CUDA that is flash for a prompt without a mask. Padding and guidance need one, which flash
+    does not take: torch then picks cuDNN's or the memory-efficient kernel.
+    """
     if q.shape[2] > 1:
         return sdpa_attention(q, k, v, mask, dropout)
     loops = (torch.compiler.is_compiling() and k.device.type == "cpu"
-             and k.shape[2] % AT_ONCE == 0)  # so is every cache of modality.py
+             and k.shape[2] % AT_ONCE == 0)  # so is every cache of generate.py
     return (one_query_loops if loops else one_query_attention)(q, k, v, mask, dropout)
 
 
@@ -180,26 +192,48 @@ def set_attention(model: ChameleonForConditionalGeneration,
 # Matrix times vector
 
 
+def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
+    """sum_i w_oi x_ni in fp32.   weight (O, I), rows (n, I) -> (n, O)
+
+    One sum for each row n, which torch.compile joins into one loop: it reads each weight once, as
+    it is stored, and writes nothing but the sums.
+    """
+    weight = weight.float()  # (O, I)
+    return torch.stack([(in_memory(row.float()) * weight).sum(-1) for row in rows])  # (n, O)
+
+
+def packed_row_sums(weight: Tensor, rows: Tensor) -> Tensor:
+    """`row_sums` for int8 weights on CUDA, read four at a time as one int32.
+
+    A thread of a GPU loads 16 bytes at once: 16 weights, but only 4 numbers of x in fp32. To bring
+    the two together, a loop over single weights passes them through shared memory, and it waits
+    for the slow conversion from int8. Four weights in one number are as wide as a number of x.
+    """
+    four = weight.view(torch.int32)  # (O, I/4), byte b of number j is weight 4j + b
+    # Up, so that the byte's sign is the number's; down, so that the sign fills what is above.
+    q = [(four << 24 - 8 * b >> 24).float() for b in range(4)]  # 4 times (O, I/4)
+    rows = rows.float().unflatten(-1, (-1, 4)).mT.contiguous()  # (n, 4, I/4)
+    sums = [sum(q_b * x_b for q_b, x_b in zip(q, row)).sum(-1) for row in in_memory(rows)]
+    return torch.stack(sums, dim=-1).T  # (n, O)
+
+
 class RowProduct(nn.Module):
-    """A linear layer for torch.compile: with FEW rows of x its product becomes a plain loop.
+    """A linear layer for torch.compile: with few rows of x its product becomes a plain loop.
 
         y_no = s_o * sum_i w_oi x_ni + b_o        s_o: the scale of int8 weights, else 1
-
-    Sums in fp32. One sum for each row n, which torch.compile joins into one loop: it reads each
-    weight once, as it is stored, and writes nothing but y.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.int8 = layer, isinstance(layer, Int8Linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)  # (n, I)
-        if len(rows) > (FEW if x.device.type == "cpu" else 1):
+        rows, cuda = x.flatten(0, -2), x.device.type == "cuda"  # (n, I)
+        if len(rows) > (1 if cuda and not self.int8 else FEW):
             return self.layer(x)
-        weight = self.layer.weight.float()  # (O, I)
-        y = torch.stack([(in_memory(row.float()) * weight).sum(-1) for row in rows])  # (n, O)
-        if isinstance(self.layer, Int8Linear):
+        packed = cuda and self.int8 and x.shape[-1] % 4 == 0
+        y = (packed_row_sums if packed else row_sums)(self.layer.weight, rows)  # (n, O)
+        if self.int8:
             y = y * self.layer.scale
         y = y.to(x.dtype).unflatten(0, x.shape[:-1])  # (..., O)
         return y if self.layer.bias is None else y + self.layer.bias
@@ -281,42 +315,119 @@ def copy_of(function: types.FunctionType) -> types.FunctionType:
     return types.FunctionType(function.__code__.replace(), function.__globals__)
 
 
-def compile_step(function: Callable, guards: Callable | None = None) -> Callable:
+def compile_step(function: Callable, device: torch.device,
+                 guards: Callable | None = None) -> Callable:
     options = {"guard_filter_fn": guards} if guards else {}
-    if torch.cuda.is_available():  # finds loops that read at full bandwidth
-        options["coordinate_descent_tuning"] = True
+    if device.type == "cuda":
+        # Tries some shapes of each loop, and puts loops that do not need each other in one launch.
+        options |= {"max_autotune_pointwise": True, "combo_kernels": True}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
 
 
 def check_compile(device: torch.device) -> None:
-    """ValueError if torch.compile has no compiler to work with here."""
+    """ValueError if torch.compile lacks what it needs here."""
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--compile is for cpu and cuda, not for {device.type}: leave it out")
-    compilers = [os.environ.get("CXX"), "g++", "clang++"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in compilers if name):
-        raise ValueError("--compile needs a C++ compiler: install g++, or leave it out")
+    cuda = device.type == "cuda"
+    if cuda and torch.cuda.get_device_capability(device)[0] < 7:
+        raise ValueError("--compile needs a GPU of compute capability 7.0 or newer: leave it out")
+    if cuda and find_spec("triton") is None:
+        raise ValueError("--compile on CUDA needs Triton: pip install triton, or leave it out")
+    names = ["gcc", "clang"] if cuda else ["g++", "clang++"]  # Triton's launchers are C
+    given = os.environ.get("CC" if cuda else "CXX")
+    if not any(shutil.which(name) for name in (given, *names) if name):
+        raise ValueError(f"--compile needs a {'C' if cuda else 'C++'} compiler: install {names[0]},"
+                         " or leave it out")
+
+
+def warn_of_unpacking(model: nn.Module) -> None:
+    """On CUDA only a compiled step reads quantized weights as they are."""
+    kind = kind_of(model)
+    if kind and model.device.type == "cuda":
+        warnings.warn(f"{kind} weights save memory but no time on CUDA unless the step is compiled:"
+                      " say --compile (Decoder(model, compiled=True))", stacklevel=3)
+
+
+class StepCache(KVCache):
+    """A KVCache, the other inputs of a compiled step, and the CUDA graphs that read them all.
+
+    A recorded graph reads and writes the same memory in every replay: so nothing here ever moves.
+    """
+
+    def __init__(self, config: ChameleonConfig, B: int, L: int, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        # A view of all columns would have strides that follow from its size, and code compiled for
+        # it would rely on that. So where there are views, some columns lie behind all of them.
+        super().__init__(config, B, L + (UNREAD if device.type in VIEWED else 0), dtype, device)
+        self.max_length = L
+        self.new = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.column = torch.zeros(1, dtype=torch.long, device=device)
+        self.allowed = torch.zeros(B, 1, 1, self.k[0].shape[2], dtype=torch.bool, device=device)
+        self.graphs = {}  # columns read -> a graph, and the hidden states that it writes
+
+    def fill(self, new: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
+        """What varies from step to step, for the arguments of `Decoder.__call__`."""
+        self.new.copy_(new)
+        self.column.fill_(self.length)
+        if mask is None:
+            self.positions.fill_(self.length)
+            self.allowed[..., : self.length + 1] = True
+        else:
+            self.positions.copy_(positions)
+            self.allowed[..., : self.max_length] = mask[:, None, None]
+            self.allowed[..., self.length] = True  # padding looks at itself: never an empty row
+
+    def first(self, columns: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Views of the first columns: k and v of each layer (B, Hkv, L, Dh), allowed (B, 1, 1, L).
+
+        Marked, so that what is compiled for one L serves all.
+        """
+        k, v = ([x[:, :, :columns] for x in xs] for xs in (self.k, self.v))
+        allowed = self.allowed[..., :columns]  # (B, 1, 1, L)
+        for x, dim in (*((x, 2) for x in (*k, *v)), (allowed, 3)):
+            torch._dynamo.mark_dynamic(x, dim)
+        return k, v, allowed
 
 
 class Decoder:
-    """Runs the steps of `sampling.stream`: `stream(model, ..., decoder=Decoder(model))`.
+    """Runs the steps of `generate.stream`: `stream(model, ..., decoder=Decoder(model))`.
 
     Works on the model's own weights and changes none; only its choice of attention is set.
-    `compiled` takes seconds once for each shape of the batch and each 256 columns of cache.
+    `compiled` takes seconds once for each number of rows, on a CPU for each 256 columns of cache,
+    too. One decoder keeps the last answer's cache and its CUDA graphs for the next of that shape.
     """
 
     def __init__(self, model: ChameleonForConditionalGeneration, compiled: bool = False,
                  attention: str = "auto") -> None:
         check_attention(attention, model.device, model.dtype, compiled)
         self.model, self.compiled = set_attention(model, attention), compiled
-        self.cache = None  # of the last step; the inputs of a compiled one belong to it
-        if compiled:
+        self.cache = self.spare = None  # of the last step; of the last answer, to be used again
+        if not compiled:
+            warn_of_unpacking(model)
+        else:
             self.layers = [with_row_products(layer) for layer in model.model.layers]
             check_compile(model.device)
             # Before each call torch asks whether all it has seen is still so; for N blocks that is
             # a tenth of a step. Here only shapes are asked. That the rest is so, we know: layers of
             # one model differ in their tensors alone, and this copy of the code serves one model.
-            self.block = compile_step(copy_of(block), torch.compiler.keep_tensor_guards_unsafe)
-            self.head = compile_step(head)
+            self.block = compile_step(copy_of(block), model.device,
+                                      torch.compiler.keep_tensor_guards_unsafe)
+            self.head = compile_step(head, model.device)
+
+    def new_cache(self, B: int, L: int) -> KVCache:
+        """An empty cache for B rows and L columns; `keep` it when its answer has ended."""
+        spare, self.spare = self.spare, None
+        if spare is None or (len(spare.new), spare.max_length) != (B, L):
+            kind = StepCache if self.compiled else KVCache
+            return kind(self.model.config, B, L, self.model.dtype, self.model.device)
+        spare.length = 0
+        spare.allowed.zero_()
+        return spare
+
+    def keep(self, cache: KVCache) -> None:
+        if self.compiled:
+            self.spare = cache
 
     @contextmanager
     def kernels(self, rows: int) -> Iterator[None]:
@@ -352,89 +463,73 @@ class Decoder:
         `mask` (B, L) is 1 where a row sees a column, the new one too unless its guidance stream
         skips it, 0 behind; `positions` (B, 1). Both None: nothing is padded.
         """
+        self.cache = cache
         with self.kernels(len(new)):
             if self.compiled:
-                return self.step(new, mask, positions, cache)
-            self.cache = cache
+                cache.fill(new, mask, positions)
+                cache.length += 1
+                if new.device.type in VIEWED:
+                    return self.replay(cache)
+                return self.walk(cache, cache.k, cache.v, cache.allowed)
             if mask is not None:
                 mask = mask[:, : cache.length + 1]
             return self.model.model(
                 new, attention_mask=mask, position_ids=positions, past_key_values=cache
             ).last_hidden_state[:, -1]  # (B, D)
 
-    def step(self, new: Tensor, mask: Tensor | None, positions: Tensor | None,
-             cache: KVCache) -> Tensor:
-        """The compiled step: what varies is copied into tensors that stay, then it is replayed."""
-        if cache is not self.cache:
-            self.begin(cache, len(new))
-        self.new.copy_(new)
-        self.column.fill_(cache.length)
-        if mask is None:
-            self.positions.fill_(cache.length)
-            self.allowed[..., : cache.length + 1] = True
-        else:
-            self.positions.copy_(positions)
-            self.allowed.copy_(mask[:, None, None])
-            self.allowed[..., cache.length] = True  # padding looks at itself: never an empty row
-        cache.length += 1
-        return self.replay()
-
-    def begin(self, cache: KVCache, B: int) -> None:
-        """Inputs of the step in places that do not move, for a cache that is new."""
-        L, device = cache.max_length, self.model.device
-        self.cache, self.graph = cache, None
-        self.new = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.column = torch.zeros(1, dtype=torch.long, device=device)
-        self.allowed = torch.zeros(B, 1, 1, L, dtype=torch.bool, device=device)
-
-    def walk(self) -> Tensor:
+    def walk(self, cache: StepCache, k: list[Tensor], v: list[Tensor], allowed: Tensor) -> Tensor:
         """From the inputs that stay to hidden states (B, D): ChameleonModel.forward of one column.
         """
         model = self.model.model
-        x = model.embed_tokens(self.new)  # (B, 1, D)
-        cos, sin = rotary_table(model.config, self.positions)  # (B, 1, 1, Dh)
+        x = model.embed_tokens(cache.new)  # (B, 1, D)
+        cos, sin = rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, k, v in zip(self.layers, self.cache.k, self.cache.v):
-            x = self.block(layer, x, cos, sin, self.allowed, k, v, self.column)  # (B, 1, D)
+        for layer, k_, v_ in zip(self.layers, k, v):
+            x = self.block(layer, x, cos, sin, allowed, k_, v_, cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 
-    def replay(self) -> Tensor:
-        """`walk`, on CUDA as one graph. (Written for CUDA, not measured there.)"""
-        if self.model.device.type != "cuda":
-            return self.walk()
-        if self.graph is None:
-            # What runs first compiles and picks kernels, which a recording must not contain. It
-            # writes the same column as the recorded step will: nothing is lost.
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(2):
-                    self.walk()
-            torch.cuda.current_stream().wait_stream(aside)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.hidden = self.walk()
-        self.graph.replay()
-        return self.hidden  # the next replay writes over it, when the ids are chosen already
+    def replay(self, cache: StepCache) -> Tensor:
+        """`walk` over the columns written, rounded up, as one CUDA graph."""
+        columns = min(-(-cache.length // VIEW) * VIEW, cache.max_length)
+        if columns not in cache.graphs:
+            cache.graphs[columns] = self.record(cache, columns)
+        graph, hidden = cache.graphs[columns]
+        graph.replay()
+        return hidden  # the next replay writes over it, when the ids are chosen already
+
+    def record(self, cache: StepCache, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        views = cache.first(columns)
+        # What runs first compiles and picks kernels, which a recording must not contain. It writes
+        # the same column as the recorded step will: nothing is lost.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "\\s*Online softmax is disabled")
+            self.walk(cache, *views)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            hidden = self.walk(cache, *views)
+        return graph, hidden
 
     def read(self, steps: Iterator[Tensor], behind: int | None = None) -> Iterator[Tensor]:
         """Ids as they are made (B,) -> the same on the CPU, on CUDA one step behind.
 
         While the host waits for an id, the step that follows is at work already. The last of them
-        is in vain where a text ends before its limit.
+        is in vain where a text ends before its limit. The first id is not kept back: the step that
+        follows it may have to compile.
         """
         cuda = self.model.device.type == "cuda"
         behind = (1 if cuda else 0) if behind is None else behind
         waiting = []
-        for ids in steps:
+        for n, ids in enumerate(steps):
             arrived = None
             if cuda:  # pinned memory, or the copy would wait
                 host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
                 ids, arrived = host.copy_(ids, non_blocking=True), torch.cuda.Event()
                 arrived.record()
             waiting.append((ids, arrived))
-            if len(waiting) > behind:
+            if len(waiting) > (behind if n else 0):
                 yield self.arrive(*waiting.pop(0))
         for ids, arrived in waiting:
             yield self.arrive(ids, arrived)

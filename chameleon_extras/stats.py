@@ -10,7 +10,7 @@ can do is measured at the same moment, so that other load on the machine counts,
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch import Tensor
 from chameleon import ChameleonForConditionalGeneration, KVCache
 
 READ = 2**28  # bytes of the memory that is read to measure it: more than any processor's caches
+READ_CUDA = 2**32  # the same of a GPU's, if it is free
 
 
 class Stats:
-    """Watches one `sampling.stream` of a model; `report` is a line of text."""
+    """Watches one `generate.stream` of a model; `report` is a line of text."""
 
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
         self.model = model
@@ -61,26 +62,44 @@ class Stats:
                 f"peak memory {peak_memory(self.model.device) / 1e9:.2f} GB")
 
 
-def step_bytes(model: ChameleonForConditionalGeneration, share_of_codes: float = 0.0) -> float:
-    """Bytes of weights that a step reads: the layers, and the head or its rows for codes."""
+def step_bytes(model: ChameleonForConditionalGeneration,
+               share_of_codes: float | None = 0.0) -> float:
+    """Bytes of weights that a step reads: the layers, and the head or its rows for codes.
+
+    `share_of_codes` None: the layers alone.
+    """
     def size(module: torch.nn.Module) -> int:
         tensors = [*module.parameters(), *module.buffers()]
         return sum(t.nbytes for t in tensors)
 
-    part = len(model.model.vocabulary.code_to_id) / model.config.vocab_size
+    if share_of_codes is None:
+        return size(model.model.layers)
+    part = model.model.vocabulary.num_codes / model.config.vocab_size
     head = size(model.lm_head) * (1 - share_of_codes + share_of_codes * part)
     return size(model.model.layers) + head
 
 
 def bandwidth(device: torch.device) -> float:
     """Bytes a second at which a large array in this device's memory is read; best of five."""
-    data = torch.ones(READ // 4, device=device)
-    best = float("inf")
-    for _ in range(5):
+    cuda, size = device.type == "cuda", READ
+    if cuda:  # a quarter of a gigabyte would be read in less time than a launch and a wait take
+        size = min(READ_CUDA, torch.cuda.mem_get_info(device)[0] // 2)
+    data = torch.ones(size // 8, dtype=torch.int64, device=device)
+    return data.nbytes / min(seconds_of(data.sum, cuda) for _ in range(5))
+
+
+def seconds_of(task: Callable[[], object], cuda: bool) -> float:
+    """On CUDA by the device's own clock, which knows nothing of launches."""
+    if not cuda:
         start = time.perf_counter()
-        data.sum().item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
+        task()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    task()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def peak_memory(device: torch.device) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
+from chameleon_extras.stats import bandwidth
 from generate import picture_ids
 from tokenizer import image_token_name
 
@@ -77,6 +78,8 @@ class Peak:
 
 def read_bandwidth(device: torch.device, size: int) -> float:
     """Bytes a second at which `size` bytes, far more than any cache, are read and summed."""
+    if device.type == "cuda":
+        return bandwidth(device)
     numbers = torch.ones(size // 8, dtype=torch.int64, device=device)
     seconds = [timed(device, numbers.sum)[0] for _ in range(5)]
     return size / min(seconds)
@@ -135,7 +138,7 @@ def random_model(config: ChameleonConfig,
             model = ChameleonForConditionalGeneration(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
-    model.model.vqmodel.float()
+    model.to(device).model.vqmodel.float()  # a buffer or two are made on the CPU
     for name, p in model.named_parameters():
         if p.ndim == 1 or "_norm." in name:  # weights of norms, biases
             p.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import generate
+from chameleon_extras import quantize
 from chameleon_extras.decoding import Decoder
 
 TOY = ("--size", "toy", "--rounds", "1", "--tokens", "5", "--device", "cpu")
@@ -29,6 +30,14 @@ def test_it_prints_a_line_for_every_row(capsys):
         "VQ encode 32x32, transformers", "VQ encode 32x32",
         "VQ decode 32x32, plain NCHW", "VQ decode 32x32",
         "VQ decode 32x32, bf16"]
+
+
+def test_a_row_that_cannot_run_is_left_out_and_the_others_go_on(capsys, monkeypatch):
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    assert benchmark.main([*TOY, "--only", "torchao,ours"]) == 0
+    out, err = capsys.readouterr()
+    assert "| ours |" in out and "| torchao |" not in out
+    assert "torchao is left out: torchao is not installed" in err
 
 
 @pytest.mark.parametrize("row", ["text", "codes"])

@@ -1,11 +1,14 @@
 """Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from small import S as BIG_S
 from small import batch_with_pictures, left_padded, small_model
 from test_generate import SMALL_S, with_any_logits
 
+import generate as module
 from chameleon import KVCache, eager_attention, sdpa_attention
 from chameleon_extras import decoding
 from chameleon_extras.decoding import (
@@ -19,6 +22,8 @@ from chameleon_extras.decoding import (
     one_query_attention,
     one_query_loops,
     only,
+    packed_row_sums,
+    row_sums,
     set_attention,
     with_row_products,
 )
@@ -151,6 +156,50 @@ def test_a_text_may_grow_past_any_guard_and_nothing_is_compiled_again(traced):
                        decoder=decoder)
         generate(model, torch.tensor([[0] * 30]), max_new_tokens=40, **options, decoder=decoder)
     assert ids.shape == (1, 153) and (ids == 71).sum() > 5 and len(traced) == graphs
+
+
+class Replayed:
+    """What stands for a CUDA graph: walks anew, and writes over what it gave before."""
+
+    def __init__(self, walk):
+        self.walk, self.hidden = walk, walk().clone()
+
+    def replay(self):
+        self.hidden.copy_(self.walk())
+
+
+def test_steps_over_views_of_the_cache_are_compiled_once_and_recorded_once(monkeypatch):
+    """As on CUDA, with the compiler's real code: a view that ends with the cache comes first."""
+    def record(self, cache, columns):
+        recorded.append(columns)
+        views = cache.first(columns)
+        graph = Replayed(lambda: self.walk(cache, *views))
+        return graph, graph.hidden
+
+    recorded = []
+    for name, value in (("VIEWED", ("cpu",)), ("VIEW", 32),
+                        ("one_query_loops", one_query_attention)):
+        monkeypatch.setattr(decoding, name, value)
+    monkeypatch.setattr(module, "CACHE_STEP", 32)
+    monkeypatch.setattr(Decoder, "record", record)
+    model = small_model(num_hidden_layers=1)
+    decoder, graphs = Decoder(model, compiled=True), []
+    for T, new in ((3, 6), (3, 80), (5, 80), (30, 20)):
+        prompt, options = torch.full((1, T), 80), dict(max_new_tokens=new, eos_token_id=[])
+        expected = generate(model, prompt, **options)
+        with torch._dynamo.config.patch(error_on_recompile=bool(graphs)):
+            assert torch.equal(generate(model, prompt, **options, decoder=decoder), expected)
+        graphs.append(len(recorded))
+    assert recorded == [32, 32, 64, 96, 32, 64] and graphs == [1, 4, 4, 6]  # the third: none
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_four_weights_in_one_number_give_the_sums_of_four(n):
+    g = torch.Generator().manual_seed(n)
+    weight = torch.randint(-128, 128, (24, 64), generator=g, dtype=torch.int8)
+    rows = torch.randn(n, 64, generator=g)
+    torch.testing.assert_close(packed_row_sums(weight, rows), row_sums(weight, rows),
+                               atol=1e-3, rtol=1e-5)
 
 
 def test_a_step_is_one_whole_graph_and_every_product_a_loop(traced):
@@ -313,6 +362,46 @@ def test_stats_pass_ids_on_and_count_steps():
     assert ids == generate(model, prompt, max_new_tokens=6, eos_token_id=[])[0, 2:].tolist()
     assert "6 steps of 1 row(s)" in stats.report() and len(stats.seconds) == 6
     assert "too few" in Stats(model).report()
+
+
+@pytest.mark.parametrize("triton, capability, compilers, message", [
+    (False, (9, 0), True, "on CUDA needs Triton: pip install triton, or leave it out"),
+    (True, (6, 1), True, "compute capability 7.0 or newer: leave it out"),
+    (True, (9, 0), False, "needs a C compiler: install gcc, or leave it out"),
+    (True, (9, 0), True, None),
+])
+def test_what_compiling_on_cuda_needs_is_named(triton, capability, compilers, message, monkeypatch):
+    monkeypatch.setattr(decoding, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(decoding.shutil, "which", lambda name: compilers or None)
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_compile(torch.device("cuda"))
+
+
+def test_the_first_id_is_not_kept_back():
+    """What follows it may have to compile."""
+    made = []
+
+    def steps():
+        for n in range(4):
+            made.append(n)
+            yield torch.tensor([n])
+
+    ids = Decoder(small_model()).read(steps(), behind=1)
+    assert int(next(ids)) == 0 and made == [0]
+    assert int(next(ids)) == 1 and made == [0, 1, 2]
+    assert [int(i) for i in ids] == [2, 3]
+
+
+def test_two_answers_at_once_do_not_share_a_cache(traced):
+    model = small_model()
+    prompts, options = ([[0, 80]], [[0, 90]]), dict(max_new_tokens=8, eos_token_id=[])
+    expected = [generate(model, torch.tensor(p), **options)[0, 2:].tolist() for p in prompts]
+    decoder = Decoder(model, compiled=True)
+    for _ in range(2):  # the second time one of them gets a cache that was used before
+        streams = [stream(model, torch.tensor(p), **options, decoder=decoder) for p in prompts]
+        ids = [[int(i) for i in pair] for pair in zip(*streams)]
+        assert [list(row) for row in zip(*ids)] == expected
 
 
 def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):

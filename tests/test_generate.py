@@ -232,7 +232,7 @@ def with_any_logits(seed: int, scale: float, begin: float) -> ChameleonForCondit
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         DRAWER.lm_head.weight.copy_(torch.randn(DRAWER.lm_head.weight.shape, generator=g) * scale)
-        hidden = DRAWER.model(torch.tensor([[0, 80]])).last_hidden_state[0, -1]
+        hidden = DRAWER.model(torch.tensor([[0, 85]])).last_hidden_state[0, -1]
         DRAWER.lm_head.weight[BEGIN] += begin * hidden / hidden.norm()
     return DRAWER
 
@@ -274,7 +274,7 @@ def test_every_picture_has_exactly_s_codes_and_the_grammar_never_ends_dead(
 
 def test_pictures_do_occur_and_need_room_for_all_their_codes():
     model = with_any_logits(0, 0.01, 1000.0)  # begins a picture whenever it may
-    prompt = torch.tensor([[0, 80]])
+    prompt = torch.tensor([[0, 85]])
     options = dict(mode="interleaved", eos_token_id=[])
     for room in range(1, 20):
         ids = generate(model, prompt, max_new_tokens=room, **options)[0, 2:].tolist()

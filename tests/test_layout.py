@@ -21,8 +21,8 @@ TOP = {f"{name}.py" for name in ORDER} | {
     *FOLDERS, "tests", "tiny", "examples", "README.md", "pyproject.toml", "LICENSE", "CITATION.cff"}
 # What the core imports inside functions, so that a reader of the model meets no files and commands.
 LATE = {
-    ("chameleon", "from_pretrained"): "chameleon_extras",
-    ("chameleon", "save_pretrained"): "chameleon_extras",
+    **{(module, name): "chameleon_extras" for module in CORE
+       for name in ("from_pretrained", "save_pretrained")},
     ("chameleon", "generate"): "generate",
     ("generate", "main"): "chameleon_extras.command",
 }

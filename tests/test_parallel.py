@@ -26,7 +26,7 @@ from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabu
 
 torch.set_num_threads(1)
 device = parallel.join(torch.device("cpu"))
-sizes = SIZES | dict(vq_config=VQ, vocabulary_map=scrambled_vocabulary())
+sizes = SIZES | dict(num_hidden_layers=2, vq_config=VQ, vocabulary_map=scrambled_vocabulary())
 gqa = dict(num_key_value_heads=2, swin_norm=True)
 biased = dict(attention_bias=True, mlp_bias=True)
 wide = dict(hidden_size=256, intermediate_size=256, vocab_size=V + 1)
@@ -41,7 +41,7 @@ for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa), ("int8", "i
         with torch.inference_mode():
             logits = model(**inputs, mask_image_logits=False).logits
         logits = logits[inputs["attention_mask"].bool()]
-        return logits, [generate.generate(model, **inputs, mode=mode, max_new_tokens=12, **sampling)
+        return logits, [generate.generate(model, **inputs, mode=mode, max_new_tokens=8, **sampling)
                         for mode in ("text", "interleaved")
                         for sampling in (dict(do_sample=False), dict(do_sample=True, seed=1))]
     bytes_of = lambda model: sum(

@@ -135,7 +135,8 @@ def test_a_padded_row_without_its_padding_is_the_single_row(bpe, prompts, side):
 def test_a_prompt_holds_bos_once_in_front_and_no_other_control_id_before_the_end(bpe, text):
     ids = processor_for(bpe)(text).input_ids[0].tolist()
     assert ids[0] == bpe.bos_token_id == 0 and ids[-1] == bpe.sep_token_id
-    assert not bpe.special_ids & set(ids[1:-1]) and bpe.decode(ids, skip_special_tokens=True) == text
+    assert not bpe.special_ids & set(ids[1:-1])
+    assert bpe.decode(ids, skip_special_tokens=True) == text
 
 
 def test_padding_side_is_left_unless_the_tokenizer_or_the_call_says_right(bpe_folder):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # when it is run as a script
 
 import benchmark  # noqa: E402
+import cuda_report  # noqa: E402
 
 import generate as module  # noqa: E402
 import train  # noqa: E402
@@ -95,6 +96,7 @@ def test_the_python_example_runs(monkeypatch, capsys):
 PROGRAMS = {
     "generate.py": module.main, "train.py": train.main, "-m chameleon_extras.convert": convert.main,
     "-m tiny_world.figures": figures.main, "tests/benchmark.py": benchmark.main,
+    "tests/cuda_report.py": cuda_report.main,
 }  # fmt: skip
 
 

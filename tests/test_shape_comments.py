@@ -228,6 +228,8 @@ def fast_steps() -> None:
         list(stream(model, rows, decoder=decoding.Decoder(model, compiled=True), **options))
     q, k = torch.rand(2, 4, 1, 16), torch.rand(2, 2, 8, 16)
     decoding.one_query_loops(q, k, k, None, 0.0)  # what a compiler sees in place of the other
+    decoding.packed_row_sums(torch.ones(6, 16, dtype=torch.int8), torch.rand(2, 16))
+    decoding.StepCache(model.config, 2, 16, torch.float32, torch.device("cpu")).first(8)
 
 
 def drawings() -> None:
@@ -239,7 +241,7 @@ def drawings() -> None:
 
 
 def test_every_shape_comment_is_what_the_tensor_has(untrained_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "compile_step", lambda function, guards=None: function)
+    monkeypatch.setattr(decoding, "compile_step", lambda function, *_: function)
     with Shapes(SOURCES) as shapes:
         decoder()
         writing()

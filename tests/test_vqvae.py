@@ -259,3 +259,16 @@ def test_an_impossible_config_names_its_field(change, name):
 def test_the_config_survives_a_dict_and_ignores_unknown_keys():
     config = ChameleonVQVAEConfig(**SMALL, attn_resolutions=[16])
     assert ChameleonVQVAEConfig.from_dict(config.to_dict() | {"ch_mult": [1]}) == config
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_encoding_leaves_the_callers_precision_as_it_was(precision):
+    """Also after the caller has used torch's newer settings, which forbid asking by the older."""
+    vq, conv = ChameleonVQVAE(ChameleonVQVAEConfig(**SMALL)).eval(), torch.backends.cudnn.conv
+    before, torch.backends.fp32_precision = torch.backends.fp32_precision, precision
+    try:
+        seen = conv.fp32_precision
+        vq.encode(torch.zeros(1, 3, 32, 32))
+        assert conv.fp32_precision == seen
+    finally:
+        torch.backends.fp32_precision = before
