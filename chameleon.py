@@ -21,14 +21,17 @@ N       pictures over all rows, pixels (N, 3, height, width)
 
 What differs from a plain Llama (Chameleon, https://arxiv.org/abs/2405.09818, section 2.3):
 - QK-norm: a LayerNorm on each query and key head, before RoPE. `ChameleonLayerNorm` says why.
-- The 34B model also applies its norms after attention and feed-forward (`swin_norm`). That bounds
-  what each block adds to the residual stream.
+- The 34B model applies its norms after attention and feed-forward, not before (`swin_norm`). That
+  bounds what each block adds to the residual stream.
 - Early fusion (section 2): the vocabulary holds 8192 image codes beside the text, and no layer
   knows which is which. Image tokens are causal like all others, because the same next-token
   objective must also be able to WRITE them one by one.
 
-Sections without a number in front are those of this paper. Parameter names are those of the
-Hugging Face checkpoint, so its state dict loads without a table of names.
+A section cited without an arXiv number is a section of that paper. Parameter names are those of
+the Hugging Face checkpoint, so its state dict loads without a table of names.
+
+Read first: from "Norms and positions" to `ChameleonModel.forward`. Skip at first: the config's
+checks, and the section "What a first reader skips", which holds what transformers' users expect.
 """
 
 import copy
@@ -38,7 +41,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 import torch.nn as nn
@@ -46,8 +49,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import VocabularyMap
-from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
+from tokenizer import VocabularyMap, check_ids
+from vqvae import (
+    ChameleonVQVAE,
+    ChameleonVQVAEConfig,
+    Count,
+    Flag,
+    Scale,
+    Share,
+    Size,
+    check_fields,
+    real,
+    whole,
+)
 
 QK_NORM_EPS = 1e-5  # fixed in the release, whatever rms_norm_eps says
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
@@ -70,6 +84,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "leaky_relu": F.leaky_relu,
 }
+# Types of fields as in vqvae.py: what an error message calls them, and the check.
+Activation = Annotated[str, f"one of {', '.join(ACTIVATIONS)}", lambda x: x in list(ACTIVATIONS)]
+Positive = Annotated[float, "a number above 0, up to 1e9", lambda x: real(0, 1e9)(x) and x > 0]
+Id = Annotated[int, "an id", whole(0, 10**6)]
+Ids = Annotated[int | list[int], "an id or a list of ids", lambda x: all(
+    map(whole(0, 10**6), x if type(x) is list else [x]))]
+Object = Annotated[dict, "an object of names and values", lambda x: isinstance(x, dict)]
+VQ = Annotated[ChameleonVQVAEConfig | dict, "an object of names and values",
+               lambda x: isinstance(x, (ChameleonVQVAEConfig, dict))]
 
 
 @dataclass
@@ -78,52 +101,43 @@ class ChameleonConfig:
     ChameleonConfig (7B). Raises ValueError, naming the field, if a value is impossible.
     """
 
-    vocab_size: int = 65536
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: one per query head (7B: 32, 34B: 8 of 64)
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 4096
-    initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
-    use_cache: bool = True  # a forward pass returns a cache
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1  # transformers' default; really <pad> in the released vocabulary
-    eos_token_id: int | list[int] | None = 2
-    tie_word_embeddings: bool = False
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"type": "linear" or "dynamic", "factor": 2.0}
-    attention_bias: bool = False
-    attention_dropout: float = 0.0
+    vocab_size: Size = 65536
+    hidden_size: Size = 4096
+    intermediate_size: Size = 11008
+    num_hidden_layers: Count = 32
+    num_attention_heads: Count = 32
+    num_key_value_heads: Count | None = None  # None: one per query head (7B: 32, 34B: 8 of 64)
+    hidden_act: Activation = "silu"
+    max_position_embeddings: Size = 4096
+    initializer_range: Scale = 0.02
+    rms_norm_eps: Positive = 1e-5
+    use_cache: Flag = True  # a forward pass returns a cache
+    pad_token_id: Id | None = None
+    bos_token_id: Id | None = 1  # transformers' default; really <pad> in the released vocabulary
+    eos_token_id: Ids | None = 2
+    tie_word_embeddings: Flag = False
+    rope_theta: Positive = 10000.0
+    rope_scaling: Object | None = None  # {"type": "linear" or "dynamic", "factor": 2.0}
+    attention_bias: Flag = False
+    attention_dropout: Share = 0.0
     # How many shards the model was trained in. In the release each shard has ONE q and k norm,
     # repeated here for each of its heads; the forward pass does not look at this number.
-    model_parallel_size: int = 1
-    swin_norm: bool = False
-    vq_config: ChameleonVQVAEConfig | dict | None = None  # None: the released VQ-VAE
-    vocabulary_map: dict[str, int] | None = None  # token name -> id; finds the image codes
-    mlp_bias: bool = False
-    output_hidden_states: bool = False  # defaults of forward's arguments of the same names
-    output_attentions: bool = False
-    return_dict: bool = True
+    model_parallel_size: Count = 1
+    swin_norm: Flag = False
+    vq_config: VQ | None = None  # None: the released VQ-VAE
+    vocabulary_map: Object | None = None  # token name -> id; finds the image codes
+    mlp_bias: Flag = False
+    output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
+    output_attentions: Flag = False
+    return_dict: Flag = True
     model_type = "chameleon"  # no field: transformers' name for the family
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if not isinstance(self.vq_config, ChameleonVQVAEConfig):
             self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
-        self._check_sizes()
-        self._check_choices()
-
-    def _check_sizes(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                     "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-                     "model_parallel_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         D, H, Hkv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if D % (2 * H):
             raise ValueError(f"hidden_size {D} must be an even multiple of num_attention_heads {H}")
@@ -132,23 +146,16 @@ class ChameleonConfig:
                              f"{D} / num_attention_heads {H} is 2")
         if H % Hkv:
             raise ValueError(f"num_key_value_heads {Hkv} must divide num_attention_heads {H}")
-
-    def _check_choices(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
-        if not (self.rope_theta > 0 and self.rms_norm_eps > 0):
-            raise ValueError("rope_theta and rms_norm_eps must be above 0, got "
-                             f"{self.rope_theta} and {self.rms_norm_eps}")
         kind, factor = self.rope_type, self.rope_factor
         if kind not in ("default", "linear", "dynamic"):
             raise ValueError(f"rope_scaling type {kind!r} is none of default, linear, dynamic")
-        if kind != "default" and not (isinstance(factor, (int, float)) and factor >= 1):
-            raise ValueError(f"rope_scaling needs a factor of at least 1, got {factor!r}")
-        highest = max((self.vocabulary_map or {"": 0}).values())
-        if highest >= self.vocab_size:
-            raise ValueError(f"vocabulary_map names id {highest}, vocab_size is {self.vocab_size}")
+        if kind != "default" and not real(1, 1000)(factor):
+            raise ValueError(f"rope_scaling needs a factor from 1 to 1000, got {factor!r:.80}")
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, ids in (("pad_token_id", [self.pad_token_id]), ("eos_token_id", ends),
+                          ("bos_token_id", [self.bos_token_id])):
+            check_ids({name: i for i in ids if i is not None}, self.vocab_size)
+        check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 
     @property
     def head_dim(self) -> int:
@@ -199,6 +206,8 @@ class ChameleonConfig:
         """
         values = dict(values)
         rope = values.pop("rope_parameters", None)
+        if rope is not None and not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters must be an object or null, got {rope!r:.80}")
         if rope:
             values["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
             kind = rope.get("rope_type", rope.get("type", "default"))
@@ -211,6 +220,144 @@ class ChameleonConfig:
         """The config.json of transformers 4, which every version of transformers reads."""
         head = {"architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon"}
         return head | dataclasses.asdict(self) | {"vq_config": self.vq_config.to_dict()}
+
+
+# ---------------------------------------------------------------------------------------------
+# What a first reader skips: the outputs and generic methods that transformers' users expect
+
+
+class ModelOutput:
+    """What a forward pass gives, by attribute, name or index, as transformers' ModelOutput:
+    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `dict(**output)`.
+    A field that was not asked for is None; names and indices leave it out.
+    """
+
+    def keys(self) -> list[str]:
+        names = [field.name for field in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) is not None]
+
+    def to_tuple(self) -> tuple:
+        return tuple(getattr(self, name) for name in self.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __getitem__(self, key: str | int | slice) -> object:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+@dataclass
+class ChameleonModelOutput(ModelOutput):
+    """Equals transformers' BaseModelOutputWithPast."""
+
+    last_hidden_state: Tensor | None = None  # (B, T, D), after the final norm
+    past_key_values: "KVCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
+    attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
+
+
+@dataclass
+class ChameleonOutput(ModelOutput):
+    """Equals transformers' CausalLMOutputWithPast."""
+
+    loss: Tensor | None = None  # scalar, mean over the labels that count
+    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
+    past_key_values: "KVCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None  # as in ChameleonModelOutput
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class PreTrainedModel(nn.Module):
+    """What both models share under the names of transformers' PreTrainedModel."""
+
+    config: ChameleonConfig
+    gradient_checkpointing = False
+    generation_config = None  # peft looks for it; options are arguments of `generate` here
+
+    @property
+    def body(self) -> "ChameleonModel":
+        return getattr(self, "model", self)
+
+    @property
+    def device(self) -> torch.device:
+        return self.body.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.body.embed_tokens.weight.dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.body.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.body.embed_tokens = value
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "lm_head", None)
+
+    def tie_weights(self) -> None:
+        """One matrix for embedding and head, if the config says so."""
+        if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
+            self.lm_head.weight = self.body.embed_tokens.weight
+
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
+        """Keeps the rows of ids that stay; new rows start as in a new model."""
+        body, old = self.body, self.config.vocab_size
+        body.embed_tokens = resized(body.embed_tokens, old, vocab_size, body.init_weights)
+        if hasattr(self, "lm_head"):
+            self.lm_head = resized(self.lm_head, old, vocab_size, body.init_weights)
+        self.config.vocab_size = vocab_size
+        self.tie_weights()
+        return body.embed_tokens
+
+    def gradient_checkpointing_enable(self, *ignored: object, **also_ignored: object) -> None:
+        """Training keeps each layer's input alone, and computes the rest again when it is needed:
+        about a third more time, and memory for one layer instead of all (arXiv 1604.06174).
+        """
+        self.body.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.body.gradient_checkpointing = False
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Tensor) -> dict:
+        """What wrappers such as peft's look for; `generate` itself has no use for it."""
+        return {"input_ids": input_ids, **inputs}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options) -> Self:
+        """Reads a folder in the layout of Hugging Face, Meta or Anole, or a hub id.
+
+        Options are transformers': dtype (or torch_dtype; None keeps what the file holds, and the
+        VQ-VAE is fp32 in any case), device_map, attn_implementation, quantization_config.
+        ValueError, in one line, says what is wrong.
+        """
+        # Files and their checks are no part of the model; they import this file.
+        from chameleon_extras.pretrained import load_pretrained
+
+        return load_pretrained(cls, folder, **options)
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Writes config.json and safetensors that transformers and `from_pretrained` read."""
+        from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
+
+        save_checkpoint(self, Path(folder), max_shard_size)
+
+
+def resized(table: nn.Module, old: int, new: int, init: Callable[[nn.Module], None]) -> nn.Module:
+    """An embedding or a head with `new` rows, the first of them those of `table`."""
+    twin = copy.copy(table)
+    weight = nn.Parameter(table.weight.new_empty(new, table.weight.shape[1]))
+    twin._parameters = table._parameters | {"weight": weight}
+    for name in ("num_embeddings", "out_features"):
+        if hasattr(table, name):
+            setattr(twin, name, new)
+    init(twin)
+    twin.weight.data[: min(old, new)] = table.weight.data[: min(old, new)]
+    return twin
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,14 +383,15 @@ class ChameleonRMSNorm(nn.Module):
 
 
 class ChameleonLayerNorm(nn.Module):
-    """QK-norm: LayerNorm over each head; every head has its own weight and bias (section 2.3).
+    """QK-norm: LayerNorm over each head (section 2.3).   x (B, T, H, Dh) -> same
 
-    x (B, T, H, Dh) -> same. Without it, the paper's 7B training diverged after 20 % of an epoch.
+    Each head has its own weight and bias here, as in the Hugging Face checkpoint. In the release,
+    the heads of one shard share them (`model_parallel_size`).
 
-    Why: softmax gives the same result when all its inputs are shifted. So the norms of queries and
-    keys can grow slowly until bf16 cannot represent the scores. Text and images share all weights,
-    and each modality increases its norms to outweigh the other. QK-norm (arXiv 2302.05442) bounds
-    the scores.
+    Why: softmax is invariant to a constant added to all its inputs, so the loss does not keep the
+    scores from growing. Text and images share all weights, and each modality gains by larger norms.
+    In bf16 the scores then lose precision; without QK-norm (arXiv 2302.05442), the paper's 7B
+    training diverged after 20 % of an epoch.
     Why before RoPE: a rotation keeps lengths, and so it keeps the bound. A weight and bias behind
     the rotation would scale the two halves of a pair differently, and then q.k would no longer
     depend on the distance of the positions alone.
@@ -269,9 +417,9 @@ def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor,
     nothing is stored that a cast to bf16 could round.
     linear:   p is divided by the factor (arXiv 2306.15595).
     dynamic:  beyond max_position_embeddings, theta grows with the highest position, cache included.
-    DIFFERS: transformers remembers the longest call so far, so that a long prompt changes the
-    answers to later ones. Here the table depends on this call's positions only. (As there, keys in
-    a cache keep the theta that they were made with.)
+    DIFFERS: transformers keeps the theta of the longest sequence that it has seen, so that a long
+    prompt changes the answers to later ones. Here theta depends on this call's positions only. In
+    both, cached keys are not rotated again.
     """
     Dh, device = config.head_dim, position_ids.device
     theta, factor = config.rope_theta, config.rope_factor
@@ -306,41 +454,42 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
                  device: torch.device) -> Tensor | None:
-    """The ONE mask rule -> bool (B or 1, 1, T, L), True where query t may look at key j, or None.
+    """The ONE mask rule -> bool (B or 1, 1, T, L), True where a query may look at key j, or None.
 
-        allowed[b, t, j] = (j <= past + t) and real[b, j]   or   j == past + t
+    A query q stands at past, past + 1 .. L - 1 among the keys. `attention_mask` is one of
 
-    `attention_mask` is one of
-        (B, L)         1 for a real token, 0 for padding
-        (B, T, L)      1 where t may look at j, on top of the causal rule: for packed documents
-        (B, 1, T, L)   the whole rule, nothing is added: bool, or fp with 0 for "allowed"
+        (B, L)        1 for a real token, 0 for padding       allowed = j <= q and mask[b, j]
+        (B, T, L)     for packed documents                    allowed = j <= q and mask[b, t, j]
+        (B, 1, T, L)  bool, or float: 0 allows, all else      allowed = mask[b, 0, t, j]
+                      forbids
 
-    The last clause lets a padding token look at itself. Its output is never used, but a softmax
-    over no key at all would be NaN.
+    and in each case a query may look at itself: the output of padding is never used, but a softmax
+    over no key would be NaN.
 
-    None means that the kernels' own causal rule, without a mask tensor, says the same: all tokens
-    are real, and there is one query or no past. To find out whether all are real is one GPU
-    synchronization; it is not done for a single query, nor while torch.compile traces.
+    Returns None when no mask tensor is needed: no token is padding, and either T = 1 or the cache
+    is empty. The attention functions then apply the causal rule themselves. To see whether a token
+    is padding, the host waits for the device (a GPU synchronization). That is not done for a single
+    query, nor while torch.compile traces.
     """
     L = past + T
     if attention_mask is not None and attention_mask.shape[-1] != L:
         raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns, but there are "
                          f"{L} tokens ({past} cached + {T} new)")
     j = torch.arange(L, device=device)  # (L,)
-    t = torch.arange(past, L, device=device)[:, None]  # (T, 1), as places among the keys
+    q = torch.arange(past, L, device=device)[:, None]  # (T, 1)
     if attention_mask is not None and attention_mask.ndim == 4:
         additive = attention_mask.is_floating_point()
-        return (attention_mask == 0 if additive else attention_mask.bool()) | (j == t)
-    asks = T > 1 and not torch.compiler.is_compiling()
-    if attention_mask is not None and attention_mask.ndim == 2 and asks and attention_mask.all():
+        return (attention_mask == 0 if additive else attention_mask.bool()) | (j == q)
+    by_token = attention_mask is not None and attention_mask.ndim == 2
+    if by_token and T > 1 and not torch.compiler.is_compiling() and attention_mask.all():
         attention_mask = None  # the processor always sends a mask; most often nothing is padded
     if attention_mask is None and (T == 1 or past == 0):
         return None
-    allowed = (j <= t)[None]  # (1, T, L)
+    allowed = (j <= q)[None]  # (1, T, L)
     if attention_mask is not None:
         real = attention_mask.bool()
         real = real if real.ndim == 3 else real[:, None]  # (B, T or 1, L)
-        allowed = allowed & real | (j == t)  # (B, T, L)
+        allowed = allowed & real | (j == q)  # (B, T, L)
     return allowed[:, None]  # (B or 1, 1, T, L)
 
 
@@ -354,7 +503,7 @@ def eager_attention(
     -> output (B, H, T, Dh), weights (B, H, T, L)
     """
     T, L = q.shape[2], k.shape[2]
-    groups = q.shape[1] // k.shape[1]  # query heads h*groups .. share kv head h (GQA)
+    groups = q.shape[1] // k.shape[1]  # so many query heads share one key/value head
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, L, Dh)
     if mask is None:
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)  # (T, L)
@@ -381,7 +530,7 @@ ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
 
 
 class KVCache:
-    """Keys and values of all past tokens, so that each new token costs one column, not a matrix.
+    """Keys and values of all past tokens, so that a step computes those of the new token only.
 
     With `max_length`, one buffer (B, Hkv, max_length, Dh) for k and one for v is allocated for each
     layer, and `length` of its columns are filled. Without, the cache grows: each call copies what
@@ -507,144 +656,6 @@ class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
 
 
 # ---------------------------------------------------------------------------------------------
-# What a first reader skips: the outputs and generic methods that transformers' users expect
-
-
-class ModelOutput:
-    """What a forward pass gives, by attribute, name or index, as transformers' ModelOutput:
-    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `dict(**output)`.
-    A field that was not asked for is None; names and indices leave it out.
-    """
-
-    def keys(self) -> list[str]:
-        names = [field.name for field in dataclasses.fields(self)]
-        return [name for name in names if getattr(self, name) is not None]
-
-    def to_tuple(self) -> tuple:
-        return tuple(getattr(self, name) for name in self.keys())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __getitem__(self, key: str | int | slice) -> object:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-
-@dataclass
-class ChameleonModelOutput(ModelOutput):
-    """Equals transformers' BaseModelOutputWithPast."""
-
-    last_hidden_state: Tensor | None = None  # (B, T, D), after the final norm
-    past_key_values: KVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
-    attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
-
-
-@dataclass
-class ChameleonOutput(ModelOutput):
-    """Equals transformers' CausalLMOutputWithPast."""
-
-    loss: Tensor | None = None  # scalar, mean over the labels that count
-    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
-    past_key_values: KVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # as in ChameleonModelOutput
-    attentions: tuple[Tensor, ...] | None = None
-
-
-class PreTrainedModel(nn.Module):
-    """What both models share under the names of transformers' PreTrainedModel."""
-
-    config: ChameleonConfig
-    gradient_checkpointing = False
-    generation_config = None  # peft looks for it; options are arguments of `generate` here
-
-    @property
-    def body(self) -> "ChameleonModel":
-        return getattr(self, "model", self)
-
-    @property
-    def device(self) -> torch.device:
-        return self.body.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.body.embed_tokens.weight.dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.body.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.body.embed_tokens = value
-        self.tie_weights()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return getattr(self, "lm_head", None)
-
-    def tie_weights(self) -> None:
-        """One matrix for embedding and head, if the config says so."""
-        if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
-            self.lm_head.weight = self.body.embed_tokens.weight
-
-    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
-        """Keeps the rows of ids that stay; new rows start as in a new model."""
-        body, old = self.body, self.config.vocab_size
-        body.embed_tokens = resized(body.embed_tokens, old, vocab_size, body.init_weights)
-        if hasattr(self, "lm_head"):
-            self.lm_head = resized(self.lm_head, old, vocab_size, body.init_weights)
-        self.config.vocab_size = vocab_size
-        self.tie_weights()
-        return body.embed_tokens
-
-    def gradient_checkpointing_enable(self, *ignored: object, **also_ignored: object) -> None:
-        """Training keeps each layer's input alone, and computes the rest again when it is needed:
-        about a third more time, and memory for one layer instead of all (arXiv 1604.06174).
-        """
-        self.body.gradient_checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.body.gradient_checkpointing = False
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Tensor) -> dict:
-        """What wrappers such as peft's look for; `generate` itself has no use for it."""
-        return {"input_ids": input_ids, **inputs}
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **options) -> Self:
-        """Reads a folder in the layout of Hugging Face, Meta or Anole, or a hub id.
-
-        Options are transformers': dtype (or torch_dtype; None keeps what the file holds, and the
-        VQ-VAE is fp32 in any case), device_map, attn_implementation, quantization_config.
-        ValueError, in one line, says what is wrong.
-        """
-        # Files and their checks are no part of the model; they import this file.
-        from chameleon_extras.pretrained import load_pretrained
-
-        return load_pretrained(cls, folder, **options)
-
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
-        """Writes config.json and safetensors that transformers and `from_pretrained` read."""
-        from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
-
-        save_checkpoint(self, Path(folder), max_shard_size)
-
-
-def resized(table: nn.Module, old: int, new: int, init: Callable[[nn.Module], None]) -> nn.Module:
-    """An embedding or a head with `new` rows, the first of them those of `table`."""
-    twin = copy.copy(table)
-    weight = nn.Parameter(table.weight.new_empty(new, table.weight.shape[1]))
-    twin._parameters = table._parameters | {"weight": weight}
-    for name in ("num_embeddings", "out_features"):
-        if hasattr(table, name):
-            setattr(twin, name, new)
-    init(twin)
-    twin.weight.data[: min(old, new)] = table.weight.data[: min(old, new)]
-    return twin
-
-
-# ---------------------------------------------------------------------------------------------
 # The models
 
 
@@ -740,7 +751,7 @@ class ChameleonModel(PreTrainedModel):
         c = self.config
         use_cache = c.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
-            use_cache = False  # what is computed twice must not be written twice
+            use_cache = False  # the recomputation would append to the cache a second time
         attends = c.output_attentions if output_attentions is None else output_attentions
         hiddens = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         if inputs_embeds is None:

@@ -4,8 +4,8 @@
                                     ^                                              |
                                     +----- one more column of the KV cache <-------+
 
-The prompt goes through the model once, all tokens at a time, and fills the KV cache. Each new token
-then costs one step of one column. `loop` shows the whole way of a token, from one id to the next.
+The prompt goes through the model once, all tokens at a time, and fills the KV cache. After that,
+each new token costs a step over one position. `loop` shows the whole way from one id to the next.
 
 Text and pictures come from the same loop. A picture is begin-image, exactly S codes, end-image:
 
@@ -52,13 +52,13 @@ MODES = ("text", "image", "interleaved")
 CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes are compiled
 
 # ---------------------------------------------------------------------------------------------
-# Filters: from logits to an index. All are (B, V) -> (B, V) but the last two.
+# Filters, logits (B, V) -> logits (B, V), and from logits to an index
 
 
 def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """Makes every id of `ids` (B, T) less likely, prompt included (CTRL, arXiv 1909.05858, 4.1).
 
-        logit / penalty where positive, logit * penalty where negative
+        logit / penalty where positive, logit * penalty where negative (as in transformers)
     """
     if penalty == 1.0:
         return logits
@@ -93,9 +93,9 @@ def draw(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
 
         argmax_i p_i / e_i  is i with probability p_i, if the e_i are independent and exponential
 
-    Compared with torch.multinomial, this needs no cumulative sum and no GPU synchronization, and
-    each row keeps its own sequence of random numbers. A row whose generator is None draws no
-    numbers; its index is the most likely one and must not be used.
+    Compared with torch.multinomial, this needs no cumulative sum and no GPU synchronization (a wait
+    of the host for the device), and each row keeps its own sequence of random numbers. A row whose
+    generator is None draws none; its index is the most likely one and must not be used.
     """
     noise = torch.ones_like(logits)  # (B, V)
     for row, generator in zip(noise, generators):
@@ -130,8 +130,8 @@ class Grammar:
     `mode` is "text" (no id of a picture at all), "image" (one picture, at once) or "interleaved"
     (text, and a picture wherever the model begins one).
 
-    A row's place `n` is None in text, else the number of codes of the picture that is open:
-    0 .. S-1 if more codes follow, S if end-image follows.
+    A row's place `n` is None in text. Inside a picture it is the number of codes that the picture
+    has so far. At S, the next id must be end-image.
 
     Why a picture has exactly S codes (1024 in the release): the VQ-VAE's decoder needs a whole grid
     (section 2.1), and the model was trained on no other number. So end-image is never sampled but
@@ -194,7 +194,7 @@ class Grammar:
     def allowed(self, places: list[int | None], room: int) -> Tensor:
         """Places of B rows, and the ids left -> bool (B, V).
 
-        Each row has an allowed id, except after the one picture of mode "image", where it ends.
+        After the picture of mode "image" no id is allowed: the row has ended.
         """
         rows = []
         for n in places:
@@ -233,7 +233,7 @@ def guidance_streams(s_text: float, s_image: float, mode: str, has_pictures: boo
     nothing   only <s> and the picture being drawn, from its begin-image on
     """
     if mode == "image" and not has_pictures:
-        s_image = 1.0  # "pictures" and "nothing" are the same context, whatever the scale
+        s_image = 1.0  # without pictures in the prompt, "pictures" and "nothing" are the same
     if mode == "text" or s_text == s_image == 1.0:
         return ["full"]
     return ["full", "pictures"] if s_image == 1.0 else ["full", "pictures", "nothing"]
@@ -328,7 +328,153 @@ class Contexts:
 
 
 # ---------------------------------------------------------------------------------------------
-# What is checked before the first step
+# The loop
+
+
+def rows_of(head: nn.Module, ids: Tensor) -> nn.Module:
+    """The head for these ids alone: (..., D) -> (..., len(ids))."""
+    if hasattr(head, "rows"):  # quantized: it has weights of its own kind
+        return head.rows(ids)
+    part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
+    part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
+    return part
+
+
+class Picker:
+    """Hidden states of all guidance streams -> each row's next id."""
+
+    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
+                 scales: tuple[float, float], repetition_penalty: float, text: Sampling,
+                 image: Sampling, generators: list[torch.Generator], stops: list[int],
+                 may_end: int, decoder=None) -> None:
+        self.stops, self.may_end = stops, may_end  # a text may end when so many ids are left
+        self.grammar, self.scales, self.text, self.image = grammar, scales, text, image
+        self.repetition_penalty, self.generators = repetition_penalty, generators
+        self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
+        self.head, self.code_head = model.lm_head, None  # (..., D) -> (..., V), (..., K)
+        if grammar.mode != "text":
+            self.code_head = rows_of(model.lm_head, self.code_to_id)
+        if decoder:
+            self.head = decoder.product(self.head)
+            if self.code_head is not None:
+                self.code_head = decoder.product(self.code_head)
+        self.known = set()  # the widths that `checked` has looked at
+
+    def checked(self, x: Tensor) -> Tensor:
+        """x (..., D, V or K) -> x. ValueError for inf and nan, of which argmax would take one.
+
+        To look is a GPU synchronization, so there only the first x of each width is looked at.
+        """
+        if (x.device.type == "cpu" or x.shape[-1] not in self.known) and not x.isfinite().all():
+            raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
+                             "for this dtype")
+        self.known.add(x.shape[-1])
+        return x
+
+    def __call__(self, hidden: Tensor, seen: Tensor, places: list[int | None],
+                 room: int) -> Tensor:
+        """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,)
+
+        Rows in text need the whole head. Rows in a picture need its K rows for the codes, since no
+        other id is allowed there. A batch with both computes both for all rows and takes one each.
+        """
+        inside = [n is not None and n < self.grammar.S for n in places]
+        if all(inside):
+            return self.next_code(hidden, inside)
+        text = self.next_text(hidden[0], seen, places, room, inside)
+        if not any(inside):
+            return text
+        codes = self.next_code(hidden, inside)
+        return torch.where(torch.tensor(inside, device=text.device), codes, text)  # (B,)
+
+    def next_text(self, hidden: Tensor, seen: Tensor, places: list[int | None], room: int,
+                  inside: list[bool]) -> Tensor:
+        """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
+        logits = self.checked(self.head(hidden)).float()  # (B, V)
+        logits = penalize_repetition(logits, seen, self.repetition_penalty)
+        allowed = self.grammar.allowed(places, room)  # (B, V)
+        if room > self.may_end and self.grammar.mode != "image":
+            for row, n in zip(allowed, places):
+                if n is None:  # in text; a picture's end-image is not an end
+                    row[self.stops] = False
+        logits = logits.masked_fill(~allowed, float("-inf"))
+        generators = [None if codes else g for g, codes in zip(self.generators, inside)]
+        return self.text.choose(logits, generators)
+
+    def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
+        """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
+        logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
+        logits = guide(self.checked(logits), *self.scales).float()  # (B, K)
+        generators = [g if codes else None for g, codes in zip(self.generators, inside)]
+        return self.code_to_id[self.image.choose(logits, generators)]  # (B,)
+
+
+def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
+    """Passes the ids (B,) on, up to the step with which the last row has ended."""
+    ended, ends = False, torch.tensor(stops, dtype=torch.long)
+    for ids in steps:
+        yield ids
+        ended = ended | torch.isin(ids.cpu(), ends)  # (B,)
+        if ended.all():
+            return
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside. Outside, a model that is being trained stays as it is: a caller may run
+    other code between two ids of a stream, or never ask for the last.
+    """
+    trained = [module for module in model.modules() if module.training] if model.training else []
+    for module in trained:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+@torch.inference_mode()
+def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
+         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, repeats: int = 1,
+         decoder=None) -> Iterator[Tensor]:
+    """One iteration for each token: hidden states, choice, update. `stream` checks the arguments.
+
+    `real` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
+    asking the device for that in each step would be a GPU synchronization. `until_ended`, which
+    reads ids that have arrived on the host, stops it.
+    """
+    input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
+    input_ids, real = (x.repeat_interleave(repeats, dim=0) for x in (input_ids, real))  # (B, T)
+    rows = [ids[here] for ids, here in zip(input_ids, real)]
+    has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
+    streams = guidance_streams(*pick.scales, pick.grammar.mode, has_pictures)
+    contexts = Contexts(model, rows, streams, steps, decoder)
+    # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
+    # id, which is in the row anyway.
+    seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)
+    places = pick.grammar.places(seen)
+    ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
+    ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
+    try:
+        for room in range(steps, 0, -1):
+            with evaluating(model):
+                hidden = contexts.hidden()  # (G, B, D)
+            chosen = pick(pick.checked(hidden), seen, places, room)  # (B,)
+            chosen = chosen.masked_fill(ended, pad)
+            yield chosen
+            if room > 1:
+                ended = ended | (chosen[:, None] == ends).any(1)
+                places = pick.grammar.advance(places, chosen, room)
+                seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
+                contexts.feed(chosen)
+    finally:
+        if decoder:
+            decoder.keep(contexts.cache)
+
+
+# ---------------------------------------------------------------------------------------------
+# stream and generate: the loop's options, and the checks before its first step
 
 
 RULES = (  # part of an option's name, what its value must be, and the check
@@ -392,6 +538,10 @@ def check_prompt(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     """
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (B, T) with T > 0, got {tuple(input_ids.shape)}")
+    lowest, highest, V = int(input_ids.min()), int(input_ids.max()), model.config.vocab_size
+    if input_ids.is_floating_point() or lowest < 0 or highest >= V:
+        raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are whole "
+                         f"numbers from 0 to {V - 1}: take the tokenizer of its own folder")
     if attention_mask is None:
         known = pad == model.config.pad_token_id and pad not in stops
         attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
@@ -418,72 +568,6 @@ def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) 
     if wrong := [i for i in ids if not (isinstance(i, int) and 0 <= i < V)]:
         raise ValueError(f"eos_token_id {wrong[0]!r} is no id of this model, which has 0..{V - 1}")
     return ids
-
-
-# ---------------------------------------------------------------------------------------------
-# The loop
-
-
-def rows_of(head: nn.Module, ids: Tensor) -> nn.Module:
-    """The head for these ids alone: (..., D) -> (..., len(ids))."""
-    if hasattr(head, "rows"):  # quantized: it has weights of its own kind
-        return head.rows(ids)
-    part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
-    part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
-    return part
-
-
-class Picker:
-    """Hidden states of all guidance streams -> each row's next id."""
-
-    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
-                 scales: tuple[float, float], repetition_penalty: float, text: Sampling,
-                 image: Sampling, generators: list[torch.Generator], stops: list[int],
-                 may_end: int, decoder=None) -> None:
-        self.stops, self.may_end = stops, may_end  # a text may end when so many ids are left
-        self.grammar, self.scales, self.text, self.image = grammar, scales, text, image
-        self.repetition_penalty, self.generators = repetition_penalty, generators
-        self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
-        self.head, self.code_head = model.lm_head, None  # (..., D) -> (..., V), (..., K)
-        if grammar.mode != "text":
-            self.code_head = rows_of(model.lm_head, self.code_to_id)
-        if decoder:
-            self.head = decoder.product(self.head)
-            self.code_head = self.code_head and decoder.product(self.code_head)
-
-    def __call__(self, hidden: Tensor, seen: Tensor, places: list[int | None],
-                 room: int) -> Tensor:
-        """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,)
-
-        Rows in text need the whole head. Rows in a picture need its K rows for the codes, since no
-        other id is allowed there. A batch with both computes both for all rows and takes one each.
-        """
-        inside = [n is not None and n < self.grammar.S for n in places]
-        if all(inside):
-            return self.next_code(hidden, inside)
-        text = self.next_text(hidden[0], seen, places, room, inside)
-        if not any(inside):
-            return text
-        codes = self.next_code(hidden, inside)
-        return torch.where(torch.tensor(inside, device=text.device), codes, text)  # (B,)
-
-    def next_text(self, hidden: Tensor, seen: Tensor, places: list[int | None], room: int,
-                  inside: list[bool]) -> Tensor:
-        """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
-        logits = self.head(hidden).float()  # (B, V)
-        logits = penalize_repetition(logits, seen, self.repetition_penalty)
-        logits = logits.masked_fill(~self.grammar.allowed(places, room), float("-inf"))
-        if room > self.may_end:
-            logits[:, self.stops] = float("-inf")
-        generators = [None if codes else g for g, codes in zip(self.generators, inside)]
-        return self.text.choose(logits, generators)
-
-    def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
-        """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
-        logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
-        logits = guide(logits, *self.scales).float()  # (B, K)
-        generators = [g if codes else None for g, codes in zip(self.generators, inside)]
-        return self.code_to_id[self.image.choose(logits, generators)]  # (B,)
 
 
 def unwrapped(model: nn.Module) -> ChameleonForConditionalGeneration:
@@ -551,80 +635,13 @@ def stream(
     return until_ended(decoder.read(ids) if decoder else ids, stops)
 
 
-def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
-    """Passes the ids (B,) on, up to the step with which the last row has ended."""
-    ended, ends = False, torch.tensor(stops, dtype=torch.long)
-    for ids in steps:
-        yield ids
-        ended = ended | torch.isin(ids.cpu(), ends)  # (B,)
-        if ended.all():
-            return
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside. Outside, a model that is being trained stays as it is: a caller may run
-    other code between two ids of a stream, or never ask for the last.
-    """
-    trained = [module for module in model.modules() if module.training] if model.training else []
-    for module in trained:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
-
-
-@torch.inference_mode()
-def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
-         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, repeats: int = 1,
-         decoder=None) -> Iterator[Tensor]:
-    """A token's whole way, again and again. `stream` has checked the arguments.
-
-    `real` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
-    asking the device for that in each step would be a GPU synchronization. `until_ended`, which
-    reads ids that have arrived on the host, stops it.
-    """
-    input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
-    input_ids, real = (x.repeat_interleave(repeats, dim=0) for x in (input_ids, real))  # (B, T)
-    rows = [ids[here] for ids, here in zip(input_ids, real)]
-    has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
-    streams = guidance_streams(*pick.scales, pick.grammar.mode, has_pictures)
-    contexts = Contexts(model, rows, streams, steps, decoder)
-    # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
-    # id, which is in the row anyway.
-    seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)
-    places = pick.grammar.places(seen)
-    ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
-    ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
-    try:
-        for room in range(steps, 0, -1):
-            with evaluating(model):
-                hidden = contexts.hidden()  # (G, B, D)
-            if room == steps and not hidden.isfinite().all():  # once: a GPU synchronization
-                raise ValueError("the model computes inf or nan: its weights are damaged, or too "
-                                 "large for this dtype")
-            chosen = pick(hidden, seen, places, room)  # (B,)
-            chosen = chosen.masked_fill(ended, pad)
-            yield chosen
-            if room > 1:
-                ended = ended | (chosen[:, None] == ends).any(1)
-                places = pick.grammar.advance(places, chosen, room)
-                seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
-                contexts.feed(chosen)
-    finally:
-        if decoder:
-            decoder.keep(contexts.cache)
-
-
 def generate(
     model: ChameleonForConditionalGeneration,
     input_ids: Tensor,  # (B, T), padded on the left
     attention_mask: Tensor | None = None,
     pixel_values: Tensor | None = None,
     *,
-    max_length: int | None = None,  # prompt and answer together; max_new_tokens counts more
+    max_length: int | None = None,  # prompt and answer together; max_new_tokens has precedence
     streamer=None,  # an object with put(ids) and end(), as transformers' streamers
     stop_strings: str | Sequence[str] | None = None,  # a row ends with the id that completes one
     tokenizer: Tokenizer | None = None,  # needed for stop_strings
@@ -633,10 +650,11 @@ def generate(
 ) -> Tensor:
     """Prompt ids (B, T) -> prompt and answer (B, T + new), ended rows padded.
 
-    Further options are those of `stream`; greedy text by default. `model.generate(**inputs, ...)`
-    is the same function, and equals transformers' method of that name.
-    DIFFERS: makes pictures, if asked to; ends at end of turn, too; in text never yields
-    begin-image or end-image (transformers masks the codes only); top_k defaults to none, not 50.
+    Further options are those of `stream`. `model.generate(**inputs, ...)` is the same function; it
+    has the arguments of transformers' method of that name.
+    DIFFERS: makes pictures, if asked to. An answer ends at end of turn, too. Text never contains
+    begin-image, end-image or <image>; transformers masks the codes only. top_k defaults to none,
+    not 50, and the default length is 256 new ids, not 20 in all.
     """
     known = inspect.signature(stream).parameters.keys() - {"model"}
     if unknown := sorted(options.keys() - known):

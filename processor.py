@@ -221,6 +221,7 @@ class ChameleonImageProcessor:
     }
     # Without a limit, a picture of 1 x 100,000 would be resized to 79 GB before the crop.
     MAX_RESIZED_PIXELS = 2**27
+    MAX_SIDE = 4096  # of a picture after resizing or cropping
 
     def __init__(self, **options) -> None:
         unknown = set(options) - set(self.DEFAULTS)
@@ -229,9 +230,9 @@ class ChameleonImageProcessor:
         for name, default in self.DEFAULTS.items():
             value = options.get(name)
             setattr(self, name, copy.deepcopy(default if value is None else value))
-        if isinstance(self.size, int):
+        if type(self.size) is int:
             self.size = {"shortest_edge": self.size}
-        if isinstance(self.crop_size, int):
+        if type(self.crop_size) is int:
             self.crop_size = {"height": self.crop_size, "width": self.crop_size}
         self._check()
 
@@ -241,15 +242,22 @@ class ChameleonImageProcessor:
                             ("crop_size", ({"height", "width"},))):
             value = getattr(self, name)
             if not isinstance(value, dict) or set(value) not in kinds or not all(
-                    isinstance(n, int) and n > 0 for n in value.values()):
+                    type(n) is int and 0 < n <= self.MAX_SIDE for n in value.values()):
                 wanted = " or ".join(str(sorted(kind)) for kind in kinds)
-                raise ValueError(f"{name}={value!r}: want {wanted}, whole numbers above 0")
-        if self.resample not in list(Image.Resampling):
-            raise ValueError(f"resample={self.resample!r}: PIL's filters are 0..5, 1 is Lanczos")
+                raise ValueError(f"{name}={value!r:.80}: want {wanted}, whole numbers from 1 to "
+                                 f"{self.MAX_SIDE}")
+        if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
+            raise ValueError(f"resample={self.resample!r:.80}: PIL's filters are 0..5, 1 is "
+                             "Lanczos")
         for name in ("rescale_factor", "image_mean", "image_std"):
-            value = np.ravel(getattr(self, name))
-            if value.dtype.kind not in "if" or (name == "image_std" and not value.all()):
-                raise ValueError(f"{name}={value.tolist()}: want numbers, for image_std not 0")
+            value = getattr(self, name)
+            many = isinstance(value, (list, tuple, np.ndarray)) and name != "rescale_factor"
+            for x in value if many else [value]:
+                # Beyond these limits float32 would make 0 or infinity of the number.
+                if isinstance(x, bool) or not isinstance(x, (int, float, np.number)) or not (
+                        abs(x) < 1e9 and (name != "image_std" or abs(x) > 1e-9)):
+                    raise ValueError(f"{name}={value!r:.80}: want finite numbers, for image_std "
+                                     "not 0")
         for name, default in self.DEFAULTS.items():
             if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: want True or False")
@@ -301,6 +309,9 @@ class ChameleonImageProcessor:
                 raise ValueError(f"image_mean and image_std must fit {array.shape[2]} channel(s)")
             # pixel = (level * rescale_factor - mean) / std = level * 0.0078 - 1
             array = (array.astype(np.float32) - mean) / std
+        if not np.isfinite(array).all():
+            raise ValueError("the pixels of a picture hold inf or nan: the picture does, if it is "
+                             "an array")
         return array
 
     def resize(self, array: np.ndarray) -> np.ndarray:
@@ -331,6 +342,9 @@ class ChameleonImageProcessor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixels must be (N, 3, H, W), got {tuple(pixel_values.shape)}")
         # level = trunc((clamp(pixel, -1, 1) + 1) / 2 * 255)
+        if not pixel_values.isfinite().all():
+            raise ValueError("pixels hold inf or nan: the weights of the VQ-VAE's decoder are "
+                             "damaged (download them again)")
         levels = (pixel_values.detach().float().clamp(-1, 1) + 1) / 2 * 255
         levels = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()  # (N, H, W, 3)
         return [Image.fromarray(image) for image in levels.numpy()]
@@ -400,12 +414,15 @@ class ChameleonProcessor:
     marks the place of a picture in a prompt. ValueError if S is below 1 or the text is empty.
     """
 
+    MAX_CODES = 2**16  # of a picture: no prompt is longer than memory allows
+
     def __init__(self, image_processor: ChameleonImageProcessor, tokenizer: Tokenizer,
                  image_seq_length: int = 1024, image_token: str = "<image>") -> None:
-        if not isinstance(image_seq_length, int) or image_seq_length < 1:
-            raise ValueError(f"image_seq_length={image_seq_length!r}: want a whole number above 0")
+        if type(image_seq_length) is not int or not 0 < image_seq_length <= self.MAX_CODES:
+            raise ValueError(f"image_seq_length={image_seq_length!r:.80}: want a whole number from "
+                             f"1 to {self.MAX_CODES}")
         if not isinstance(image_token, str) or not image_token:
-            raise ValueError(f"image_token={image_token!r}: want the text that marks a picture")
+            raise ValueError(f"image_token={image_token!r:.80}: want the text that marks a picture")
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_length, self.image_token = image_seq_length, image_token
 

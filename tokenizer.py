@@ -10,12 +10,12 @@ B, T          prompts in a batch; ids in a row
 N, S          pictures in a batch; codes per picture
 K, code       number of codes (8192); code: 0..K-1, a row of the VQ-VAE's codebook
 V, id         number of ids (65536); id: 0..V-1, a row of the decoder's embedding table
-token, name   what an id stands for; its spelling in the vocabulary
-word          a stretch of text that merges do not cross
+token, name   what an id stands for; its string in the vocabulary
+word          a pre-token: merges never join two of them
 
 What differs from the tokenizer of a text-only Llama
 - K ids are codes of pictures. Their names spell the code with A..J for the digits 0..9: "IMGIMGFDZ"
-  is code 53. Ids are looked up by name. Nothing here computes an id as code + 4.
+  is code 53. Ids are looked up by name.
 - It is byte-level BPE. A text is first split into words by six rules; each digit and each
   punctuation mark is a word of its own.
 - Text never becomes a control id, whatever it says. "<image>" has a meaning in prompts only
@@ -30,6 +30,7 @@ import heapq
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -80,12 +81,21 @@ def image_code_from_name(name: str) -> int | None:
     return int("".join(str("ABCDEFGHIJ".index(letter)) for letter in name[6:-1]))
 
 
+def check_ids(ids: dict[str, int], size: int = 10**6, of: str = "") -> None:
+    """ValueError for a name whose id is not one of 0..size-1."""
+    for name, token_id in ids.items():
+        if type(token_id) is not int or not 0 <= token_id < size:
+            raise ValueError(f"{of}{name} is {token_id!r:.80}, but ids are whole numbers from 0 to "
+                             f"{size - 1}")
+
+
 class VocabularyMap(torch.nn.Module):
     """Converts codes (of the codebook) to ids (of the vocabulary) and back; has the marks' ids.
 
     vocabulary_map: name -> id, as in config.json; None or {} gives a map without image tokens.
     Attributes: num_codes K; code_to_id (K,) int64; image_token_id, begin_image_id, end_image_id and
-    end_of_turn_id, each None if its name is absent. ValueError unless the codes are exactly 0..K-1.
+    end_of_turn_id, each None if its name is absent. ValueError unless the codes are exactly 0..K-1,
+    and each code and mark has an id of its own.
 
     It is an nn.Module so that its two tables follow the model to its device. They are in no
     checkpoint. Source: transformers' ChameleonImageVocabularyMapping.
@@ -97,6 +107,7 @@ class VocabularyMap(torch.nn.Module):
     def __init__(self, vocabulary_map: dict[str, int] | None = None) -> None:
         super().__init__()
         names = vocabulary_map or {}
+        check_ids(names, of="the vocabulary's ")
         self.image_token_id = next((names[n] for n in IMAGE_PLACEHOLDERS if n in names), None)
         self.begin_image_id, self.end_image_id = names.get(BEGIN_IMAGE), names.get(END_IMAGE)
         self.end_of_turn_id = names.get(END_OF_TURN)
@@ -107,8 +118,11 @@ class VocabularyMap(torch.nn.Module):
         if missing:
             raise ValueError(f"the vocabulary has {len(ids)} image tokens, but none is named "
                              f"{image_token_name(missing[0])}: codes must be 0..K-1 without a gap")
-        if len({i for i in ids.values() if isinstance(i, int) and i >= 0}) != len(ids):
-            raise ValueError("image tokens must have an id each, whole, not negative, none twice")
+        marks = [self.image_token_id, self.begin_image_id, self.end_image_id, self.end_of_turn_id]
+        own = [*ids.values(), *(i for i in marks if i is not None)]
+        if twice := {i for i, n in Counter(own).items() if n > 1}:
+            raise ValueError("each image token and mark needs an id of its own, but the vocabulary "
+                             f"gives two of them the id {min(twice)}")
         # The release has id = code + 4, but a converted vocabulary may be in another order.
         # device="cpu": inside `with torch.device("meta")` these tensors would hold no numbers.
         ordered = torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long,
@@ -329,7 +343,9 @@ class Tokenizer:
         raise NotImplementedError
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Id -> bytes, maybe half a character; for a control id its name. ValueError if unknown."""
+        """Id -> bytes, which may end inside a character; of a control id, its name. ValueError if
+        unknown.
+        """
         token_id = int(token_id)
         if token_id not in self._names:
             raise ValueError(f"id {token_id} is not in the vocabulary, which ends before "
@@ -401,8 +417,9 @@ def check_text(text: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # Format 1 of 2: tokenizer.json, byte-level BPE. First the six splits of a text into words.
 
-# Splits 1-3: sentinels; names of image tokens (J is missing in the release, too); tabs, newlines,
-# four spaces, two spaces. Each match becomes a piece, and so does the text between two matches.
+# Splits 1-3: names of sentinel tokens; names of image tokens (the release's pattern ends at I, so
+# names with a J are not split off); tabs, newlines, four spaces, two spaces. Each match becomes a
+# piece, and so does the text between two matches.
 STRUCTURE = re.compile(r"(<sentinel:[0-9]+>|IMGIMG[A-I]{1,4}Z|[\t\n]|    |  )")
 
 # Splits 4-6, on the shape of a piece (see Shapes): each number character; each punctuation mark;
@@ -557,8 +574,9 @@ def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[in
     """
     data = read_json(path)
     try:
-        vocab = {name: int(token_id) for name, token_id in data["model"]["vocab"].items()}
-        vocab |= {token["content"]: int(token["id"]) for token in data.get("added_tokens") or []}
+        vocab = dict(data["model"]["vocab"].items())
+        vocab |= {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        check_ids(vocab)
         merges = {}
         for rank, pair in enumerate(data["model"]["merges"]):
             # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file

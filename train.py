@@ -74,7 +74,7 @@ Z_LOSS = 1e-5  # 1e-5, the factor of log^2 Z (section 2.3)
 DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4 (2.3), 1e-5 (section 3)
 WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # steps; 4000 in pretraining (section 2.3)
-STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 4.4e12 tokens / 2^23 (section 2.3)
+STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 2^23 tokens each (section 2.3)
 PRACTICE = {  # up to this part of the steps: (share of practice, share of lists), see Corpus.sft
     "sft": ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05))),
     "refine": ((0.3, (0.20, 0.06)), (0.8, (0.36, 0.04)), (1.0, (0.14, 0.04))),
@@ -88,7 +88,7 @@ PICTURES = 80_000  # 1.4 billion pairs of picture and text (section 2.2)
 
 
 def sentences(rng: np.random.Generator, n: int) -> list[str]:
-    """At least n sentences of every kind that the decoder is trained on, for learning merges."""
+    """At least n sentences in total, of all kinds that the decoder learns: the merges come of them."""
     lines = [line for pair in language.SMALL_TALK.items() for line in pair] * 20
     while len(lines) < n:
         scene = world.sample_scene(rng)
@@ -108,7 +108,9 @@ def sentences(rng: np.random.Generator, n: int) -> list[str]:
 
 
 def train_tokenizer(run: Run) -> None:
-    """BPE by sentencepiece (section 2.1), ids in the release's order: specials, codes, text."""
+    """BPE by sentencepiece (section 2.1). Ids are in this order: specials, codes, marks, bytes,
+    merges; the first two are as in the release.
+    """
     import sentencepiece
 
     marks = [END_IMAGE, BEGIN_IMAGE, END_OF_TURN, "<image>"]

@@ -34,55 +34,81 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isqrt
 from os import PathLike
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# Both values are VQGAN's (2012.09841). GroupNorm normalizes C / 32 channels together. With
-# base_channels=32 that is one channel, which loses its mean, and so plain colours: use 64 or more.
+# Both values are VQGAN's (2012.09841). GroupNorm normalizes groups of C / 32 channels. With
+# base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are lost:
+# use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 
 # ---------------------------------------------------------------------------------------------
-# Config
+# Config. The types of its fields say in words, and by a check, which values are possible.
+
+
+def whole(low: int, high: int) -> Callable[[object], bool]:
+    return lambda n: type(n) is int and low <= n <= high  # True is an int, too
+
+
+def real(low: float, high: float) -> Callable[[object], bool]:
+    return lambda x: type(x) in (int, float) and low <= x <= high  # False for NaN
+
+
+# A name, its type, what an error message calls it, and the check.
+Size = Annotated[int, "a whole number from 1 to 1000000", whole(1, 10**6)]
+Count = Annotated[int, "a whole number from 1 to 256", whole(1, 256)]
+Counts = Annotated[tuple[int, ...], "a list of 1 to 20 whole numbers from 1 to 256",
+                   lambda v: type(v) in (list, tuple) and 0 < len(v) <= 20
+                   and all(map(whole(1, 256), v))]
+Sizes = Annotated[tuple[int, ...], "a list of whole numbers",
+                  lambda v: type(v) in (list, tuple) and all(map(whole(1, 10**6), v))]
+Scale = Annotated[float, "a number from 0 to 1e9", real(0, 1e9)]
+Share = Annotated[float, "a number of at least 0 and below 1", lambda x: real(0, 1)(x) and x < 1]
+Flag = Annotated[bool, "true or false, without quotes", lambda x: type(x) is bool]
+Text = Annotated[str, "text", lambda x: type(x) is str]
+
+
+def check_fields(config: object) -> None:
+    """ValueError, naming the field of a dataclass, for a value that its type does not allow."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value, optional = getattr(config, name), type(None) in get_args(hint)
+        _, words, holds = get_args(get_args(hint)[0] if optional else hint)
+        if not (holds(value) or (optional and value is None)):
+            raise ValueError(f"{name} must be {words}{' or null' * optional}, got {value!r:.80}")
 
 
 @dataclass
 class ChameleonVQVAEConfig:
     """Fields and defaults of transformers' ChameleonVQVAEConfig; ValueError names a bad field."""
 
-    embed_dim: int = 256
-    num_embeddings: int = 8192
-    double_latent: bool = False  # True: the encoder returns 2 * latent_channels
-    latent_channels: int = 256
-    resolution: int = 512
-    in_channels: int = 3
-    base_channels: int = 128
-    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)  # width of each level / base_channels
-    num_res_blocks: int = 2
-    attn_resolutions: tuple[int, ...] | None = None  # H of feature maps with attention
-    dropout: float = 0.0
-    attn_type: str | None = "vanilla"  # anything else: no attention, not even in Middle
-    initializer_range: float = 0.02  # in config.json only: nothing reads it
-    beta: float = 0.25  # weight of the commitment loss, the value in section 3.2 of VQ-VAE
+    embed_dim: Size = 256
+    num_embeddings: Size = 8192
+    double_latent: Flag = False  # True: the encoder returns 2 * latent_channels
+    latent_channels: Size = 256
+    resolution: Size = 512
+    in_channels: Count = 3
+    base_channels: Size = 128
+    channel_multiplier: Counts = (1, 1, 2, 2, 4)  # width of each level / base_channels
+    num_res_blocks: Count = 2
+    attn_resolutions: Sizes | None = None  # H of feature maps with attention
+    dropout: Share = 0.0
+    attn_type: Text | None = "vanilla"  # anything else: no attention, not even in Middle
+    initializer_range: Scale = 0.02  # in config.json only: nothing reads it
+    beta: Scale = 0.25  # weight of the commitment loss, the value in section 3.2 of VQ-VAE
     # DIFFERS: in equation 3 of VQ-VAE, and here, beta multiplies the commitment loss. In VQGAN's
     # code and in transformers it multiplies the CODEBOOK loss; True gives their loss.
-    beta_on_codebook: bool = False
+    beta_on_codebook: Flag = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.channel_multiplier = tuple(self.channel_multiplier)
         if self.attn_resolutions is not None:
             self.attn_resolutions = tuple(self.attn_resolutions)
-        for name in ("embed_dim", "num_embeddings", "latent_channels", "resolution",
-                     "in_channels", "base_channels", "num_res_blocks"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
-            raise ValueError(f"channel_multiplier {self.channel_multiplier} needs entries >= 1")
         if any(self.base_channels * m % GROUPS for m in self.channel_multiplier):
             raise ValueError(f"base_channels {self.base_channels} times each channel_multiplier "
                              f"{self.channel_multiplier} must be a multiple of {GROUPS} "
@@ -91,8 +117,6 @@ class ChameleonVQVAEConfig:
             raise ValueError(f"resolution {self.resolution} must be a multiple of "
                              f"{self.downsampling}, 2^(levels - 1) of channel_multiplier "
                              f"{self.channel_multiplier}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     @property
     def downsampling(self) -> int:
@@ -309,10 +333,10 @@ class Decoder(nn.Module):
 
 
 class VQLosses(NamedTuple):
-    """VQ-VAE (1711.00937), equation 3: sg[x] is x without gradient, |x|^2 the mean of squares."""
+    """VQ-VAE (1711.00937), equation 3, as means over all numbers. sg[x] is x without gradient."""
 
-    codebook: Tensor  # |sg[z] - e|^2: moves the code vectors towards the encoder's outputs
-    commitment: Tensor  # |z - sg[e]|^2: moves the encoder's outputs towards their code vectors
+    codebook: Tensor  # mean (sg[z] - e)^2: moves the code vectors towards the encoder's outputs
+    commitment: Tensor  # mean (z - sg[e])^2: moves the encoder's outputs towards their code vectors
     total: Tensor  # codebook + beta * commitment (beta_on_codebook: commitment + beta * codebook)
     perplexity: Tensor  # exp(entropy of the codes): K if all are equally frequent, 1 if one is used
 
@@ -334,8 +358,8 @@ class VectorQuantizer(nn.Module):
         e = self.embedding.weight  # (K, E)
         # |z - e_j|^2 / 2 = |e_j|^2 / 2 - z . e_j + |z|^2 / 2. The last term is the same for every
         # j and is left out. The rest is one matrix product with a bias.
-        distance = torch.addmm(e.square().sum(1) / 2, z, e.T, alpha=-1)  # (N, K)
-        return distance.argmin(dim=1)  # (N,)
+        score = torch.addmm(e.square().sum(1) / 2, z, e.T, alpha=-1)  # (N, K), lowest is nearest
+        return score.argmin(dim=1)  # (N,)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, VQLosses]:
         """z (B, E, h, w) -> zq (B, E, h, w), codes (B, S) in raster order, losses"""
@@ -440,9 +464,13 @@ class ChameleonVQVAE(nn.Module):
 
         DIFFERS: transformers encodes in the model's dtype, and in bf16 1.6 % of the codes change.
         Here encoding is always fp32: `from_pretrained(dtype=torch.bfloat16)` leaves this module so.
-        Raises ValueError if the shape is not a batch of pictures, or the weights are not fp32.
+        Raises ValueError if the shape is not a batch of pictures, the weights are not fp32, or inf
+        or nan comes out.
         """
         channels = self.config.in_channels
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values are {pixel_values.dtype}, but pixels are floats in "
+                             "[-1, 1]: pass the levels of a picture through the image processor")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(f"pixel_values must be (B, {channels}, H, W), got "
                              f"{tuple(pixel_values.shape)}")
@@ -458,6 +486,11 @@ class ChameleonVQVAE(nn.Module):
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)
             z = self.quant_conv(self.encoder(pixels))  # (B, E, h, w)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*S, E)
+            # argmin would take NaN for the nearest. To look is a GPU synchronization.
+            finite = flat.isfinite().all() & self.quantize.embedding.weight.isfinite().all()
+            if not torch.compiler.is_compiling() and not finite:
+                raise ValueError("the VQ-VAE computes inf or nan: pixel_values hold such numbers, "
+                                 "or its weights are damaged (download them again)")
             return self.quantize.nearest(flat).view(len(z), -1)  # (B, S)
 
     @torch.no_grad()

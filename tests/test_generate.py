@@ -357,6 +357,14 @@ def test_guidance_equals_three_separate_forward_passes(seed, text, image, shown,
             assert logits.max() - logits[code_ids.index(ids[t])] < 1e-3
 
 
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_a_minimum_of_new_tokens_never_reaches_into_a_picture(mode):
+    model, prompt = with_any_logits(0, 0.01, 1000.0), torch.tensor([[0, 85]])
+    ids = generate(model, prompt, mode=mode, min_new_tokens=6, max_new_tokens=6,
+                   eos_token_id=[2, END])[0, 2:]
+    assert len(pictures_of(ids.tolist())[0]) == SMALL_S and ids[-1] == END
+
+
 def test_scales_of_one_are_no_guidance_and_a_dropped_prompt_is_its_own():
     assert guidance_streams(1.0, 1.0, "interleaved", True) == ["full"]
     model = with_any_logits(3, 1.0, 0.0)

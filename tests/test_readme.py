@@ -349,7 +349,7 @@ def walk_table() -> str:
          f"<image>, {tokens[end].name}, {tokens[-1].name}"),
         ("pixels", "`processor.py` `ChameleonImageProcessor.prepare`",
          f"{tuple(pixels.shape)}, {pixels.min():.3f} to {pixels.max():.3f}"),
-        ("features", "`vqvae.py` `ChameleonVQVAE.encode`", shape["quant_conv"]),
+        ("vectors before quantization", "`vqvae.py` `ChameleonVQVAE.encode`", shape["quant_conv"]),
         ("nearest codes", "`vqvae.py` `VectorQuantizer.nearest`",
          f"(1, {S}): {some(walk.codes[0].flatten()[:6].tolist())}"),
         ("their ids, by name", "`tokenizer.py` `VocabularyMap`",

@@ -117,8 +117,10 @@ def test_a_gap_in_the_codes_and_an_id_that_cannot_be_are_errors():
     with pytest.raises(ValueError, match="IMGIMGBZ"):
         VocabularyMap({"IMGIMGAZ": 4, "IMGIMGCZ": 5})
     for bad in (4, -1, "5", 5.0, None):
-        with pytest.raises(ValueError, match="an id each"):
+        with pytest.raises(ValueError, match="an id of its own|ids are whole numbers"):
             VocabularyMap({"IMGIMGAZ": 4, "IMGIMGBZ": bad})
+    with pytest.raises(ValueError, match="an id of its own"):
+        VocabularyMap({"<racm3:break>": 5, "<eoss>": 5})
 
 
 @pytest.mark.parametrize("codes", [[-1], [0, 2], [70000]])

@@ -250,6 +250,15 @@ def test_a_picture_without_batch_is_refused():
     (dict(channel_multiplier=()), "channel_multiplier"),
     (dict(resolution=31), "resolution"),
     (dict(dropout=1.0), "dropout"),
+    (dict(dropout=float("nan")), "dropout"),
+    (dict(num_res_blocks=10**6), "num_res_blocks"),
+    (dict(base_channels=10**9), "base_channels"),
+    (dict(channel_multiplier=5), "channel_multiplier"),
+    (dict(channel_multiplier=[1, "2"]), "channel_multiplier"),
+    (dict(attn_resolutions=["16"]), "attn_resolutions"),
+    (dict(attn_type=1), "attn_type must be text or null"),
+    (dict(double_latent="no"), "double_latent must be true or false, without quotes, got 'no'"),
+    (dict(beta=float("inf")), "beta"),
 ])
 def test_an_impossible_config_names_its_field(change, name):
     with pytest.raises(ValueError, match=name):
