@@ -4,32 +4,35 @@
     ids (B,1) --embed--> x (B,1,D) --N blocks, one compiled code--> --norm--> hidden (B,D)
                               every block writes column t in place and reads all L columns
 
-A step at batch 1 reads each weight once and does two operations with it: it can take no less than
-(bytes of weights and cache) / (bandwidth of the memory). What stands between a plain step and that:
+Who needs it: whoever wants long answers, pictures or large models sooner, by `--compile` or
+`stream(model, ..., decoder=Decoder(model, compiled=True))`. The ids are those of a plain step.
 
-Python and launches   Every small operation costs microseconds to start, hundreds of them a step.
-                      torch.compile joins them into few loops; on CUDA the launches that are left
-                      are recorded once as a CUDA graph and replayed.
-changing shapes       A cache that grows is another shape in each step, and would be compiled anew.
-                      So the buffers keep their full size L, the column to write is a number on the
-                      device, and a mask hides what is not yet written. Nothing depends on the step.
-                      On CUDA a step reads a view of the first 256, 512 ... columns, with a graph
-                      for each; one compiled code serves all of them.
-attention             For one query, softmax(q k^T) v as it stands in the textbook beats the fused
-                      kernels on a CPU, which are made for many queries.
-matrix times vector   The libraries for matrix products are made for many rows. For a few (one, or
-                      those of a guided picture), a plain loop over the weights is twice as fast:
-                      torch.compile writes it, for float and for int8 weights; without, torch has
-                      one of its own for one row in bf16 on a CPU. On CUDA, cuBLAS is faster from
-                      two rows of float weights on; for int8 it would want a bf16 copy of them.
-waiting               Reading an id makes the host wait for CUDA. So ids are read one step behind,
-                      while the next step already runs; inside a picture nothing else is read.
+A step at batch 1 reads each weight once and does two operations with it. So it takes at least
+(bytes of weights and cache) / (bandwidth of the memory). What keeps a plain step from that:
 
-Not done: joining q, k, v and gate, up into one matrix each. On CUDA the compiler does the same with
-`combo_kernels`, one launch for loops that do not need each other; on a CPU it saves 2 %.
+Python and launches   Each small operation costs microseconds to start, and a step has hundreds.
+                      torch.compile joins them into few loops. On CUDA, the remaining launches are
+                      recorded once as a CUDA graph and replayed.
+changing shapes       A cache that grows has another shape in each step, and would be compiled anew.
+                      So the buffers keep their full size L, the column to write is a number on
+                      the device, and a mask hides columns that are not written yet. On CUDA a
+                      step reads a view of the first 256, 512 ... columns, with one CUDA graph for
+                      each size; the compiled code is the same for all sizes.
+attention             Fused kernels are made for many queries. For one query on a CPU, the two
+                      products of softmax(q k^T) v are faster one by one.
+matrix times vector   Libraries for matrix products are made for many rows. For a few rows (one, or
+                      those of a guided picture), a plain loop over the weights is twice as fast.
+                      torch.compile writes it, for float and for int8 weights. Without compiling,
+                      bf16 on a CPU has two libraries, and a measurement picks one. On CUDA, cuBLAS
+                      is faster from two rows of float weights on; int8 keeps the loop, because
+                      cuBLAS would need a bf16 copy of the weights.
+waiting               Reading an id is a GPU synchronization. So ids are read one step later, while
+                      the next step already runs. Inside a picture, nothing else is read.
 
-One block is compiled, and its code serves all N, since they differ in their tensors only: a sixth
-of the time that compiling the whole step takes, at the same speed.
+One block is compiled, and its code serves all N blocks, since they differ in their tensors only.
+That takes a sixth of the time of compiling the whole step, at the same speed. q, k, v and gate, up
+are not joined into one matrix each: on CUDA the compiler puts their loops into one launch
+(`combo_kernels`), and on a CPU joining would save 2 %.
 
 Letter  meaning
 B       rows of the batch, guidance streams included
@@ -79,6 +82,68 @@ def in_memory(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
+# Who multiplies: in bf16 on a CPU, the fastest form depends on the processor, so it is measured
+
+FORMS = ("oneDNN", "torch", "fp32")  # the library, torch's own kernels, converting both to fp32
+MEASURED = 512  # columns of a cache from which on a measurement pays
+A_MATRIX = (1, 2**10), (2**10, 2**15), True  # one row times the weights of a layer, 64 MB of them
+
+
+@contextmanager
+def onednn(enabled: bool) -> Iterator[None]:
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = enabled
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def multiplied(a: Tensor, b: Tensor, form: str) -> Tensor:
+    """a @ b by one of FORMS; the result has a's dtype."""
+    if form == "fp32":
+        return (a.float() @ b.float()).to(a.dtype)
+    with onednn(form == "oneDNN"):
+        return a @ b
+
+
+@cache
+def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: torch.dtype,
+            forms: tuple[str, ...] = FORMS) -> str:
+    """The form in which tensors of these shapes are multiplied soonest here; 0.1 s, once.
+
+    `transposed`: b lies in memory with its last two dimensions exchanged. As in a model, there are
+    so many b that they come from memory, and each is a view of a longer buffer.
+    """
+    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return "torch"
+    *batch, rows, columns = (*b[:-2], b[-1], b[-2]) if transposed else b
+    count = max(1, 2**24 // torch.Size(b).numel())  # 32 MB
+    x = torch.ones(a, dtype=dtype)
+    many = [torch.ones(*batch, rows + 64, columns, dtype=dtype)[..., :rows, :]
+            for _ in range(count)]
+    many = [y.mT for y in many] if transposed else many
+    seconds = {}
+    for form in forms * 2:
+        start = time.perf_counter()
+        for y in many:
+            multiplied(x, y, form)
+        took = time.perf_counter() - start
+        seconds[form] = min(took, seconds.get(form, took))
+    return min(seconds, key=seconds.get)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a (..., n, m) @ b (..., m, o), where n is small and m or o is the length of a cache."""
+    L = max(b.shape[-2:])
+    if a.device.type != "cpu" or L < MEASURED or torch.compiler.is_compiling():
+        return a @ b
+    rounded = 1 << (L - 1).bit_length()  # a cache grows: so few lengths are measured
+    sizes = [tuple(rounded if n == L else n for n in x.shape) for x in (a, b)]
+    return multiplied(a, b, fastest(*sizes, b.stride(-1) != 1, a.dtype))
+
+
+# ---------------------------------------------------------------------------------------------
 # Attention: which kernel computes it
 
 
@@ -90,11 +155,12 @@ def one_query_attention(
     q (B, H, 1, Dh), k and v (B, Hkv, L, Dh), mask (B or 1, 1, 1, L) or None -> (B, H, 1, Dh)
     """
     q = in_memory(q.squeeze(2).unflatten(1, (k.shape[1], -1)))  # (B, Hkv, H/Hkv, Dh)
-    scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, Hkv, H/Hkv, L)
+    scores = product(q, k.mT) * q.shape[-1] ** -0.5  # (B, Hkv, H/Hkv, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
-    return (F.dropout(weights, dropout) @ v).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
+    y = product(F.dropout(weights, dropout), v)  # (B, Hkv, H/Hkv, Dh)
+    return y.flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
 
 
 def one_query_loops(
@@ -247,36 +313,6 @@ def with_row_products(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     twin._modules = {name: with_row_products(child) for name, child in module.named_children()}
     return twin
-
-
-@cache
-def native_is_faster(dtype: torch.dtype) -> bool:
-    """Is torch's own product of a matrix and one row faster here than oneDNN's? Timed once, 0.1 s.
-
-    On a processor with AVX512_BF16 it is, by a factor of 2; on others it may be far slower. Only
-    for weights that come from memory, as they do in a model: hence 64 MB of them.
-    """
-    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return False
-    weight, x = torch.ones(2**15, 2**10, dtype=dtype), torch.ones(1, 2**10, dtype=dtype)
-    best = {}
-    for enabled in (True, False) * 3:
-        with onednn(enabled):
-            start = time.perf_counter()
-            F.linear(x, weight)
-            seconds = time.perf_counter() - start
-        best[enabled] = min(seconds, best.get(enabled, seconds))
-    return best[False] < 0.8 * best[True]
-
-
-@contextmanager
-def onednn(enabled: bool) -> Iterator[None]:
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = enabled
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
 
 
 # ---------------------------------------------------------------------------------------------
@@ -433,7 +469,7 @@ class Decoder:
     def kernels(self, rows: int) -> Iterator[None]:
         """The fastest kernels for so many rows, and room for every shape that comes."""
         native = (rows == 1 and not self.compiled and self.model.device.type == "cpu"
-                  and native_is_faster(self.model.dtype))
+                  and fastest(*A_MATRIX, self.model.dtype, FORMS[:2]) == "torch")
         enabled = torch.backends.mkldnn.enabled and not native
         # Not to be named where nothing is compiled: its import takes a second.
         limit = torch._dynamo.config.patch(recompile_limit=64) if self.compiled else nullcontext()

@@ -6,6 +6,9 @@
 
 O, I: outputs and inputs of a layer; g: inputs in a group.
 
+Who needs it: whoever has too little memory for bf16 weights, or wants compiled steps to read fewer
+bytes: `--quantize`, or `quantization_config` of `from_pretrained`.
+
 Why: writing one token at batch 1 reads every weight once and does two operations with it, so a
 step takes (bytes of the weights) / (bandwidth of the memory). Half the bytes, half the time. The
 weights only have to be SMALL in memory; the arithmetic can stay in floating point.

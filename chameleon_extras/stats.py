@@ -2,9 +2,10 @@
 
     stream's ids (B,) --watch--> the same ids; the clock runs only while they are made
 
-At batch 1 a step reads all weights and the keys and values so far, and little else takes time; so
-its bytes by its seconds, set against what this memory can do, says how good the step is. What it
-can do is measured at the same moment, so that other load on the machine counts, too.
+Who needs it: whoever asks whether a step could be faster. At batch 1 a step reads all weights and
+the keys and values so far, and little else takes time. So its bytes divided by its seconds,
+relative to the bandwidth of this memory, say how good the step is. The bandwidth is measured in the
+same run, because other load on the machine affects both.
 """
 
 import statistics

@@ -259,7 +259,7 @@ def test_a_row_product_is_the_layers_own(kind, bias):
 
 def test_choosing_kernels_leaves_torch_as_it_was(monkeypatch):
     model = small_model()
-    monkeypatch.setattr(decoding, "native_is_faster", lambda dtype: True)
+    monkeypatch.setattr(decoding, "fastest", lambda *_: "torch")
     decoder, seen, forward = Decoder(model), [], model.model.forward
 
     def watched(*arguments, **named):
@@ -273,9 +273,22 @@ def test_choosing_kernels_leaves_torch_as_it_was(monkeypatch):
     assert seen == [True, False, False, False]  # the prompt has many rows
 
 
-def test_native_products_are_for_bf16_and_measured():
-    assert decoding.native_is_faster(torch.float32) is False
-    assert decoding.native_is_faster(torch.bfloat16) in (True, False)
+def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypatch):
+    sizes = (1, 2, 1, 8), (1, 2, 8, 64), True
+    assert decoding.fastest(*sizes, torch.float32) == "torch"
+    assert decoding.fastest(*sizes, torch.bfloat16) in decoding.FORMS
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1, 2, 3, 40, generator=g), torch.randn(1, 2, 40, 7, generator=g)
+    for form in decoding.FORMS:
+        y = decoding.multiplied(a.bfloat16(), b.bfloat16(), form)
+        assert y.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
+        torch.testing.assert_close(y.float(), a.bfloat16().float() @ b.bfloat16().float(),
+                                   atol=2e-2, rtol=1e-2)
+    monkeypatch.setattr(decoding, "MEASURED", 1)  # else for long caches only
+    model, prompt = small_model(), torch.tensor([[0, 80, 81]])
+    plain = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[]))
+    ids = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[], decoder=Decoder(model)))
+    assert torch.equal(torch.cat(ids), torch.cat(plain))
 
 
 # ---------------------------------------------------------------------------- reading one behind
