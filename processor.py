@@ -30,13 +30,17 @@ What differs from the processors of most models
 - The factor is 0.0078 as in transformers, not 2 / 255 = 0.00784, so white is 0.989. Meta trained
   with level / 255 * 2 - 1, which rescale_factor=2 / 255 gives.
 - All numbers equal those of transformers 4.43 to 4.57 (ChameleonImageProcessor), bit for bit.
-- EXIF orientation is ignored, as by Meta and transformers. 16-bit levels above 255 are clipped.
+- Of PIL pictures, EXIF orientation is ignored and 16-bit levels above 255 are clipped, as by Meta
+  and transformers. Of files, `load_image` respects both.
 
 Sources: https://arxiv.org/abs/2405.09818, section 2.1 (a 512 x 512 picture becomes 1024 codes);
 the documentation of transformers' ChameleonImageProcessor and ChameleonProcessor.
 """
 
 import copy
+import json
+import math
+import os
 import re
 import warnings
 from collections.abc import Iterable
@@ -45,7 +49,7 @@ from typing import TypeGuard
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tokenizer import (
     BatchFeature,
@@ -56,7 +60,7 @@ from tokenizer import (
     write_json,
 )
 
-Picture = Image.Image | np.ndarray | torch.Tensor
+Picture = Image.Image | np.ndarray | torch.Tensor | str | Path  # the last two: a file
 Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of both
 
 
@@ -67,19 +71,37 @@ Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of b
 def load_image(path: str | Path) -> Image.Image:
     """A picture file -> PIL picture in memory; of an animation, the first frame.
 
+    DIFFERS: the picture is what a viewer shows. Meta and transformers ignore EXIF orientation and
+    the transparent colour of an RGB file, and clip 16-bit grey to white.
+
     ValueError, in one line, if the file is missing, damaged, too large or no picture.
     """
-    if re.match(r"https?://", str(path)):
+    if re.match(r"\w\w+://", str(path)):
         raise ValueError(f"picture {str(path)!r} is an address, and nothing is fetched from the "
                          "network: download it and name the file")
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
+        raise ValueError(f"picture {str(path)!r} is a directory, a pipe or a device: name a file")
+    if str(path).lower().endswith((".heic", ".heif")):
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError(f"picture {str(path)!r} is HEIC: pip install pillow-heif, or save it "
+                             "as JPEG") from None
+        register_heif_opener()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about EXIF data and the like, not used here
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # about EXIF data, and sizes that are checked below
             with Image.open(path) as image:
+                limit = Image.MAX_IMAGE_PIXELS or math.inf
+                if math.prod(image.size) > limit:  # a JPEG can be read at half its size
+                    image.draft(None, (image.width // 2, image.height // 2))
+                if math.prod(image.size) > limit:
+                    raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
                 image.load()  # open() reads only the header; a truncated file fails here
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"picture {str(path)!r} is too large, scale it down: {error}") from None
+                image = as_shown(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"picture {str(path)!r} is too large ({error}): save it with at most "
+                         "4000 pixels a side") from None
     except OSError as error:  # includes PIL's UnidentifiedImageError
         reason = error.strerror or "not a picture, or one cut short"
         raise ValueError(f"picture {str(path)!r} cannot be read: {reason}") from None
@@ -90,16 +112,37 @@ def load_image(path: str | Path) -> Image.Image:
     return image
 
 
+def as_shown(image: Image.Image) -> Image.Image:
+    """A loaded picture file -> PIL picture upright, with 8 bits, and with its transparency."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] == "I":  # grey, 16 bits; level = value / 257, rounded
+        clear = image.info.pop("transparency", None)
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
+        image.info |= {} if clear is None else {"transparency": round(clear / 257)}
+    return image.convert("RGBA") if "transparency" in image.info else image
+
+
+def opened(image: Picture) -> Picture:
+    """Reads a file, or what a PIL picture has not read yet. ValueError if it cannot be read."""
+    if isinstance(image, (str, Path)):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        try:
+            image.load()
+        except Exception as error:  # of many kinds, some without text
+            raise ValueError("a PIL picture is closed or broken: pass its file's name, or call "
+                             f"load() before it is closed ({type(error).__name__})") from None
+    return image
+
+
 def flat_pictures(images: Pictures) -> list[Picture]:
     """One picture, a stack (N, ...) or nested lists of both -> flat list, or ValueError."""
     if isinstance(images, (list, tuple)):
         return [picture for item in images for picture in flat_pictures(item)]
     if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
         return list(images)
-    if isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
+    if isinstance(images, Picture):
         return [images]
-    if isinstance(images, (str, Path)):
-        return [load_image(images)]
     raise ValueError(f"a picture must be PIL, numpy, torch or a file's path, not "
                      f"{type(images).__name__}")
 
@@ -143,6 +186,12 @@ def to_array(image: Picture, layout: str | None = None) -> tuple[np.ndarray, str
     return (array.astype(np.uint8) * 255 if array.dtype == bool else array), layout
 
 
+def strips(height: int, width: int) -> list[slice]:
+    """Rows of about 2^18 pixels at a time: in float64, all of a photograph would take gigabytes."""
+    step = max(1, 2**18 // max(1, width))
+    return [slice(top, min(top + step, height)) for top in range(0, height, step)]
+
+
 def on_white(array: np.ndarray) -> np.ndarray:
     """(H, W, 1, 3 or 4) -> (H, W, 3): repeats grey, blends transparency on white.
 
@@ -155,9 +204,21 @@ def on_white(array: np.ndarray) -> np.ndarray:
     if array.shape[2] != 4:
         raise ValueError(f"{array.shape[2]} channels are not grey, RGB or RGBA")
     white = 1.0 if array.dtype.kind == "f" else 255
-    rgb, alpha = array[:, :, :3], array[:, :, 3:] / white  # (H, W, 3), (H, W, 1)
-    # out = (1 - alpha) * 255 + alpha * rgb, which astype truncates to a level
-    return ((1 - alpha) * white + alpha * rgb).astype(array.dtype)
+    blended = np.empty((*array.shape[:2], 3), array.dtype)
+    for rows in strips(*array.shape[:2]):
+        rgb, alpha = array[rows, :, :3], array[rows, :, 3:] / white  # (h, W, 3), (h, W, 1)
+        # out = (1 - alpha) * 255 + alpha * rgb, which the assignment truncates to a level
+        blended[rows] = (1 - alpha) * white + alpha * rgb
+    return blended
+
+
+def rgb_levels(image: Image.Image) -> np.ndarray:
+    """A PIL picture of any mode -> (H, W, 3) uint8, transparency on white."""
+    levels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows in strips(image.height, image.width):
+        strip = image.crop((0, rows.start, image.width, rows.stop))
+        levels[rows] = on_white(np.asarray(strip.convert("RGBA")))  # also of palettes
+    return levels
 
 
 def to_levels(array: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -194,7 +255,6 @@ class ChameleonImageProcessor:
     for an impossible value.
     """
 
-    do_convert_rgb: bool
     do_resize: bool
     size: dict[str, int]
     resample: int
@@ -205,9 +265,9 @@ class ChameleonImageProcessor:
     do_normalize: bool
     image_mean: list[float]
     image_std: list[float]
+    do_convert_rgb: bool
 
-    DEFAULTS = {
-        "do_convert_rgb": True,
+    DEFAULTS = {  # in the order of positional arguments
         "do_resize": True,
         "size": {"shortest_edge": 512},  # or {"height": h, "width": w}, or an int: shortest edge
         "resample": 1,  # the filter's number in PIL: Lanczos
@@ -218,12 +278,16 @@ class ChameleonImageProcessor:
         "do_normalize": True,
         "image_mean": [1.0, 1.0, 1.0],  # or one number for all channels
         "image_std": [1.0, 1.0, 1.0],
+        "do_convert_rgb": True,
     }
     # Without a limit, a picture of 1 x 100,000 would be resized to 79 GB before the crop.
-    MAX_RESIZED_PIXELS = 2**27
+    MAX_RESIZED_PIXELS = 2**26
     MAX_SIDE = 4096  # of a picture after resizing or cropping
 
-    def __init__(self, **options) -> None:
+    def __init__(self, *values, **options) -> None:
+        if len(values) > len(self.DEFAULTS):
+            raise TypeError(f"{len(values)} positional arguments, at most {len(self.DEFAULTS)}")
+        options = dict(zip(self.DEFAULTS, values), **options)
         unknown = set(options) - set(self.DEFAULTS)
         if unknown:
             raise TypeError(f"unknown option {min(unknown)!r}, not one of {list(self.DEFAULTS)}")
@@ -271,8 +335,8 @@ class ChameleonImageProcessor:
                    input_data_format: str | None = None, **options) -> BatchFeature:
         """Pictures -> {"pixel_values": (N, 3, H, W)}: a tensor ("pt"), array ("np") or list (None).
 
-        A picture is a PIL image, or an array or tensor (H, W), (H, W, C) or (C, H, W). It holds
-        levels 0..255, or fractions 0..1 with do_rescale=False. data_format: "channels_first",
+        A picture is a PIL image, a file, or an array or tensor (H, W), (H, W, C) or (C, H, W). It
+        holds levels 0..255, or fractions 0..1 with do_rescale=False. data_format: "channels_first",
         "channels_last", or None for the layout of the input. ValueError for anything else.
         """
         own = self.to_dict()
@@ -280,9 +344,10 @@ class ChameleonImageProcessor:
         settings = ChameleonImageProcessor(**{**own, **given})
         arrays = []
         for image in flat_pictures(images):
+            image, layout = opened(image), input_data_format
             if settings.do_convert_rgb and isinstance(image, Image.Image) and image.mode != "RGB":
-                image = image.convert("RGBA")  # keeps transparency, also of palettes
-            array, layout = to_array(image, input_data_format)  # (H, W, C)
+                image, layout = rgb_levels(image), "channels_last"
+            array, layout = to_array(image, layout)  # (H, W, C)
             array = settings.prepare(array)  # (H', W', C)
             target = data_format or layout
             if target not in ("channels_first", "channels_last"):
@@ -351,7 +416,16 @@ class ChameleonImageProcessor:
 
     def to_dict(self) -> dict:
         """All options: ChameleonImageProcessor(**processor.to_dict()) is a copy."""
-        return {name: getattr(self, name) for name in self.DEFAULTS}
+        return {name: copy.deepcopy(getattr(self, name)) for name in self.DEFAULTS}
+
+    @classmethod
+    def from_dict(cls, values: dict, **changes) -> "ChameleonImageProcessor":
+        """Reads what `to_dict` gives; other keys, such as image_processor_type, are ignored."""
+        return cls(**{name: value for name, value in values.items() if name in cls.DEFAULTS}
+                   | changes)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes preprocessor_config.json, which transformers reads, too."""
@@ -359,7 +433,7 @@ class ChameleonImageProcessor:
         write_json(Path(folder) / "preprocessor_config.json", {**self.to_dict(), **kind})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ChameleonImageProcessor":
+    def from_pretrained(cls, folder: str | Path, **changes) -> "ChameleonImageProcessor":
         """Reads preprocessor_config.json, else processor_config.json of transformers 5."""
         file = Path(folder) / "preprocessor_config.json"
         joint = Path(folder) / "processor_config.json"
@@ -369,8 +443,8 @@ class ChameleonImageProcessor:
         if not isinstance(data, dict):
             raise ValueError(f"{folder}: no preprocessor_config.json in it "
                              f"(ChameleonImageProcessor().save_pretrained(folder) writes one)")
-        try:  # other keys, such as image_processor_type or do_pad, are ignored
-            return cls(**{name: value for name, value in data.items() if name in cls.DEFAULTS})
+        try:
+            return cls.from_dict(data, **changes)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -400,7 +474,7 @@ def parts_of(turn: dict) -> list[str | Picture]:
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif picture is not None:
-            parts += flat_pictures(picture)
+            parts += map(opened, flat_pictures(picture))
         else:
             raise ValueError("a part of a message is {'type': 'text', 'text': ...} or {'type': "
                              f"'image', 'image': ...}}, not {part!r:.80}")

@@ -1,6 +1,9 @@
 """image_processor.py: the documented numbers bit for bit, the way back, and bad files."""
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,6 +349,60 @@ def test_a_missing_file_a_folder_and_an_impossible_name_are_one_line_errors(tmp_
         with pytest.raises(ValueError, match=message) as error:
             load_image(path)
         assert "\n" not in str(error.value)
+
+
+def test_a_file_is_seen_as_a_viewer_shows_it(tmp_path):
+    """Upright, 16-bit grey scaled, one colour transparent; a PIL picture stays as it is."""
+    path, small = tmp_path / "a.png", {"do_resize": False, "do_center_crop": False}
+    rgb = np.array([[[255, 0, 0], [0, 255, 0]]], np.uint8)  # red, green
+
+    def seen(image):
+        pixels = ChameleonImageProcessor(**small)(image, data_format="channels_last").pixel_values
+        return np.rint((pixels[0] + 1) / 0.0078).astype(int).tolist()
+
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned by 90 degrees
+    Image.fromarray(rgb).save(path, exif=exif)
+    assert seen(path) == [[[255, 0, 0]], [[0, 255, 0]]] and seen(Image.open(path)) == rgb.tolist()
+    Image.fromarray(rgb).save(path, transparency=(255, 0, 0))
+    assert seen(path) == [[[255, 255, 255], [0, 255, 0]]] and seen(Image.open(path)) == rgb.tolist()
+    Image.fromarray(np.array([[0, 25700, 65535]], np.uint16)).save(path)
+    assert seen(path) == [[[0] * 3, [100] * 3, [255] * 3]]
+    assert seen(Image.open(path)) == [[[0] * 3, [255] * 3, [255] * 3]]
+
+
+def test_a_large_photograph_is_read_at_half_its_size(tmp_path, monkeypatch):
+    picture("RGB", 640, 480).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    assert load_image(tmp_path / "a.jpg").size == (320, 240)
+
+
+MEMORY = """
+import resource, sys
+from PIL import Image
+from processor import ChameleonImageProcessor
+Image.new(sys.argv[1], (6000, 6000)).save(sys.argv[2], compress_level=1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+ChameleonImageProcessor()(sys.argv[2])
+print((peak() - before) / 6000**2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts otherwise")
+@pytest.mark.parametrize("mode", ["1", "RGBA"])
+def test_a_large_picture_takes_twelve_bytes_a_pixel(tmp_path, mode):
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", MEMORY, mode, str(tmp_path / "a.png")], cwd=root,
+                          capture_output=True, text=True)
+    assert float(done.stdout) <= 12, done.stderr
+
+
+def test_a_closed_picture_is_a_one_line_error(good):
+    image = Image.open(good)
+    image.close()
+    with pytest.raises(ValueError, match="closed or broken"):
+        ChameleonImageProcessor()(image)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"])
