@@ -55,6 +55,7 @@ from vqvae import (
     ChameleonVQVAEConfig,
     Count,
     Flag,
+    PreTrainedConfig,
     Scale,
     Share,
     Size,
@@ -96,7 +97,7 @@ VQ = Annotated[ChameleonVQVAEConfig | dict, "an object of names and values",
 
 
 @dataclass
-class ChameleonConfig:
+class ChameleonConfig(PreTrainedConfig):
     """Sizes and switches; fields and defaults are those documented for transformers'
     ChameleonConfig (7B). Raises ValueError, naming the field, if a value is impossible.
     """
@@ -148,13 +149,13 @@ class ChameleonConfig:
             raise ValueError(f"num_key_value_heads {Hkv} must divide num_attention_heads {H}")
         kind, factor = self.rope_type, self.rope_factor
         if kind not in ("default", "linear", "dynamic"):
-            raise ValueError(f"rope_scaling type {kind!r} is none of default, linear, dynamic")
+            raise ValueError(f"rope_scaling type {kind!r:.80} is none of default, linear, dynamic")
         if kind != "default" and not real(1, 1000)(factor):
             raise ValueError(f"rope_scaling needs a factor from 1 to 1000, got {factor!r:.80}")
-        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        for name, ids in (("pad_token_id", [self.pad_token_id]), ("eos_token_id", ends),
-                          ("bos_token_id", [self.bos_token_id])):
-            check_ids({name: i for i in ids if i is not None}, self.vocab_size)
+        ends = self.eos_token_id
+        ids = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id,
+               "eos_token_id": max(ends, default=None) if isinstance(ends, list) else ends}
+        check_ids({name: i for name, i in ids.items() if i is not None}, self.vocab_size)
         check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 
     @property
@@ -199,7 +200,7 @@ class ChameleonConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ChameleonConfig":
-        """Reads a config.json of transformers 4 or 5; keys we do not know are ignored.
+        """Reads a config.json of transformers 4 or 5.
 
         Version 4 says rope_theta and rope_scaling {type, factor}; transformers 5 says
         rope_parameters {rope_type, rope_theta, factor}.
@@ -213,13 +214,12 @@ class ChameleonConfig:
             kind = rope.get("rope_type", rope.get("type", "default"))
             if kind != "default":
                 values["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        return super().from_dict(values)
 
     def to_dict(self) -> dict:
         """The config.json of transformers 4, which every version of transformers reads."""
         head = {"architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon"}
-        return head | dataclasses.asdict(self) | {"vq_config": self.vq_config.to_dict()}
+        return copy.deepcopy(vars(self)) | head | {"vq_config": self.vq_config.to_dict()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,6 +273,13 @@ class PreTrainedModel(nn.Module):
     config: ChameleonConfig
     gradient_checkpointing = False
     generation_config = None  # peft looks for it; options are arguments of `generate` here
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return hasattr(cls, "generate")
 
     @property
     def body(self) -> "ChameleonModel":
@@ -285,6 +292,10 @@ class PreTrainedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.body.embed_tokens.weight.dtype
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.body.gradient_checkpointing
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
@@ -328,7 +339,7 @@ class PreTrainedModel(nn.Module):
         return {"input_ids": input_ids, **inputs}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> Self:
         """Reads a folder in the layout of Hugging Face, Meta or Anole, or a hub id.
 
         Options are transformers': dtype (or torch_dtype; None keeps what the file holds, and the
@@ -338,7 +349,13 @@ class PreTrainedModel(nn.Module):
         # Files and their checks are no part of the model; they import this file.
         from chameleon_extras.pretrained import load_pretrained
 
-        return load_pretrained(cls, folder, **options)
+        return load_pretrained(cls, pretrained_model_name_or_path, **options)
+
+    def set_attn_implementation(self, name: str) -> None:
+        """Chooses one of the names of `from_pretrained`'s attn_implementation for all layers."""
+        from chameleon_extras.pretrained import choose_attention  # as in from_pretrained
+
+        choose_attention(self, name)
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Writes config.json and safetensors that transformers and `from_pretrained` read."""

@@ -46,7 +46,7 @@ from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from processor import ChameleonImageProcessor
-from tokenizer import Tokenizer, VocabularyMap
+from tokenizer import Tokenizer, VocabularyMap, check_ids
 
 MODES = ("text", "image", "interleaved")
 CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes are compiled
@@ -358,17 +358,16 @@ class Picker:
             self.head = decoder.product(self.head)
             if self.code_head is not None:
                 self.code_head = decoder.product(self.code_head)
-        self.known = set()  # the widths that `checked` has looked at
+        self.first = True  # until the first step is over
 
     def checked(self, x: Tensor) -> Tensor:
         """x (..., D, V or K) -> x. ValueError for inf and nan, of which argmax would take one.
 
-        To look is a GPU synchronization, so there only the first x of each width is looked at.
+        To look is a GPU synchronization, so only the first step looks.
         """
-        if (x.device.type == "cpu" or x.shape[-1] not in self.known) and not x.isfinite().all():
+        if self.first and not x.isfinite().all():
             raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
                              "for this dtype")
-        self.known.add(x.shape[-1])
         return x
 
     def __call__(self, hidden: Tensor, seen: Tensor, places: list[int | None],
@@ -461,6 +460,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
             with evaluating(model):
                 hidden = contexts.hidden()  # (G, B, D)
             chosen = pick(pick.checked(hidden), seen, places, room)  # (B,)
+            pick.first = False
             chosen = chosen.masked_fill(ended, pad)
             yield chosen
             if room > 1:
@@ -495,6 +495,8 @@ def check_options(**options: float | None) -> None:
         _, wanted, holds = next(rule for rule in RULES if rule[0] in name)
         if value is None and name not in ("top_k", "image_top_k", "max_new_tokens"):
             raise ValueError(f"{name} is None: leave it out for its default")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} must be {wanted}, got a number beyond 2^63")
         if value is not None and not (isinstance(value, (int, float)) and holds(value)):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
@@ -502,8 +504,10 @@ def check_options(**options: float | None) -> None:
 def check_seeds(seeds: int | list[int], rows: int) -> list[int]:
     """-> a seed for each row; ValueError if their number is another, or one is too large."""
     seeds = [seeds + b for b in range(rows)] if isinstance(seeds, int) else seeds
-    if len(seeds) != rows or not all(abs(s) < 2**63 for s in seeds):
-        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give one below 2^63 each")
+    if not isinstance(seeds, (list, tuple)):
+        raise ValueError(f"seed {seeds!r:.40} is no whole number, and no list of them")
+    if len(seeds) != rows or not all(isinstance(s, int) and abs(s) < 2**63 for s in seeds):
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give a whole number below 2^63 each")
     return seeds
 
 
@@ -538,6 +542,7 @@ def check_prompt(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     """
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (B, T) with T > 0, got {tuple(input_ids.shape)}")
+    check_ids({"pad_token_id": pad}, model.config.vocab_size)
     lowest, highest, V = int(input_ids.min()), int(input_ids.max()), model.config.vocab_size
     if input_ids.is_floating_point() or lowest < 0 or highest >= V:
         raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are whole "

@@ -84,9 +84,9 @@ def image_code_from_name(name: str) -> int | None:
 def check_ids(ids: dict[str, int], size: int = 10**6, of: str = "") -> None:
     """ValueError for a name whose id is not one of 0..size-1."""
     for name, token_id in ids.items():
-        if type(token_id) is not int or not 0 <= token_id < size:
-            raise ValueError(f"{of}{name} is {token_id!r:.80}, but ids are whole numbers from 0 to "
-                             f"{size - 1}")
+        if not (type(token_id) is int and 0 <= token_id < size and isinstance(name, str)):
+            raise ValueError(f"{of}{name!s:.80} is {token_id!r:.80}, but ids are whole numbers "
+                             f"from 0 to {size - 1}")
 
 
 class VocabularyMap(torch.nn.Module):

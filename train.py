@@ -32,6 +32,7 @@ data in two stages, 2.3 stability and optimization, 3 alignment (here: sft, refi
 """
 
 import argparse
+import io
 import math
 import sys
 from collections.abc import Callable
@@ -44,14 +45,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonSwinDecoderLayer
-from chameleon_extras.files import OneLineParser, exit_code
+from chameleon_extras.files import OneLineParser, exit_code, write_atomically
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import language, world
 from tiny_world.code_rows import add_code_rows, bake, has_code_rows
 from tiny_world.documents import Corpus, Rows, Writer
 from tiny_world.own_data import OwnData, read_examples
 from tiny_world.pictures import Pictures
-from tiny_world.run import Run, autocast, fast_bf16, shard, whole
+from tiny_world.run import Run, autocast, fast_bf16, fingerprint, shard, whole
 from tiny_world.vqvae_stage import VQ, train_vqvae
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
 from vqvae import ChameleonVQVAE
@@ -88,7 +89,7 @@ PICTURES = 80_000  # 1.4 billion pairs of picture and text (section 2.2)
 
 
 def sentences(rng: np.random.Generator, n: int) -> list[str]:
-    """At least n sentences in total, of all kinds that the decoder learns: the merges come of them."""
+    """At least n sentences, of all kinds that the decoder learns: the merges come of them."""
     lines = [line for pair in language.SMALL_TALK.items() for line in pair] * 20
     while len(lines) < n:
         scene = world.sample_scene(rng)
@@ -117,16 +118,17 @@ def train_tokenizer(run: Run) -> None:
     codes = [image_token_name(code) for code in range(VQ.num_embeddings)]
     run.out.mkdir(parents=True, exist_ok=True)
     lines = sentences(np.random.default_rng(run.options.seed), 40_000)
-    with open(run.out / "tokenizer.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=file, model_type="bpe",
-            vocab_size=4 + len(codes) + len(marks) + 256 + MERGES, control_symbols=codes + marks,
-            bos_id=0, pad_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
-            # Decoding returns every text unchanged: no normalization, no spaces added or dropped.
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
-            minloglevel=2,
-        )  # fmt: skip
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=file, model_type="bpe",
+        vocab_size=4 + len(codes) + len(marks) + 256 + MERGES, control_symbols=codes + marks,
+        bos_id=0, pad_id=1, eos_id=2, unk_id=3, byte_fallback=True, split_digits=True,
+        # Decoding returns every text unchanged: no normalization, no spaces added or dropped.
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
+        minloglevel=2,
+    )  # fmt: skip
+    write_atomically(run.out / "tokenizer.model", lambda part: part.write_bytes(file.getvalue()))
     run.say(f"tokenizer: {trained_tokenizer(run).vocab_size} ids")
 
 
@@ -270,13 +272,24 @@ def train_decoder(stage: str, run: Run) -> None:
         model, processor, corpus = own_data(run, rng)
     else:
         model, processor, corpus = toy_world(stage, run, rng)
+    # Norms and biases: few numbers, and all training changes them.
+    first_weights = fingerprint(p.detach().cpu() for p in model.parameters() if p.ndim == 1)
     if run.device.type == "cpu" and fast_bf16(run.device):  # SDPA's kernel leaves bf16 units idle
         model.set_attention("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
     peak = options.learning_rate or LEARNING_RATE[stage]
     optimizer = make_optimizer(model, peak)
+    run.made_by |= {
+        "--learning-rate": peak, "--dropout": options.dropout, "--norm-order": options.norm_order,
+        "--no-qk-norm": options.no_qk_norm, "--no-z-loss": options.no_z_loss,
+        "--data": fingerprint(d.ids for d in corpus.documents) if options.data else None,
+        "first weights": first_weights,
+    }  # fmt: skip
     start = run.resume(stage, model, optimizer, rng)
+    if start >= steps:
+        run.say(f"{stage}: all {steps} steps are done, --steps makes more")
+        export(model, processor, run)  # --out may have been removed
     rows, query_norm = Rows(corpus, processor.tokenizer.pad_token_id), QueryNorm(model)
     if options.compile:
         for layer in model.model.layers:  # alike, so compiled once for all of them

@@ -28,13 +28,16 @@ Three words for three spaces: `pixels` are floats in [-1, 1]; `codes` are intege
 To reuse this file, copy it: it needs torch alone, except for from_pretrained and save_pretrained.
 """
 
+import copy
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isqrt
 from os import PathLike
-from typing import Annotated, NamedTuple, get_args, get_type_hints
+from pathlib import Path
+from typing import Annotated, NamedTuple, Self, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -42,8 +45,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Both values are VQGAN's (2012.09841). GroupNorm normalizes groups of C / 32 channels. With
-# base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are lost:
-# use 64 or more.
+# base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
+# lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 
@@ -82,8 +85,39 @@ def check_fields(config: object) -> None:
             raise ValueError(f"{name} must be {words}{' or null' * optional}, got {value!r:.80}")
 
 
+class PreTrainedConfig:
+    """What both configs share under the names of transformers' class."""
+
+    # Keys of a config.json that describe the weights beside it; they are not written back.
+    OF_WEIGHTS = {"architectures", "transformers_version", "dtype", "torch_dtype",
+                  "quantization_config", "quantized_weights"}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        """Reads a config.json. A key that is no field becomes an attribute and is written back."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        config = cls(**{key: value for key, value in values.items() if key in names})
+        vars(config).update({key: value for key, value in values.items() if not (
+            key in names | cls.OF_WEIGHTS or key.startswith("_") or hasattr(cls, key))})
+        return config
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, folder: str | PathLike) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike, **changes) -> Self:
+        """Reads the config.json of a folder or a hub id; `changes` replace its values."""
+        from chameleon_extras.pretrained import load_config  # late: only it needs another file
+
+        return load_config(cls, folder, **changes)
+
+
 @dataclass
-class ChameleonVQVAEConfig:
+class ChameleonVQVAEConfig(PreTrainedConfig):
     """Fields and defaults of transformers' ChameleonVQVAEConfig; ValueError names a bad field."""
 
     embed_dim: Size = 256
@@ -128,15 +162,9 @@ class ChameleonVQVAEConfig:
         """S of a square picture: (512 / 16)^2 = 1024 in the released model (section 2.1)."""
         return (self.resolution // self.downsampling) ** 2
 
-    @classmethod
-    def from_dict(cls, values: dict) -> "ChameleonVQVAEConfig":
-        """Takes the `vq_config` of a config.json; ignores keys that are no field."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
-
     def to_dict(self) -> dict:
         """The `vq_config` of a config.json, which `from_dict` reads."""
-        return {"model_type": "chameleon_vqgan"} | dataclasses.asdict(self)
+        return copy.deepcopy(vars(self)) | {"model_type": "chameleon_vqgan"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -446,7 +474,7 @@ class ChameleonVQVAE(nn.Module):
 
     def save_pretrained(self, folder: str | PathLike) -> None:
         """Writes config.json and model.safetensors, as transformers' ChameleonVQVAE does."""
-        from chameleon_extras.checkpoint import save_vqvae
+        from chameleon_extras.checkpoint import save_vqvae  # late: only it needs another file
 
         save_vqvae(self, folder)
 

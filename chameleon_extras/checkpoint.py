@@ -40,7 +40,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
-from chameleon_extras.files import Stored, find_folder, open_safetensors, write_atomically
+from chameleon_extras.files import (
+    Stored,
+    find_folder,
+    load_pickle,
+    open_safetensors,
+    write_atomically,
+)
 from chameleon_extras.quantize import (
     KINDS,
     TORCHAO,
@@ -63,6 +69,7 @@ from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 OWN_FILES = re.compile(
     r"model(\.int[48]|\.nf4)?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+PICKLE = "pytorch_model.bin"  # the file of older checkpoints
 QUANTIZED = "quantized_weights"  # in config.json: one of KINDS; absent where weights are plain
 
 
@@ -101,15 +108,19 @@ def file_stem(kind: str | None) -> str:
 
 
 def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
-    """The safetensors files of a folder. ValueError if one is missing."""
-    index = folder / f"{file_stem(kind)}.safetensors.index.json"
+    """The safetensors files of a folder, else its pytorch_model.bin. ValueError if one is missing.
+    """
+    whole = f"{file_stem(kind)}.safetensors"
+    if not any(folder.glob(f"{whole}*")) and any(folder.glob(f"{PICKLE}*")):
+        whole = PICKLE
+    index = folder / f"{whole}.index.json"
     if index.is_file():
         try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = sorted({name + "" for name in read_json(index)["weight_map"].values()})
         except (KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is broken: it has no readable weight_map") from None
     else:
-        names = [f"{file_stem(kind)}.safetensors"]
+        names = [whole]
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise ValueError(f"{folder} lacks {', '.join(absent)}: download the checkpoint again")
@@ -129,7 +140,10 @@ def open_checkpoint(
     else:
         (config, kind), tensors = open_config(folder), {}
         for path in checkpoint_files(folder, kind):
-            tensors |= open_safetensors(path, device, apart or kind is not None)
+            if path.suffix == ".bin":
+                tensors |= {name: Stored.of(tensor) for name, tensor in load_pickle(path).items()}
+            else:
+                tensors |= open_safetensors(path, device, apart or kind is not None)
         tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
         if config.tie_word_embeddings and not kind:
             tensors.pop("lm_head.weight", None)  # some writers store the tied matrix twice
@@ -137,6 +151,16 @@ def open_checkpoint(
             tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         tensors = pairs_to_halves(config, tensors)
     return config, kind, with_vqgan(tensors, vqgan) if vqgan else tensors
+
+
+def check_layers(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored]) -> None:
+    """ValueError if the names count other layers than the config: before so many are built."""
+    layers = [int(match[1]) for name in tensors
+              if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
+    found, said = max(layers, default=-1) + 1, config.num_hidden_layers
+    if found != said:
+        raise ValueError(f"{folder}: the weights have {found} layers, but num_hidden_layers of the "
+                         f"config is {said}: take the config.json that came with the weights")
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -196,6 +220,7 @@ def open_model(
     if quantize and kind and quantize != kind:
         raise ValueError(f"{folder} holds {kind} weights: leave --quantize {quantize} out, or give "
                          "the folder they were made from")
+    check_layers(folder, config, tensors)
     with torch.device("meta"), WithoutInit():
         has_decoder = any(name.startswith(DECODER_PREFIX) for name in tensors)
         model = ChameleonForConditionalGeneration(config, with_vq_decoder=has_decoder)

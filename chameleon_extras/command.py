@@ -13,14 +13,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count, islice
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from chameleon import ChameleonForConditionalGeneration
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from chameleon_extras.checkpoint import load_checkpoint, open_config, read_config
 from chameleon_extras.decoding import (
     ATTENTIONS,
@@ -32,9 +32,11 @@ from chameleon_extras.decoding import (
 from chameleon_extras.files import (
     OneLineParser,
     exit_code,
+    ignore_stops,
     own_rank,
     pick_device,
     ranks,
+    say,
     write_atomically,
 )
 from chameleon_extras.parallel import check_ranks, join, shard
@@ -48,9 +50,9 @@ from chameleon_extras.sheets import (
     write_document,
 )
 from chameleon_extras.stats import Stats
-from generate import MODES, check_options, check_room, check_seeds, pieces, stream
-from processor import ChameleonProcessor, load_image
-from tokenizer import Tokenizer
+from generate import MODES, check_options, check_room, check_seeds, picture_ids, pieces, stream
+from processor import ChameleonProcessor
+from tokenizer import Tokenizer, check_ids
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 DOCUMENT_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # in the folder of a document
@@ -58,6 +60,7 @@ DOCUMENT_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # in the folder of 
 OF_TEXT = ("temperature", "top_k", "top_p", "repetition_penalty")
 OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text",
                "guidance_image")
+MAX_COUNT = 1000
 # The options that --reconstruct and --explain read.
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
 RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
@@ -85,8 +88,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--vqgan", type=Path, metavar="FILE",
         help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
     add("--prompt", action="append", default=[], metavar="TEXT",
-        help="<image> marks a picture's place; repeat the option for a batch")
-    add("--image", action="append", default=[], metavar="FILE",
+        help="<image> marks a picture's place; repeat the option for a batch; - reads stdin")
+    add("--image", action="extend", nargs="+", default=[], metavar="FILE",
         help="in the order of <image>; without <image> in the prompt it goes in front")
     add("--mode", default="text", choices=MODES, help="what to make: text, a picture, or both")
     add("--out", type=Path, metavar="PATH",
@@ -107,7 +110,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image-top-p", type=float, default=0.9)
     add("--guidance-text", type=float, default=1.0, help="how much the words count; Meta uses 3")
     add("--guidance-image", type=float, default=1.0, help="how much pictures do; Meta uses 1.2")
-    add("--seed", type=int, default=0, help="of all random draws; row b of a batch adds b")
+    add("--seed", type=seed, default=0,
+        help="of all random draws, a number or the word random; row b of a batch adds b")
     add("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
@@ -119,7 +123,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--stats", action="store_true", help="how fast it was, and how fast it could have been")
     options = parser.parse_args(arguments)
     options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
+    options.unnamed, options.reserved = options.out is None, []
     return options
+
+
+def seed(text: str) -> int:
+    """The value of --seed -> the seed."""
+    if text == "random" and ranks() == 1:  # under torchrun, all ranks need the same
+        return int.from_bytes(os.urandom(4), "big")
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number, nor the word random "
+                                         "without torchrun") from None
 
 
 def check_unused(options: argparse.Namespace) -> None:
@@ -159,22 +175,22 @@ def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
     if options.explain:
         return check_page(options)
-    if options.count < 1 or (options.count > 1 and options.mode != "image"):
-        raise ValueError("--count is a number of pictures, for --mode image")
+    if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
+        raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
+    if options.mode == "interleaved" and len(options.prompt) > 1:
+        raise ValueError("--mode interleaved writes one document: give one --prompt")
     if options.out is None:
         defaults = {"text": None, "image": "picture.png", "interleaved": "document"}
         name = "reconstruction.png" if options.reconstruct else defaults[options.mode]
-        options.out = free_name(Path(name)) if name else None
+        options.out = Path(name) if name else None
     elif options.mode == "text" and not options.reconstruct:
         raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
-    if options.mode == "interleaved":
-        if len(options.prompt) > 1:
-            raise ValueError("--mode interleaved writes one document: give one --prompt")
+    elif options.mode == "interleaved":
         if options.out.exists() and not options.out.is_dir():
             raise ValueError(f"--out {options.out} is a file: name a folder for the document")
         if options.out.is_dir() and any(map(DOCUMENT_FILE.fullmatch, os.listdir(options.out))):
             raise ValueError(f"--out {options.out} holds a document already: name another folder")
-    elif options.out is not None:
+    else:
         picture_format(options.out)
         others = [path for path in numbered_names(options) if os.path.lexists(path)]
         if others:
@@ -182,10 +198,32 @@ def check_output(options: argparse.Namespace) -> None:
                              "file")
 
 
-def free_name(path: Path) -> Path:
-    """picture.png, or the first of picture-2.png, picture-3.png ... that does not exist."""
-    names = (path.with_stem(f"{path.stem}-{n}") if n > 1 else path for n in count(1))
-    return next(name for name in names if not os.path.lexists(name))
+def reserve(options: argparse.Namespace) -> None:
+    """Turns --out picture.png into the first of picture-2.png, picture-3.png ... that is free.
+
+    Its files are made, empty: another process that runs at the same time takes other names.
+    """
+    path = options.out
+    for n in count(1):
+        options.out = path.with_stem(f"{path.stem}-{n}") if n > 1 else path
+        try:
+            for name in [options.out, *numbered_names(options)]:
+                name.mkdir() if options.mode == "interleaved" else name.touch(exist_ok=False)
+                options.reserved.append(name)
+            return
+        except FileExistsError:
+            release(options)
+
+
+def release(options: argparse.Namespace) -> None:
+    """Removes what is reserved and still empty."""
+    for path in options.reserved:
+        with suppress(OSError):  # a folder that is not empty
+            if path.is_dir():
+                path.rmdir()
+            elif path.stat().st_size == 0:
+                path.unlink()
+    options.reserved = []
 
 
 def numbered_names(options: argparse.Namespace) -> list[Path]:
@@ -199,8 +237,12 @@ def check_writable(options: argparse.Namespace) -> None:
     out = options.out
     if out is None or own_rank() > 0:
         return
+    if options.unnamed:
+        return reserve(options)
     if options.mode == "interleaved":
-        out.mkdir(parents=True, exist_ok=True)
+        if not out.is_dir():
+            out.mkdir(parents=True)
+            options.reserved = [out]
         out = out / "document.html"
     elif not options.explain:
         kind = picture_format(out)
@@ -227,6 +269,27 @@ def check_page(options: argparse.Namespace) -> None:
     if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out {options.out} cannot be written: name a file in a folder "
                          "that exists")
+
+
+def check_pair(config: ChameleonConfig, processor: ChameleonProcessor, inputs: dict) -> None:
+    """ValueError if tokenizer and pictures are not those of this model."""
+    ours = config.vocabulary_map or {}
+    check_ids(processor.tokenizer.vocab, config.vocab_size, "tokenizer and model do not belong "
+              "together, take both from one folder: ")
+    for name, i in processor.tokenizer.vocab.items():
+        if ours.get(name, i) != i:
+            raise ValueError(f"tokenizer and model do not belong together: {name} is {i} in the "
+                             f"tokenizer and {ours[name]} in the config's vocabulary_map")
+    if "pixel_values" in inputs:
+        if not set(picture_ids(processor.tokenizer.vocabulary)) <= set(ours.values()):
+            raise ValueError("the config's vocabulary_map lacks image tokens of the tokenizer: "
+                             "take the config.json that came with the weights")
+        vq, (_, channels, H, W) = config.vq_config, inputs["pixel_values"].shape
+        codes, S = (H // vq.downsampling) * (W // vq.downsampling), processor.image_seq_length
+        if codes != S or channels != vq.in_channels:
+            raise ValueError(f"pictures of {channels} x {H} x {W} pixels are {codes} codes of this "
+                             f"model, but image_seq_length of the processor is {S}: take "
+                             "preprocessor_config.json and processor_config.json of its folder")
 
 
 def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
@@ -257,25 +320,27 @@ def answer(options: argparse.Namespace) -> None:
     """Checks all input before the weights are read, which takes long. Then computes and writes."""
     sampling = {name: getattr(options, name) for name in OF_TEXT + OF_PICTURES}
     check_options(max_new_tokens=options.max_new_tokens, **sampling)
-    check_seeds(options.seed, options.count * len(options.prompt))
     check_unused(options)
     check_output(options)
+    check_seeds(options.seed, options.count * len(options.prompt))
+    if sys.stdout is None and options.mode == "text" and not options.reconstruct:
+        raise ValueError("stdout is closed, and the answer goes there: leave >&- out")
     if options.model == TINY and not TINY.is_dir():
         raise ValueError("the checkpoint tiny/ comes with a clone of the repository, not with an "
                          "installed package: run this in a clone, or name a --model")
     config = read_config(options.model)
     processor = load_processor(options.model)
-    images = [load_image(path) for path in options.image]
     if options.reconstruct:
-        if not images:
+        if not options.image:
             raise ValueError("--reconstruct needs an --image")
-        check_writable(options)
-        return reconstruct(options, processor, images)
+        return reconstruct(options, processor)
     if not options.prompt:
         raise ValueError("give a --prompt (see --help)")
-    prompts = place_images(options.prompt, len(images))
-    inputs = processor(text=prompts, images=images or None, padding=True, return_tensors="pt",
+    options.prompt = [read_stdin() if prompt == "-" else prompt for prompt in options.prompt]
+    prompts = place_images(options.prompt, len(options.image))
+    inputs = processor(text=prompts, images=options.image or None, padding=True,
                        return_for_text_completion=options.completion)
+    check_pair(config, processor, inputs)
     check_room(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
     model = load_model(options)
@@ -292,7 +357,15 @@ def answer(options: argparse.Namespace) -> None:
         make[options.mode](options, model, processor.tokenizer, stats.watch(steps))
     finally:
         if options.stats:
-            print(stats.report(decoder.cache), file=sys.stderr)
+            say(stats.report(decoder.cache))
+
+
+def read_stdin() -> str:
+    """What `--prompt -` stands for. ValueError if it is no text."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except (UnicodeDecodeError, AttributeError):  # of a closed stdin, which is None
+        raise ValueError("--prompt - reads standard input, which is closed or no text") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,9 +381,14 @@ def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) 
         finally:
             print(flush=True)
         return
-    for prompt, row in zip(options.prompt, torch.stack(list(steps), dim=1).tolist()):
-        print(prompt, file=sys.stderr, flush=True)
-        print(tokenizer.decode(row, skip_special_tokens=True), flush=True)
+    ids = []
+    try:
+        for step in steps:
+            ids.append(step)
+    finally:  # after Ctrl-C, too: what is written is printed
+        for prompt, row in zip(options.prompt, torch.stack(ids, dim=1).tolist() if ids else []):
+            say(prompt)
+            print(tokenizer.decode(row, skip_special_tokens=True), flush=True)
 
 
 def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
@@ -320,13 +398,14 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
         for piece in pieces(model, tokenizer, with_bar(steps, model)):
             done[piece.row] = piece.image or done[piece.row]
     finally:  # after Ctrl-C, too: what is drawn is saved
+        ignore_stops()
         pictures = [picture for picture in done if picture is not None]
         if pictures:
-            sheet = pictures[0] if len(done) == 1 else contact_sheet(pictures)
-            save_picture(sheet, options.out)
             for path, picture in zip(numbered_names(options), pictures):
                 save_picture(picture, path)
-            print(f"{options.out}: {len(pictures)} picture(s)", file=sys.stderr)
+            sheet = pictures[0] if len(done) == 1 else contact_sheet(pictures)
+            save_picture(sheet, options.out)
+            say(f"{options.out}: {len(pictures)} picture(s), seed {options.seed}")
 
 
 def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
@@ -361,10 +440,12 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
                 parts.append(piece.text)
             print(piece.text, end="", flush=True)
     finally:
-        print(flush=True)
+        ignore_stops()
         if parts:
             write_document(options.out, parts)
-            print(f"{options.out / 'document.html'}", file=sys.stderr)
+        print(flush=True)  # fails if stdout is closed or full
+        if parts:
+            say(f"{options.out / 'document.html'}: seed {options.seed}")
 
 
 def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs) -> None:
@@ -376,20 +457,23 @@ def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs)
     if options.out is not None:
         html_page = page(shown, options.prompt[0])
         write_atomically(options.out, lambda part: part.write_text(html_page, encoding="utf-8"))
-        print(options.out, file=sys.stderr)
+        say(str(options.out))
 
 
-def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor, images: list) -> None:
+def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor) -> None:
     """A sheet to --out: each picture as the model sees it, its codes, and their decoding."""
+    pixels = processor.image_processor(options.image, return_tensors="pt").pixel_values
+    check_writable(options)
     model = load_model(options)
-    pixels = processor.image_processor(images, return_tensors="pt").pixel_values.to(model.device)
-    sheet, side, psnr = there_and_back(model, pixels, 512)
+    sheet, side, psnr = there_and_back(model, pixels.to(model.device), 512)
     save_picture(sheet, options.out)
-    print(f"{options.out}: {len(images)} picture(s), {side} x {side} codes each, "
-          f"PSNR {psnr:.1f} dB", file=sys.stderr)
+    say(f"{options.out}: {len(pixels)} picture(s), {side} x {side} codes each, PSNR {psnr:.1f} dB")
 
 
 def run(arguments: list[str] | None = None) -> int:
     """The words of the command line (None: those of this process) -> exit code, see `exit_code`."""
     options = parse(arguments)
-    return exit_code("generate.py", lambda: answer(options))
+    try:
+        return exit_code("generate.py", lambda: answer(options))
+    finally:
+        release(options)

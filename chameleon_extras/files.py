@@ -5,11 +5,13 @@ Who needs it: whoever reads another file of this folder, or train.py. It knows n
 
 import argparse
 import os
-import pickle
 import re
+import signal
 import sys
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -20,6 +22,9 @@ from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I8": torch.int8, "U8": torch.uint8}
+
+MAX_PICKLE = 4 * 2**20  # bytes; the pickle of 10,000 tensors has 2 MB
+OLD_PICKLE = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch before 1.6 began a file
 
 # ---------------------------------------------------------------------------------------------
 # The command line
@@ -34,17 +39,63 @@ class OneLineParser(argparse.ArgumentParser):
 
 def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
     """Calls `run` -> 0; 2 after a ValueError or OSError, printed as one line; 130 after Ctrl-C."""
+    code, sys.stderr = 0, sys.stderr or open(os.devnull, "w")  # noqa: SIM115, closed by 2>&-
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # it may be ASCII
     try:
-        run()
+        with stoppable():
+            run()
+            print(end="", flush=True)
     except BrokenPipeError:  # the reader of stdout has ended, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit may fail
+        pass
     except (ValueError, OSError) as e:
-        print(f"{command}: {e}", file=sys.stderr)
-        return 2
+        say(f"{command}: {e}")
+        code = 2
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return 130
-    return 0
+        say(stopped)
+        code = 130
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # Python flushes again at exit, and would report the same error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def say(text: str) -> None:
+    """A line to stderr. If it cannot be written there, the work goes on."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, Ctrl-C, SIGTERM and a closed terminal raise KeyboardInterrupt, once (see `stop`)."""
+    before = {}
+    if threading.current_thread() is threading.main_thread() and ranks() == 1:
+        ignored = (signal.SIG_IGN, None)  # by nohup, for one
+        before = {n: signal.signal(n, stop) for n in STOPS if signal.getsignal(n) not in ignored}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop(*_) -> None:
+    """Ends the work. What is done is saved then, and a second Ctrl-C does not disturb that."""
+    ignore_stops()
+    raise KeyboardInterrupt
+
+
+def ignore_stops() -> None:
+    """From here to the end of `stoppable`, nothing stops the program."""
+    for number in STOPS:
+        if signal.getsignal(number) is stop:
+            signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,6 +109,10 @@ def write_atomically(path: Path, write: Callable[[Path], None], keep: bool = Tru
         write(part)
         if keep:
             os.replace(part, path)
+    except Exception as e:
+        if type(e).__name__ not in ("RuntimeError", "SafetensorError"):  # torch's, safetensors'
+            raise
+        raise OSError(f"{path} cannot be written, is the disk full? ({e})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -67,10 +122,10 @@ def pick_device(name: str | torch.device) -> torch.device:
     if name == "auto":
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", str(name)):
+        raise ValueError(f"the device {name!r} is none of auto, cpu, cuda, cuda:1, mps")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"the device {name} is none of cpu, cuda, mps")
         torch.empty(0, device=device)
         return torch.device("cpu") if device.type == "cpu" else device  # not cpu:0
     except (RuntimeError, AssertionError, TypeError) as e:
@@ -151,21 +206,32 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     """
     try:
         with open(path, "rb") as file:
-            starts_as_zip = file.read(2) == b"PK"  # torch before 1.6 wrote no zip: no mmap
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=starts_as_zip)
+            head = file.read(len(OLD_PICKLE))
+        is_zip = head.startswith(b"PK")
+        if is_zip:  # the pickle in it holds names and shapes; the tensors are beside it
+            with zipfile.ZipFile(path) as entries:
+                size = max(e.file_size for e in entries.infolist() if e.filename.endswith(".pkl"))
+        if size > MAX_PICKLE if is_zip else head != OLD_PICKLE:
+            raise ValueError("more than names and shapes")
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except FileNotFoundError:
         raise ValueError(f"no file {path}") from None
     except (IsADirectoryError, PermissionError) as e:
         raise ValueError(f"{path} cannot be read: {e.strerror}") from None
-    except (RuntimeError, OSError, EOFError, KeyError, AttributeError, TypeError, ValueError,
-            pickle.UnpicklingError, zipfile.BadZipFile):
+    except Exception:  # a broken pickle raises errors of many kinds
         raise ValueError(f"{path} is truncated, or holds more than tensors: "
                          "download it again") from None
     if isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no tensors by name: it is no checkpoint")
-    return {name: tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
+    tensors = {name: tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
+        dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+        if not isinstance(name, str) or not dense or tensor.device.type != "cpu":
+            raise ValueError(f"{path}: the tensor {name!r:.80} is no plain tensor under a name: "
+                             "save a state_dict of plain CPU tensors")
+    return tensors
 
 
 # ---------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from chameleon_extras.checkpoint import load_checkpoint
 from chameleon_extras.decoding import set_attention
 from chameleon_extras.files import HUB_OPTIONS, find_folder, pick_device
 from chameleon_extras.quantize import check_kind
+from tokenizer import read_json
 
 # DIFFERS: flash_attention_2 is torch's own flash kernel, where it can run (CUDA, half precision,
 # no padding), and torch's next best kernel elsewhere; the flash-attn package is not used.
@@ -76,6 +77,26 @@ def as_device(device_map: str | int | dict | torch.device | None) -> torch.devic
     if isinstance(device_map, int):
         device_map = f"cuda:{device_map}"
     return pick_device("cpu" if device_map is None else device_map)
+
+
+def choose_attention(model: nn.Module, name: str) -> None:
+    """As attn_implementation of `from_pretrained`. ValueError for a name that is not offered."""
+    if name not in ATTENTION:
+        raise ValueError(f"attn_implementation {name!r} is none of {', '.join(ATTENTION)}")
+    set_attention(model, ATTENTION[name])
+
+
+def load_config(cls: type, folder: str | Path, **changes: object) -> object:
+    """What `from_pretrained` of both configs does; the VQ-VAE's may lie inside the model's."""
+    hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
+    file = find_folder(folder, **hub) / str(changes.pop("subfolder", "")) / "config.json"
+    values = read_json(file)
+    if not hasattr(cls, "vq_config"):  # the class is ChameleonVQVAEConfig
+        values = values.get("vq_config") or values
+    try:
+        return cls.from_dict(values | changes)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def load_pretrained(

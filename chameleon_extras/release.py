@@ -47,7 +47,7 @@ from chameleon import ChameleonConfig
 from chameleon_extras.files import Stored, load_pickle, open_safetensors
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tokenizer import IMAGE_PLACEHOLDERS, load_tokenizer, read_json
-from vqvae import ChameleonVQVAEConfig
+from vqvae import ChameleonVQVAEConfig, whole
 
 VQ_PREFIX = "model.vqmodel."
 DECODER_PREFIX = VQ_PREFIX + "decoder."
@@ -180,8 +180,9 @@ def load_shards(release: Path, params: dict) -> list[dict[str, Stored]]:
     """All P consolidated*.pth in order. ValueError names those that are missing."""
     found = sorted(path.name for path in release.glob("consolidated*.pth"))
     P = params.get("model_parallel_size") or len(found) or 1
-    if not isinstance(P, int) or P < 1:
-        raise ValueError(f"{release}: model_parallel_size {P!r} of the params is no number")
+    if not whole(1, 256)(P):
+        raise ValueError(f"{release}: model_parallel_size {P!r:.80} of the params is no whole "
+                         "number from 1 to 256")
     wanted = [f"consolidated.{n:02}.pth" for n in range(P)]
     if P == 1 and found != wanted:
         wanted = ["consolidated.pth"]
@@ -205,6 +206,8 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
         F = shards[0]["layers.0.feed_forward.w1.weight"].shape[0] * len(shards)
     except KeyError as e:
         raise ValueError(f"{release}: the first shard has no tensor {e}") from None
+    except IndexError:
+        raise ValueError(f"{release}: a matrix of the first shard is a single number") from None
     if params.get("vocab_size", -1) not in (-1, V):
         raise ValueError(f"{release}: params.json says vocab_size {params['vocab_size']}, "
                          f"but tok_embeddings has {V} rows")
@@ -213,7 +216,7 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
             vocab_size=V, hidden_size=params["dim"], intermediate_size=F,
             num_hidden_layers=params["n_layers"], num_attention_heads=params["n_heads"],
             num_key_value_heads=params.get("n_kv_heads"), rms_norm_eps=params.get("norm_eps", 1e-5),
-            rope_theta=params.get("rope_theta", 10000.0), swin_norm=bool(params["swin_norm"]),
+            rope_theta=params.get("rope_theta", 10000.0), swin_norm=params["swin_norm"],
             model_parallel_size=len(shards), vq_config=vq_config(release, vq),
             vocabulary_map=names, bos_token_id=names.get("<s>"), pad_token_id=names.get("<pad>"),
             eos_token_id=names.get("</s>"),
@@ -253,7 +256,7 @@ def vq_config(release: Path, state: dict[str, Stored]) -> ChameleonVQVAEConfig:
                               if f"encoder.down.{level}.attn.0.q.weight" in shapes] or None,
             attn_type="vanilla" if "encoder.mid.attn_1.q.weight" in shapes else "none",
         )
-    except (KeyError, ValueError) as e:
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as e:
         raise ValueError(f"the VQ-VAE of {file.parent} cannot be used: {e}") from None
 
 
@@ -309,8 +312,11 @@ def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
     if not any(name.startswith(DECODER_PREFIX) for name in new):
         raise ValueError(f"{path} has no VQ-VAE decoder: give Meta's tokenizer/vqgan.ckpt")
     if CODEBOOK in new and CODEBOOK in tensors:
+        if new[CODEBOOK].shape != tensors[CODEBOOK].shape:
+            raise ValueError(f"{path} is the VQ-VAE of another model: its codebook has the shape "
+                             f"{list(new[CODEBOOK].shape)}, not {list(tensors[CODEBOOK].shape)}")
         a, b = tensors[CODEBOOK].read().float().cpu(), new[CODEBOOK].read().float().cpu()  # (K, E)
-        if a.shape != b.shape or not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
+        if not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
             raise ValueError(f"{path} is the VQ-VAE of another model: its codebook is not this one")
     return tensors | new
 

@@ -1,8 +1,11 @@
 """The command line: everything a user can get wrong, and what is written to disk."""
 
+import io
 import itertools
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +106,7 @@ def test_no_document_is_written_over_another(run, tmp_path):
     ask = ("--prompt", "Tell", "--mode", "interleaved", "--max-new-tokens", "3")
     for name in ("document", "document-2", "document-3"):
         code, _, err = run(*ask)
-        assert code == 0 and err.strip() == f"{name}/document.html"
+        assert code == 0 and err.strip() == f"{name}/document.html: seed 0"
     first = (tmp_path / "document" / "document.html").read_bytes()
     code, out, err = run(*ask, "--out", "document", "--seed", "5")
     assert code == 2 and out == "" and "holds a document already" in err and err.count("\n") == 1
@@ -209,6 +212,7 @@ def write_broken_pictures(folder):
     whole = (folder / "red.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "bomb.png").write_bytes(png(20_000, 20_000))
+    os.mkfifo(folder / "pipe.png")
 
 
 ASK = ("--prompt", "What is this?<image>", "--image")
@@ -228,12 +232,17 @@ BAD = {
     "top-p 0": (("--prompt", "a", "--top-p", "0"), "top_p must be"),
     "negative top-k": (("--prompt", "a", "--top-k", "-2"), "top_k must be"),
     "no new tokens": (("--prompt", "a", "--max-new-tokens", "0"), "max_new_tokens must be"),
-    "unknown device": (("--prompt", "a", "--device", "quantum"), "the device quantum cannot be"),
+    "unknown device": (("--prompt", "a", "--device", "quantum"), "is none of auto, cpu"),
     "text to a picture file": (("--prompt", "a", "--out", "a.png"), "--mode image"),
     "not a picture's ending": (("--prompt", "a", "--mode", "image", "--out", "a.doc"), ".png"),
     "no folder for it": (("--prompt", "a", "--mode", "image", "--out", "no/a.png"), "does not"),
     "document onto a file": (("--prompt", "a", "--mode", "interleaved", "--out", "red.png"),
                              "is a file"),
+    "a hundred thousand pictures": (("--prompt", "a", "--mode", "image", "--count", "100000"),
+                                    "1 to 1000"),
+    "less than no picture": (("--prompt", "a", "--mode", "image", "--count", "-1"), "1 to 1000"),
+    "a pipe as picture": ((*ASK, "pipe.png"), "a pipe"),
+    "a photograph of a telephone": ((*ASK, "photo.HEIC"), "pip install pillow-heif"),
     "count of text": (("--prompt", "a", "--count", "2"), "--mode image"),
     "reconstruct nothing": (("--reconstruct",), "--image"),
     "a kernel of another device": (("--prompt", "a", "--attention", "efficient"),
@@ -311,6 +320,78 @@ def test_pictures_without_a_name_get_one_each(run, tmp_path):
     for name in ("picture.png", "picture-2.png", "picture-3.png"):
         assert run("--prompt", "Draw", "--mode", "image")[0] == 0
         assert (tmp_path / name).is_file()
+
+
+def test_names_are_reserved_before_the_weights_are_read_and_given_back(run, tmp_path, monkeypatch):
+    def meanwhile(*_):  # another process, which takes the next names, and fails
+        names = {path.name for path in tmp_path.iterdir()}
+        monkeypatch.setattr(command, "load_checkpoint", lambda *_: names.update(
+            path.name for path in tmp_path.iterdir()) or broken())
+        assert run("--prompt", "a", "--mode", mode)[0] == 2
+        seen.append(names)
+        broken()
+
+    def broken():
+        raise ValueError("broken weights")
+
+    before, seen = {path.name for path in tmp_path.iterdir()}, []
+    for mode, names in (("image", {"picture.png", "picture-2.png"}),
+                        ("interleaved", {"document", "document-2"})):
+        monkeypatch.setattr(command, "load_checkpoint", meanwhile)
+        assert run("--prompt", "a", "--mode", mode)[0] == 2
+        assert seen.pop() - before == names
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_second_ctrl_c_loses_no_picture(run, tmp_path, monkeypatch):
+    def stopped(steps):
+        yield from itertools.islice(steps, 9)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield next(steps)
+
+    def save(image, path):
+        os.kill(os.getpid(), signal.SIGINT)
+        save_picture(image, path)
+
+    stream, save_picture = module.stream, command.save_picture
+    monkeypatch.setattr(command, "stream", lambda *a, **o: stopped(stream(*a, **o)))
+    monkeypatch.setattr(command, "save_picture", save)
+    code, _, err = run("--prompt", "Draw", "--mode", "image", "--count", "4", "--seed", "7")
+    assert code == 130 and "picture.png: 4 picture(s), seed 7" in err
+    assert len(list(tmp_path.glob("picture*.png"))) == 5 and not list(tmp_path.glob("*.part"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_several_files_after_one_option_and_a_prompt_from_stdin(run, monkeypatch):
+    asked = ("--prompt", "ab<image><image>", "--max-new-tokens", "3")
+    whole = run(*asked, "--image", "red.png", "--image", "red.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab<image><image>\n"))
+    assert run("--prompt", "-", *asked[2:], "--image", "red.png", "red.png") == whole
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input" in run("--prompt", "-")[2]
+    assert "nor the word random" in run("--prompt", "a", "--seed", "9" * 5000)[2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file of Linux")
+def test_what_is_done_is_saved_whatever_stops_the_rest(untrained_folder, tmp_path):
+    """stderr or stdout closed or full, stdout in ASCII, the reader gone."""
+    python = [sys.executable, str(Path(module.__file__)), "--model", str(untrained_folder)]
+    ask = [*python, "--device", "cpu", "--prompt", "a", "--max-new-tokens", "5", "--temperature",
+           "9", "--seed", "random"]
+    draw = ("--mode", "interleaved", "--max-new-tokens", "3")
+
+    def start(words: str, *more: str, **options):
+        return subprocess.Popen(["sh", "-c", f'exec "$@" {words}', "sh", *ask, *more], cwd=tmp_path,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                **options)
+
+    runs = [start("2>&-", *draw, "--out", "closed"), start(">/dev/full", *draw, "--out", "full"),
+            start(">&-"), start("2>/dev/full", env=os.environ | {"PYTHONIOENCODING": "ascii"})]
+    ended = [(*process.communicate(timeout=120), process.returncode) for process in runs]
+    assert [code for *_, code in ended] == [0, 2, 2, 0]
+    assert all((tmp_path / name / "document.html").is_file() for name in ("closed", "full"))
+    assert "No space left" in ended[1][1] and "stdout is closed" in ended[2][1]
+    assert "?" in ended[3][0] and not any("Traceback" in err for _, err, _ in ended)
 
 
 def test_a_disk_that_cannot_be_written_is_one_line(run, monkeypatch):

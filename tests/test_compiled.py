@@ -48,7 +48,7 @@ def moments(draw):
 def test_a_compiled_step_is_the_eager_models_for_any_mask_and_column(decoder, moment):
     B, column, mask, g = moment
     model, dtype = decoder.model, decoder.model.dtype
-    caches = [KVCache(model.config, B, CACHE_STEP, dtype) for _ in range(2)]
+    caches = decoder.new_cache(B, CACHE_STEP), KVCache(model.config, B, CACHE_STEP, dtype)
     mine, theirs = ([*cache.k, *cache.v] for cache in caches)
     for a, b in zip(mine, theirs):
         b.copy_(a.copy_(torch.randn(a.shape, generator=g)))  # behind the column: old numbers

@@ -185,6 +185,8 @@ PROMPT = torch.tensor([[0, 80]])
     (PROMPT, dict(max_new_tokens=0), "max_new_tokens must be"),
     (PROMPT, dict(temperature=None), "temperature is None"),
     (PROMPT, dict(seed=[1, 2]), "2 seeds for 1 rows"),
+    (PROMPT, dict(seed="5"), "no whole number"),
+    (PROMPT, dict(max_new_tokens=-10**5000), "a number beyond 2"),
     (torch.zeros(1, 0).long(), {}, "input_ids must be"),
     (torch.full((1, 300), 80), {}, "prompt has 300 tokens.*context holds 256"),
     (torch.tensor([[0] + [73] * S]), {}, "no pixel_values"),

@@ -22,12 +22,12 @@ TOP = {f"{name}.py" for name in ORDER} | {
 # What the core imports inside functions, so that a reader of the model meets no files and commands.
 LATE = {
     **{(module, name): "chameleon_extras" for module in CORE
-       for name in ("from_pretrained", "save_pretrained")},
+       for name in ("from_pretrained", "save_pretrained", "set_attn_implementation")},
     ("chameleon", "generate"): "generate",
     ("generate", "main"): "chameleon_extras.command",
 }
-LINES = {"chameleon.py": 750, "generate.py": 650, "README.md": 220}
-ALL_LINES, ALL_FILES = 8600, 28
+LINES = {"chameleon.py": 920, "generate.py": 790, "README.md": 220}
+ALL_LINES, ALL_FILES = 10_050, 29
 
 
 def own_modules(node: ast.stmt) -> list[str]:

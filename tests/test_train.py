@@ -552,7 +552,7 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     assert "caption of one thing" in capsys.readouterr().out
     names = {file.name for file in out.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.model", "preprocessor_config.json",
-            "processor_config.json"} == names  # fmt: skip
+            "processor_config.json", "tokenizer.json", "tokenizer_config.json"} == names
     rows = (tmp_path / "tiny.train" / "curves.csv").read_text().splitlines()
     stages = [row.split(",")[0] for row in rows[1:]]
     assert stages == [name for name in ("vqvae", "pretrain", "sft", "refine") for _ in range(3)]
@@ -654,6 +654,8 @@ def test_examples_are_read_in_order(tmp_path):
     ("line", "words"),
     [
         ("{not json", "not JSON"),
+        ("[" * 100_000, "too many brackets"),
+        ("9" * 5000, "must be an object"),
         ([1], "must be an object"),
         ({"prompt": "Hi"}, "'answer' must be a text"),
         ({"prompt": "", "answer": "x"}, "'prompt' must be a text"),
@@ -694,6 +696,45 @@ def test_the_smoke_runs_weights_depend_on_the_seed_alone(corpus):
         return [twin.sft(200).ids for _ in range(5)]
 
     assert first(1) == first(1) != first(2)
+
+
+def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "ROWS", 1)
+    folder, out = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}), tmp_path / "out"
+    asked = ["sft", "--data", str(folder), "--model", str(TINY), "--out", str(out), "--steps", "1"]
+    assert train.main(asked) == 0
+    shutil.rmtree(out)
+    assert train.main(asked) == 0 and (out / "model.safetensors").is_file()
+    assert "all 1 steps are done" in capsys.readouterr().err
+    for more in (["--seed", "1"], ["--learning-rate", "0.01"]):
+        assert train.main([*asked, *more]) == 2
+        message = capsys.readouterr().err
+        assert f"{more[0]} " in message and f", not {more[1]}: remove" in message
+        assert message.count("\n") == 1
+    own_folder(tmp_path, {"prompt": "Hi", "answer": "Good morning"})
+    assert train.main(asked) == 2 and "--data (fingerprint" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_state_before(tmp_path, monkeypatch, capsys):
+    def full(_, file):
+        Path(file).write_bytes(b"half")
+        raise RuntimeError("unexpected pos 576 vs 534")  # what torch.save says of it
+
+    monkeypatch.setattr("torch.save", full)
+    arguments = ["vqvae", "--steps", "1", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
+    assert train.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "vqvae.pt cannot be written, is the disk full?" in message and message.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.csv"}
+
+
+def test_own_lines_are_those_of_the_file_not_those_of_unicode(tmp_path):
+    text = "a\u2028b\u2029c\u0085d"
+    line = json.dumps({"prompt": text, "answer": "x"}, ensure_ascii=False)
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\n{line}".encode())
+    examples = own_data.read_examples(tmp_path)
+    assert [prompt for _, prompt, _ in examples] == [[text], [text]]
+    assert examples[1][0].endswith("line 3")
 
 
 # --- the shipped checkpoint

@@ -23,22 +23,27 @@ def read_examples(folder: Path) -> list[tuple[str, list, list]]:
     In prompt and answer each `<image>` stands for the next file of "images", a path relative to
     the folder. ValueError names the file, the line and the error.
     """
-    files = sorted(folder.glob("*.jsonl"))
+    files = sorted(file for file in folder.glob("*.jsonl") if file.is_file())
     if not files:
         raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
     examples = []
     for file in files:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            # utf-8-sig leaves a byte order mark out. Inside a string, JSON allows characters at
+            # which splitlines() would split.
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError:
             raise ValueError(f"{file} is no text in UTF-8") from None
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{file} line {number}"
                 try:
-                    examples.append((where, *read_example(json.loads(line), folder)))
+                    data = json.loads(line, parse_int=float)  # int() has a limit of digits
+                    examples.append((where, *read_example(data, folder)))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{where}: not JSON ({error})") from None
+                except RecursionError:
+                    raise ValueError(f"{where}: too many brackets inside each other") from None
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
     if not examples:

@@ -13,17 +13,19 @@ and each takes its own rows of it. So two processes together compute what one al
 
 import argparse
 import csv
+import hashlib
 import pickle
 import platform
-import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from chameleon_extras.files import own_rank, pick_device, ranks, write_atomically
+from chameleon_extras.files import own_rank, pick_device, ranks, say, write_atomically
 
 COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log_z", "q_norm",
            "grad_norm", "code_perplexity", "psnr")  # fmt: skip
@@ -45,10 +47,11 @@ class Run:
         if options.stage != "evaluate":
             self.state.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
+        self.made_by = {"--seed": options.seed}  # a saved state is for these options and data only
 
     def say(self, text: str) -> None:
         if self.rank == 0:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def progress(self, steps: range, name: str):
         from tqdm import tqdm
@@ -86,7 +89,7 @@ class Run:
             "step": step, "model": self.whole_state(model),
             "optimizer": self.whole_state(model, optimizer),
             "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-            "codebook": codebook and codebook.state_dict(),
+            "codebook": codebook and codebook.state_dict(), "made_by": self.made_by,
         }  # fmt: skip
         if self.rank == 0:
             write_atomically(self.file(stage), lambda part: torch.save(data, part))
@@ -120,10 +123,19 @@ class Run:
         return data
 
     def resume(self, stage: str, model, optimizer, rng, codebook=None) -> int:
-        """Restores what `save` wrote -> the next step, which is 0 if there is no such file."""
+        """Restores what `save` wrote -> the next step, which is 0 if there is no such file.
+
+        ValueError if other options or other data made it.
+        """
         if not self.file(stage).is_file():
             return 0
         data = self.take_over(stage, model, optimizer)
+        before = data.get("made_by", {})
+        changed = [f"{name} {before[name]}, not {value}" for name, value in self.made_by.items()
+                   if before.get(name, value) != value]
+        if changed:
+            raise ValueError(f"{self.file(stage)} was made with {'; '.join(changed)}: remove "
+                             f"{self.state} to begin anew, or name another --out")
         rng.bit_generator.state = data["rng"]
         torch.set_rng_state(data["torch_rng"])
         if codebook is not None:
@@ -143,6 +155,14 @@ class Run:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def fingerprint(arrays: Iterable) -> str:
+    """A short text that differs if a number of the arrays does."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return f"(fingerprint {digest.hexdigest()[:8]})"
 
 
 def fast_bf16(device: torch.device) -> bool:
