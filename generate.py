@@ -267,7 +267,7 @@ class Contexts:
     """
 
     def __init__(self, model: ChameleonForConditionalGeneration, rows: list[Tensor],
-                 streams: list[str], steps: int, decoder=None) -> None:
+                 streams: list[str], steps: int, decoder=None, past: KVCache | None = None) -> None:
         self.model, self.streams, self.B, self.decoder = model, streams, len(rows), decoder
         V, device = model.config.vocab_size, model.device
         self.is_picture = torch.zeros(V, dtype=torch.bool, device=device)
@@ -286,6 +286,26 @@ class Contexts:
             self.cache = decoder.new_cache(len(rows), size)
         else:
             self.cache = KVCache(model.config, len(rows), size, model.dtype, device)
+        if past is not None and past.ids is not None and len(streams) == 1:
+            self.take_over(past)
+
+    def take_over(self, past: KVCache) -> None:
+        """The columns whose ids an earlier call has read come from its cache, and only the rest is
+        new. The last id is always new, because its hidden state is not in a cache.
+        """
+        n = min(past.length, past.ids.shape[1], self.new.shape[1] - 1)
+        same = (past.ids[:, :n] == self.new[:, :n]).all(0)  # (n,)
+        n = int(same.cumprod(0).sum())
+        for ours, theirs in zip(self.cache.k + self.cache.v, past.k + past.v):
+            ours[:, :, :n] = theirs[:, :, :n]
+        self.cache.length, self.new = n, self.new[:, n:]
+
+    def hand_over(self, past: KVCache, seen: Tensor) -> None:
+        """`past` gets the columns of the stream "full", and their ids out of `seen` (B, T)."""
+        n = min(self.cache.length, seen.shape[1] - 1)  # the last may be unfinished, after Ctrl-C
+        past.k, past.v = ([x[: self.B, :, :n].clone() for x in kind]
+                          for kind in (self.cache.k, self.cache.v))
+        past.ids, past.length, past.max_length = seen[:, :n].clone(), n, None
 
     def version(self, row: Tensor, stream: str) -> Tensor:
         """One row's ids (n,) -> those that the stream sees; <s> always stays."""
@@ -307,7 +327,7 @@ class Contexts:
         if self.padded:
             mask = self.mask[:, :L]
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (GB, T)
-        if self.decoder and past:  # one column behind the prompt, by faster means
+        if self.decoder and past and self.new.shape[1] == 1:  # a step, by faster means
             hidden = self.decoder(self.new, self.mask if self.padded else None, positions,
                                   self.cache)  # (GB, D)
         else:  # only the last place is used: logits of all places would be 1 GiB at 4096 x 65536
@@ -436,7 +456,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @torch.inference_mode()
 def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
          pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, repeats: int = 1,
-         decoder=None) -> Iterator[Tensor]:
+         decoder=None, past: KVCache | None = None) -> Iterator[Tensor]:
     """One iteration for each token: hidden states, choice, update. `stream` checks the arguments.
 
     `real` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
@@ -448,7 +468,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
     rows = [ids[here] for ids, here in zip(input_ids, real)]
     has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
     streams = guidance_streams(*pick.scales, pick.grammar.mode, has_pictures)
-    contexts = Contexts(model, rows, streams, steps, decoder)
+    contexts = Contexts(model, rows, streams, steps, decoder, past)
     # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
     # id, which is in the row anyway.
     seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)
@@ -469,6 +489,8 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
                 seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
                 contexts.feed(chosen)
     finally:
+        if past is not None:
+            contexts.hand_over(past, seen)
         if decoder:
             decoder.keep(contexts.cache)
 
@@ -559,6 +581,15 @@ def check_prompt(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     return attention_mask.bool()
 
 
+def check_past(config: ChameleonConfig, past: KVCache, rows: int, real: Tensor) -> None:
+    """ValueError for a cache that these rows, `real` (B, T) where no padding, cannot go on from."""
+    if not isinstance(past, KVCache) or len(past.k) != config.num_hidden_layers:
+        raise ValueError("past_key_values is no cache of this model: begin with KVCache(config)")
+    past.check_batch(rows)
+    if not real.all():
+        raise ValueError("past_key_values is for rows of one length, without padding")
+
+
 def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
     """Where an answer ends: the ids asked for, else end of sequence and end of turn."""
     vocabulary = model.model.vocabulary
@@ -606,12 +637,19 @@ def stream(
     seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
     eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
     pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
+    past_key_values: KVCache | None = None,  # of an earlier call; see below
     decoder=None,  # a chameleon_extras.decoding.Decoder: the same ids, sooner
 ) -> Iterator[Tensor]:
     """Yields the next id of every row, (B,), until all have ended or the limit is reached.
 
     A row that has ended yields padding. Text is greedy by default. ValueError at once for options
     and prompts that cannot work; a wrong number of pictures shows at the first id.
+
+    A conversation reads only what is new if each call gets the same `past_key_values`, which begins
+    as KVCache(config, B): input_ids are the whole conversation, and those that the cache agrees
+    with are not read again. The ids are those of a call without it. (Dynamic RoPE is the exception
+    here, too.) Each call leaves its columns in the cache. Rows must have no padding; a guided
+    picture reads all anew.
     """
     check_options(
         max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, temperature=temperature,
@@ -630,13 +668,15 @@ def stream(
     pad = next(i for i in pads if i is not None)
     real = check_prompt(model, input_ids, attention_mask, pixel_values, pad, stops)
     seeds = check_seeds(seed, len(input_ids) * num_return_sequences)
+    if past_key_values is not None:
+        check_past(model.config, past_key_values, len(seeds), real)
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
     pick = Picker(model, grammar, (guidance_text, guidance_image), repetition_penalty,
                   Sampling(temperature if do_sample else 0.0, top_k, top_p),
                   Sampling(image_temperature, image_top_k, image_top_p), generators, stops,
                   steps - min_new_tokens, decoder)
     ids = loop(model, input_ids, real, pixel_values, pick, pad, steps, num_return_sequences,
-               decoder)
+               decoder, past_key_values)
     return until_ended(decoder.read(ids) if decoder else ids, stops)
 
 

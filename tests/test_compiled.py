@@ -85,3 +85,21 @@ def test_ids_of_any_batch_are_those_without_a_decoder(decoder, lengths, seed, sa
     decoder.model.set_attention("sdpa")
     plain = torch.stack(list(stream(decoder.model, **inputs, **options)), 1)
     assert torch.equal(fast, plain)
+
+
+@pytest.mark.parametrize("decoder", [torch.float32], indirect=True, ids=str)
+def test_two_conversations_share_a_decoder_and_each_goes_on_from_its_own_cache(decoder):
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randint(74, V, (1, 9), generator=g) for _ in range(2)]
+    caches = [KVCache(decoder.model.config) for _ in rows]
+    for _ in range(3):
+        for n, (ids, cache) in enumerate(zip(rows, caches)):
+            options = dict(max_new_tokens=6, eos_token_id=[])
+            made = list(stream(decoder.model, ids, past_key_values=cache, decoder=decoder,
+                               **options))
+            decoder.model.set_attention("sdpa")
+            assert torch.equal(torch.stack(made), torch.stack(list(
+                stream(decoder.model, ids, **options))))
+            assert cache.length == ids.shape[1] + 4  # all but the last two ids
+            new = torch.randint(74, V, (1, 5), generator=g)
+            rows[n] = torch.cat((ids, torch.stack(made, dim=1), new), dim=1)

@@ -3,6 +3,7 @@ guidance for any logits and any batch, against separate forward passes.
 """
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,8 @@ from small import (
 )
 from test_oracle import pair
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
+from chameleon_extras.decoding import Decoder
 from generate import (
     Grammar,
     check_room,
@@ -382,6 +384,69 @@ def test_the_repetition_penalty_never_acts_inside_a_picture():
     assert torch.equal(
         generate(model, prompt, mode="image", image_temperature=0.0, repetition_penalty=9.0), plain
     )
+
+
+# -------------------------------------------------------------------------------- a conversation
+
+
+@st.composite
+def turns(draw):
+    """A conversation's turns as ids: text, and pictures of SMALL_S codes among it."""
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    text = lambda n: torch.randint(74, V, (n,), generator=g).tolist()  # noqa: E731
+    order = torch.randperm(len(CODES), generator=g)[:SMALL_S].tolist()
+    picture = [BEGIN, *(sorted(CODES)[i] for i in order), END]
+    kinds = draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))
+    return [text(n % 4 + 1) + (picture if n > 3 else []) + text(1) for n in kinds]
+
+
+@settings(max_examples=25, deadline=None)
+@given(turns=turns(), mode=st.sampled_from(["text", "image", "interleaved"]), B=st.integers(1, 2),
+       scale=st.sampled_from([1.0, 3.0]), kept=st.booleans(), early=st.booleans(),
+       fast=st.booleans())
+def test_any_split_into_turns_gives_the_ids_and_logits_of_one_prefill(
+        turns, mode, B, scale, kept, early, fast):
+    """Answers may stay in the conversation or not, and a call may be left before its end."""
+    model = with_any_logits(1, 0.3, 8.0)
+    cache, ids, reads = KVCache(model.config, B), torch.zeros(B, 1, dtype=torch.long), []
+    options = dict(mode=mode, max_new_tokens=8, eos_token_id=[80, 90], image_temperature=0.0,
+                   guidance_text=scale, decoder=Decoder(model) if fast else None)
+    model.set_attention("sdpa")
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda _, ids, __: reads.append(ids[0].shape[1]))
+    for turn in turns:
+        other = [i if i < 74 else V - 1 - (i - 74) for i in turn]  # its pictures are the same
+        new, start, before = torch.tensor([turn, other][:B]), len(reads), ids.shape[1]
+        ids = torch.cat((ids, new), dim=1)
+        steps = stream(model, ids, past_key_values=cache, **options)
+        made = list(itertools.islice(steps, 3) if early else steps)
+        steps.close()
+        guided = mode != "text" and scale > 1
+        if not guided:  # the turn, and at most the last two ids before it
+            assert reads[start] - len(turn) in ((1,) if before == 1 else (0, 1, 2))
+        anew = list(stream(model, ids, **options))
+        assert torch.equal(torch.stack(made), torch.stack(anew[: len(made)]))
+        answer = torch.stack(made, dim=1)
+        if kept and not (answer == 1).any():  # padding of a row that has ended
+            ids = torch.cat((ids, answer), dim=1)
+    hook.remove()
+    cache.length = n = min(cache.length, ids.shape[1] - 1)
+    cache.k, cache.v = ([x[:, :, :n] for x in xs] for xs in (cache.k, cache.v))
+    with torch.no_grad():
+        part = model(ids[:, cache.length :], past_key_values=cache, mask_image_logits=False)
+        whole = model(ids, mask_image_logits=False)
+    assert (part.logits[:, -1] - whole.logits[:, -1]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("past, ids, message", [
+    ("a cache", PROMPT, "no cache of this model"),
+    (KVCache(small_model(num_hidden_layers=2).config), PROMPT, "no cache of this model"),
+    (KVCache(MODEL.config, 2, 8), PROMPT, "holds 2 rows, the input has 1"),
+    (KVCache(MODEL.config), torch.tensor([[1, 80]]), "without padding"),
+])
+def test_a_cache_that_cannot_be_continued_is_one_clear_line(past, ids, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, ids, past_key_values=past)
 
 
 @pytest.mark.parametrize("model, options, message", [

@@ -26,8 +26,8 @@ LATE = {
     ("chameleon", "generate"): "generate",
     ("generate", "main"): "chameleon_extras.command",
 }
-LINES = {"chameleon.py": 920, "generate.py": 790, "README.md": 220}
-ALL_LINES, ALL_FILES = 10_050, 29
+LINES = {"chameleon.py": 920, "generate.py": 825, "README.md": 220}
+ALL_LINES, ALL_FILES = 10_090, 29
 
 
 def own_modules(node: ast.stmt) -> list[str]:

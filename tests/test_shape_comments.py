@@ -134,6 +134,9 @@ def writing() -> None:
         list(stream(model, prompts, **batch, mode="image", **options, **scales))
     ids = torch.tensor([[0, 100, 71], [0, 100, 101]])  # the first row has begun a picture
     list(stream(model, ids, mode="interleaved", **options))
+    cache = KVCache(model.config, 2)
+    for turn in (ids, torch.cat((ids, ids + 3), dim=1)):
+        list(stream(model, turn, past_key_values=cache))
 
 
 def pictures() -> None:
