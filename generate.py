@@ -331,8 +331,9 @@ class Contexts:
             hidden = self.decoder(self.new, self.mask if self.padded else None, positions,
                                   self.cache)  # (GB, D)
         else:  # only the last place is used: logits of all places would be 1 GiB at 4096 x 65536
-            hidden = self.model.model(self.new, attention_mask=mask, position_ids=positions,
-                                      past_key_values=self.cache).last_hidden_state[:, -1]
+            hidden = self.model.model(
+                self.new, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
+                return_dict=True).last_hidden_state[:, -1]  # (GB, D)
         return hidden.unflatten(0, (-1, self.B))  # (G, B, D)
 
     def feed(self, chosen: Tensor) -> None:

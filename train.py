@@ -220,7 +220,7 @@ def decoder_loss(
     with autocast(ids.device):
         hidden = model.model(
             batch["read"], attention_mask=batch["mask"], position_ids=batch["position"],
-            use_cache=False,
+            use_cache=False, return_dict=True,
         ).last_hidden_state  # (B, T, D)
         counted = weight > 0
         logits = model.lm_head(hidden[:, :-1][counted]).float()  # (N, V), only where w > 0

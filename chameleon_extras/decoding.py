@@ -510,8 +510,8 @@ class Decoder:
             if mask is not None:
                 mask = mask[:, : cache.length + 1]
             return self.model.model(
-                new, attention_mask=mask, position_ids=positions, past_key_values=cache
-            ).last_hidden_state[:, -1]  # (B, D)
+                new, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                return_dict=True).last_hidden_state[:, -1]  # (B, D)
 
     def walk(self, cache: StepCache, k: list[Tensor], v: list[Tensor], allowed: Tensor) -> Tensor:
         """From the inputs that stay to hidden states (B, D): ChameleonModel.forward of one column.

@@ -114,13 +114,15 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
         if pixel_values is not None:
             ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (1, T)
         cache = KVCache(model.config, 1, T, model.dtype, model.device)
-        hidden = model.model(ids, past_key_values=cache).last_hidden_state[0]  # (T, D)
+        hidden = model.model(ids, past_key_values=cache, return_dict=True
+                             ).last_hidden_state[0]  # (T, D)
         probs = model.lm_head(hidden[-1:]).float().softmax(-1)[0].cpu()  # (V,)
     finally:
         for hook in hooks:
             hook.remove()
     cache.length -= 1  # the last token once more, with the attention that returns its weights
-    last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True)
+    last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True,
+                       return_dict=True)
     attention = torch.cat([weights[0].mean(0) for weights in last.attentions])  # (layers, T)
     allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); a 2-D mask: None
     tokens = tokens_of(model, names, ids[0], hidden)

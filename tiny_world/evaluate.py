@@ -163,7 +163,8 @@ def draw(model, inputs: dict, seed: int, guidance: float) -> tuple[torch.Tensor,
         ids = torch.cat((prompt, ids[:, T:]), dim=1)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - T), value=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(ids, attention_mask=mask, position_ids=positions, mask_image_logits=False).logits
+    logits = model(ids, attention_mask=mask, position_ids=positions, mask_image_logits=False,
+                   return_dict=True).logits
     codes = ids[:, T + 1 : T + 1 + S]  # (B, S)
     logp = logits[:, T : T + S].log_softmax(-1).gather(-1, codes[..., None])  # (B, S, 1)
     return codes, logp.sum((1, 2))
