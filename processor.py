@@ -81,7 +81,7 @@ def load_image(path: str | Path) -> Image.Image:
                          "network: download it and name the file")
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
         raise ValueError(f"picture {str(path)!r} is a directory, a pipe or a device: name a file")
-    if str(path).lower().endswith((".heic", ".heif")):
+    if os.path.isfile(path) and str(path).lower().endswith((".heic", ".heif")):
         try:
             from pillow_heif import register_heif_opener
         except ImportError:

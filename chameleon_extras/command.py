@@ -32,6 +32,7 @@ from chameleon_extras.decoding import (
 from chameleon_extras.files import (
     OneLineParser,
     exit_code,
+    find_folder,
     ignore_stops,
     own_rank,
     pick_device,
@@ -84,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser("generate.py", description="Text and pictures, in and out.")
     add = parser.add_argument
     add("--version", action="version", version=f"chameleon-reference {version()}")
-    add("--model", type=Path, default=TINY, help="folder with the weights (default: tiny/)")
+    add("--model", type=Path, default=TINY, help="folder with the weights, or a hub id (default: tiny/)")
     add("--vqgan", type=Path, metavar="FILE",
         help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
     add("--prompt", action="append", default=[], metavar="TEXT",
@@ -328,6 +329,7 @@ def answer(options: argparse.Namespace) -> None:
     if options.model == TINY and not TINY.is_dir():
         raise ValueError("the checkpoint tiny/ comes with a clone of the repository, not with an "
                          "installed package: run this in a clone, or name a --model")
+    options.model = find_folder(options.model)
     config = read_config(options.model)
     processor = load_processor(options.model)
     if options.reconstruct:

@@ -245,8 +245,9 @@ def find_folder(name: str | Path, **options: object) -> Path:
 
     `options` are those of HUB_OPTIONS. ValueError says how to get what is not there.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return Path(name)
+    path, name = Path(name), Path(name).as_posix()
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return path
     by_hand = f"or download it (hf download {name} --local-dir FOLDER) and name the FOLDER"
     try:
         from huggingface_hub import snapshot_download  # here: an extra
@@ -255,7 +256,7 @@ def find_folder(name: str | Path, **options: object) -> Path:
                          + by_hand) from None
     try:
         files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-        return Path(snapshot_download(str(name), allow_patterns=files, **options))
+        return Path(snapshot_download(name, allow_patterns=files, **options))
     except Exception as e:  # of many kinds: no network, no token, a gated or missing repository
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise ValueError(f"{name} is no folder and could not be loaded from the hub ({reason}): "

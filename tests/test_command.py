@@ -213,6 +213,7 @@ def write_broken_pictures(folder):
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "bomb.png").write_bytes(png(20_000, 20_000))
     os.mkfifo(folder / "pipe.png")
+    (folder / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
 
 
 ASK = ("--prompt", "What is this?<image>", "--image")
@@ -453,3 +454,18 @@ def test_pictures_without_a_place_go_in_front(prompts, count, expected):
 def test_pictures_that_could_go_anywhere_are_refused():
     with pytest.raises(ValueError, match="3 pictures for 2 prompts"):
         command.place_images(["a", "b"], 3)
+
+
+def test_a_hub_id_is_a_model(untrained_folder, tmp_path, monkeypatch, capsys):
+    """A cache as huggingface_hub lays it out, and no network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    store = tmp_path / "models--org--small"
+    (store / "refs").mkdir(parents=True)
+    (store / "refs" / "main").write_text("0" * 40)
+    (store / "snapshots").mkdir()
+    (store / "snapshots" / ("0" * 40)).symlink_to(untrained_folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert module.main(["--model", "org/small", "--prompt", "a", "--max-new-tokens", "3"]) == 0
+    assert module.main(["--model", "org/other", "--prompt", "a"]) == 2
+    assert "hf download org/other" in capsys.readouterr().err
