@@ -85,7 +85,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser("generate.py", description="Text and pictures, in and out.")
     add = parser.add_argument
     add("--version", action="version", version=f"chameleon-reference {version()}")
-    add("--model", type=Path, default=TINY, help="folder with the weights, or a hub id (default: tiny/)")
+    add("--model", type=Path, default=TINY, help="folder of weights, or a hub id (default: tiny/)")
     add("--vqgan", type=Path, metavar="FILE",
         help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
     add("--prompt", action="append", default=[], metavar="TEXT",
