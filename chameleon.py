@@ -35,13 +35,11 @@ checks, and the section "What a first reader skips", which holds what transforme
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
-from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, cast
 
 import torch
 import torch.nn as nn
@@ -56,6 +54,7 @@ from vqvae import (
     Count,
     Flag,
     PreTrainedConfig,
+    PreTrainedModel,
     Scale,
     Share,
     Size,
@@ -69,21 +68,14 @@ IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 
 
 # ---------------------------------------------------------------------------------------------
-# Config: every size and switch, and the three presets
+# Config: every size and switch, and the sizes of the larger release
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
+    "silu": F.silu,  # that of the releases; the others are for decoders of one's own
+    "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "mish": F.mish,
-    "leaky_relu": F.leaky_relu,
 }
 # Types of fields as in vqvae.py: what an error message calls them, and the check.
 Activation = Annotated[str, f"one of {', '.join(ACTIVATIONS)}", lambda x: x in list(ACTIVATIONS)]
@@ -92,8 +84,8 @@ Id = Annotated[int, "an id", whole(0, 10**6)]
 Ids = Annotated[int | list[int], "an id or a list of ids", lambda x: all(
     map(whole(0, 10**6), x if type(x) is list else [x]))]
 Object = Annotated[dict, "an object of names and values", lambda x: isinstance(x, dict)]
-VQ = Annotated[ChameleonVQVAEConfig | dict, "an object of names and values",
-               lambda x: isinstance(x, (ChameleonVQVAEConfig, dict))]
+VQ = Annotated[ChameleonVQVAEConfig, "an object of names and values",
+               lambda x: isinstance(x, ChameleonVQVAEConfig)]
 
 
 @dataclass
@@ -125,7 +117,7 @@ class ChameleonConfig(PreTrainedConfig):
     # repeated here for each of its heads; the forward pass does not look at this number.
     model_parallel_size: Count = 1
     swin_norm: Flag = False
-    vq_config: VQ | None = None  # None: the released VQ-VAE
+    vq_config: VQ = field(default_factory=ChameleonVQVAEConfig)  # a dict or None become one, too
     vocabulary_map: Object | None = None  # token name -> id; finds the image codes
     mlp_bias: Flag = False
     output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
@@ -134,25 +126,25 @@ class ChameleonConfig(PreTrainedConfig):
     model_type = "chameleon"  # no field: transformers' name for the family
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if not isinstance(self.vq_config, ChameleonVQVAEConfig):
+        if self.vq_config is None or isinstance(self.vq_config, dict):
             self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
-        D, H, Hkv = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if D % (2 * H):
-            raise ValueError(f"hidden_size {D} must be an even multiple of num_attention_heads {H}")
-        if self.rope_type == "dynamic" and D == 2 * H:
-            raise ValueError("rope_scaling dynamic needs a head_dim of at least 4, hidden_size "
-                             f"{D} / num_attention_heads {H} is 2")
-        if H % Hkv:
-            raise ValueError(f"num_key_value_heads {Hkv} must divide num_attention_heads {H}")
-        kind, factor = self.rope_type, self.rope_factor
-        if kind not in ("default", "linear", "dynamic"):
-            raise ValueError(f"rope_scaling type {kind!r:.80} is none of default, linear, dynamic")
-        if kind != "default" and not real(1, 1000)(factor):
-            raise ValueError(f"rope_scaling needs a factor from 1 to 1000, got {factor!r:.80}")
-        ends = self.eos_token_id
+        check_fields(self)
+        D, H = self.hidden_size, self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or H
+        kind, factor, ends = self.rope_type, self.rope_factor, self.eos_token_id
+        for wrong, message in (
+            (D % (2 * H), f"hidden_size {D} must be an even multiple of num_attention_heads {H}"),
+            (H % self.num_key_value_heads,
+             f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads {H}"),
+            (kind not in ("default", "linear", "dynamic"),
+             f"rope_scaling type {kind!r:.80} is none of default, linear, dynamic"),
+            (not real(1, 1000)(factor),
+             f"rope_scaling needs a factor from 1 to 1000, got {factor!r:.80}"),
+            (kind == "dynamic" and D == 2 * H, "rope_scaling dynamic needs a head_dim of at least "
+             f"4, hidden_size {D} / num_attention_heads {H} is 2"),
+        ):
+            if wrong:
+                raise ValueError(message)
         ids = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id,
                "eos_token_id": max(ends, default=None) if isinstance(ends, list) else ends}
         check_ids({name: i for name, i in ids.items() if i is not None}, self.vocab_size)
@@ -168,26 +160,9 @@ class ChameleonConfig(PreTrainedConfig):
         return scaling.get("rope_type", scaling.get("type", "default"))
 
     @property
-    def rope_factor(self) -> float | None:
-        return (self.rope_scaling or {}).get("factor")
-
-    @classmethod
-    def tiny(cls, **changes) -> "ChameleonConfig":
-        """The checkpoint in tiny/: 36x36 pictures of 81 codes, a world of coloured shapes."""
-        vq = ChameleonVQVAEConfig(
-            embed_dim=32, num_embeddings=512, latent_channels=64, resolution=36, attn_type="none",
-            base_channels=64, channel_multiplier=(1, 1, 1), num_res_blocks=1,
-        )
-        sizes = dict(
-            vocab_size=1032, hidden_size=192, intermediate_size=512, num_hidden_layers=6,
-            num_attention_heads=6, max_position_embeddings=1024, vq_config=vq,
-            bos_token_id=0, pad_token_id=1, eos_token_id=2,
-        )
-        return cls(**(sizes | changes))
-
-    @classmethod
-    def chameleon_7b(cls, **changes) -> "ChameleonConfig":
-        return cls(**changes)
+    def rope_factor(self) -> float:
+        """The context is so many times as long as max_position_embeddings."""
+        return 1.0 if self.rope_type == "default" else (self.rope_scaling or {}).get("factor")
 
     @classmethod
     def chameleon_34b(cls, **changes) -> "ChameleonConfig":
@@ -226,15 +201,22 @@ class ChameleonConfig(PreTrainedConfig):
 # What a first reader skips: the outputs and generic methods that transformers' users expect
 
 
-class ModelOutput:
-    """What a forward pass gives, by attribute, name or index, as transformers' ModelOutput:
+@dataclass
+class ChameleonOutput:
+    """What a forward pass returns, by attribute, name or index, as transformers' ModelOutput:
     `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `dict(**output)`.
     A field that was not asked for is None; names and indices leave it out.
     """
 
+    loss: Tensor | None = None  # scalar, mean over the labels that count
+    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
+    last_hidden_state: Tensor | None = None  # (B, T, D), after the final norm; ChameleonModel only
+    past_key_values: "KVCache | None" = None
+    hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
+    attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
+
     def keys(self) -> list[str]:
-        names = [field.name for field in dataclasses.fields(self)]
-        return [name for name in names if getattr(self, name) is not None]
+        return [name for name, value in vars(self).items() if value is not None]
 
     def to_tuple(self) -> tuple:
         return tuple(getattr(self, name) for name in self.keys())
@@ -246,29 +228,8 @@ class ModelOutput:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
-@dataclass
-class ChameleonModelOutput(ModelOutput):
-    """Equals transformers' BaseModelOutputWithPast."""
-
-    last_hidden_state: Tensor | None = None  # (B, T, D), after the final norm
-    past_key_values: "KVCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
-    attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
-
-
-@dataclass
-class ChameleonOutput(ModelOutput):
-    """Equals transformers' CausalLMOutputWithPast."""
-
-    loss: Tensor | None = None  # scalar, mean over the labels that count
-    logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
-    past_key_values: "KVCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None  # as in ChameleonModelOutput
-    attentions: tuple[Tensor, ...] | None = None
-
-
-class PreTrainedModel(nn.Module):
-    """What both models share under the names of transformers' PreTrainedModel."""
+class ChameleonPreTrainedModel(PreTrainedModel):
+    """What both models share under the names of transformers' class; libraries look for them."""
 
     config: ChameleonConfig
     gradient_checkpointing = False
@@ -283,22 +244,11 @@ class PreTrainedModel(nn.Module):
 
     @property
     def body(self) -> "ChameleonModel":
-        return getattr(self, "model", self)
-
-    @property
-    def device(self) -> torch.device:
-        return self.body.embed_tokens.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.body.embed_tokens.weight.dtype
+        return cast("ChameleonModel", getattr(self, "model", self))
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         return self.body.gradient_checkpointing
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.body.embed_tokens
@@ -307,23 +257,30 @@ class PreTrainedModel(nn.Module):
         self.body.embed_tokens = value
         self.tie_weights()
 
-    def get_output_embeddings(self) -> nn.Module | None:
+    def get_output_embeddings(self) -> nn.Linear | None:
         return getattr(self, "lm_head", None)
 
     def tie_weights(self) -> None:
         """One matrix for embedding and head, if the config says so."""
-        if self.config.tie_word_embeddings and hasattr(self, "lm_head"):
-            self.lm_head.weight = self.body.embed_tokens.weight
+        head = self.get_output_embeddings()
+        if self.config.tie_word_embeddings and head is not None:
+            head.weight = self.body.embed_tokens.weight
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
         """Keeps the rows of ids that stay; new rows start as in a new model."""
-        body, old = self.body, self.config.vocab_size
-        body.embed_tokens = resized(body.embed_tokens, old, vocab_size, body.init_weights)
-        if hasattr(self, "lm_head"):
-            self.lm_head = resized(self.lm_head, old, vocab_size, body.init_weights)
-        self.config.vocab_size = vocab_size
+        table, head = self.get_input_embeddings(), self.get_output_embeddings()
+        for layer in (table, head):
+            if layer is not None:
+                old = layer.weight.data
+                kept = min(len(old), vocab_size)
+                layer.weight = nn.Parameter(old.new_empty(vocab_size, old.shape[1]))
+                self.body.init_weights(layer)
+                layer.weight.data[:kept] = old[:kept]
+        self.config.vocab_size = table.num_embeddings = vocab_size
+        if head is not None:
+            head.out_features = vocab_size
         self.tie_weights()
-        return body.embed_tokens
+        return table
 
     def gradient_checkpointing_enable(self, *ignored: object, **also_ignored: object) -> None:
         """Training keeps each layer's input alone, and computes the rest again when it is needed:
@@ -338,43 +295,12 @@ class PreTrainedModel(nn.Module):
         """What wrappers such as peft's look for; `generate` itself has no use for it."""
         return {"input_ids": input_ids, **inputs}
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> Self:
-        """Reads a folder in the layout of Hugging Face, Meta or Anole, or a hub id.
-
-        Options are transformers': dtype (or torch_dtype; None keeps what the file holds, and the
-        VQ-VAE is fp32 in any case), device_map, attn_implementation, quantization_config.
-        ValueError, in one line, says what is wrong.
-        """
-        # Files and their checks are no part of the model; they import this file.
-        from chameleon_extras.pretrained import load_pretrained
-
-        return load_pretrained(cls, pretrained_model_name_or_path, **options)
-
     def set_attn_implementation(self, name: str) -> None:
         """Chooses one of the names of `from_pretrained`'s attn_implementation for all layers."""
-        from chameleon_extras.pretrained import choose_attention  # as in from_pretrained
+        # Which kernel is fastest depends on the device: that is no part of the model.
+        from chameleon_extras.pretrained import choose_attention
 
         choose_attention(self, name)
-
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
-        """Writes config.json and safetensors that transformers and `from_pretrained` read."""
-        from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
-
-        save_checkpoint(self, Path(folder), max_shard_size)
-
-
-def resized(table: nn.Module, old: int, new: int, init: Callable[[nn.Module], None]) -> nn.Module:
-    """An embedding or a head with `new` rows, the first of them those of `table`."""
-    twin = copy.copy(table)
-    weight = nn.Parameter(table.weight.new_empty(new, table.weight.shape[1]))
-    twin._parameters = table._parameters | {"weight": weight}
-    for name in ("num_embeddings", "out_features"):
-        if hasattr(table, name):
-            setattr(twin, name, new)
-    init(twin)
-    twin.weight.data[: min(old, new)] = table.weight.data[: min(old, new)]
-    return twin
 
 
 # ---------------------------------------------------------------------------------------------
@@ -543,9 +469,6 @@ def sdpa_attention(
     return output, None  # (B, H, T, Dh)
 
 
-ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention}
-
-
 class KVCache:
     """Keys and values of all past tokens, so that a step computes those of the new token only.
 
@@ -677,7 +600,7 @@ class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
 # The models
 
 
-class ChameleonModel(PreTrainedModel):
+class ChameleonModel(ChameleonPreTrainedModel):
     """Everything but the head. Equals transformers' ChameleonModel. Weights start random, with a
     standard deviation of `initializer_range` and a row of zeros for padding.
     """
@@ -756,8 +679,7 @@ class ChameleonModel(PreTrainedModel):
         output_attentions: bool | None = None,  # None: the config's; computed by eager attention
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,  # False: a plain tuple
-        cache_position: Tensor | None = None,  # (T,), stands for position_ids if those are absent
-    ) -> "ChameleonModelOutput | tuple":
+    ) -> "ChameleonOutput | tuple":
         """-> last_hidden_state (B, T, D) and what was asked for.
 
         With inputs_embeds, a placeholder is where the embedding of `<image>` stands. ValueError if
@@ -766,52 +688,49 @@ class ChameleonModel(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        c = self.config
+        c, cache = self.config, past_key_values
         use_cache = c.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            use_cache = False  # the recomputation would append to the cache a second time
         attends = c.output_attentions if output_attentions is None else output_attentions
         hiddens = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+        plain = not (c.return_dict if return_dict is None else return_dict)
         if inputs_embeds is None:
             input_ids = self.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
             x = self.embed_tokens(input_ids)  # (B, T, D)
         else:
             x = self.embed_pictures(inputs_embeds, pixel_values)  # (B, T, D)
-        cache, T = past_key_values, x.shape[1]
-        if cache is None and use_cache:
+        recomputes = self.gradient_checkpointing and self.training
+        if recomputes:
+            cache = None  # a layer that is computed twice would write its columns twice
+        elif cache is None and use_cache:
             cache = KVCache(c, len(x), dtype=x.dtype, device=x.device)
+        past, T = 0, x.shape[1]
         if cache is not None:
             cache.check_batch(len(x))
-        past = cache.length if cache else 0
+            past = cache.length
         if position_ids is None:
             position_ids = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
-            position_ids = position_ids if cache_position is None else cache_position[None]
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
-        hidden_states, attentions = [x], []
+        hidden_states, attentions = [], []
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x, weights = checkpoint(layer, x, rope, mask, None, attends, use_reentrant=False)
-            else:
-                x, weights = layer(x, rope, mask, cache, attends)
             hidden_states.append(x if hiddens else None)
+            run = partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
+            x, weights = run(x, rope, mask, cache, attends)
             attentions.append(weights)
         if cache is not None:
             cache.length += T  # every layer has written its columns
         x = self.norm(x)
-        hidden_states[-1] = x  # as in transformers, the last one is taken after the norm
-        output = ChameleonModelOutput(
-            last_hidden_state=x,
-            past_key_values=cache if use_cache or past_key_values is not None else None,
-            hidden_states=tuple(hidden_states) if hiddens else None,
+        output = ChameleonOutput(
+            last_hidden_state=x, past_key_values=cache,
+            # As in transformers, the last one is taken after the norm.
+            hidden_states=(*hidden_states, x) if hiddens else None,
             attentions=tuple(attentions) if attends else None,
         )
-        plain = not (c.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if plain else output
 
 
-class ChameleonForConditionalGeneration(PreTrainedModel):
+class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     """The decoder with its head. Equals transformers' class of the same name.
 
     `generate` writes with it; generate.py shows how. Weights start random; `from_pretrained` reads
@@ -835,14 +754,6 @@ class ChameleonForConditionalGeneration(PreTrainedModel):
 
         return generate(self, input_ids, *inputs, **options)
 
-    def set_attention(self, name: str) -> "ChameleonForConditionalGeneration":
-        """Chooses "eager" or "sdpa" for all layers; returns the model."""
-        if name not in ATTENTION:
-            raise ValueError(f"attention {name!r} is none of {', '.join(ATTENTION)}")
-        for layer in self.model.layers:
-            layer.self_attn.attend = ATTENTION[name]
-        return self
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -856,7 +767,6 @@ class ChameleonForConditionalGeneration(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
         logits_to_keep: int = 0,  # only the last so many positions get logits; 0 is all
         mask_image_logits: bool = True,
     ) -> "ChameleonOutput | tuple":
@@ -875,13 +785,13 @@ class ChameleonForConditionalGeneration(PreTrainedModel):
             input_ids, pixel_values = filled, None
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
-            use_cache, output_attentions, output_hidden_states, True, cache_position)
+            use_cache, output_attentions, output_hidden_states, return_dict=True)
         logits = self.lm_head(body.last_hidden_state[:, -logits_to_keep:])  # (B, T, V); -0 is all
         if mask_image_logits:
             lowest = torch.finfo(logits.dtype).min
             logits = logits.index_fill(-1, self.model.vocabulary.code_to_id, lowest)
         loss = None if labels is None else self._loss(logits, labels, mask_image_logits)
-        output = ChameleonOutput(loss, logits, body.past_key_values, body.hidden_states,
+        output = ChameleonOutput(loss, logits, None, body.past_key_values, body.hidden_states,
                                  body.attentions)
         plain = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if plain else output

@@ -275,7 +275,7 @@ def train_decoder(stage: str, run: Run) -> None:
     # Norms and biases: few numbers, and all training changes them.
     first_weights = fingerprint(p.detach().cpu() for p in model.parameters() if p.ndim == 1)
     if run.device.type == "cpu" and fast_bf16(run.device):  # SDPA's kernel leaves bf16 units idle
-        model.set_attention("eager")
+        model.set_attn_implementation("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
     peak = options.learning_rate or LEARNING_RATE[stage]

@@ -422,6 +422,40 @@ class VectorQuantizer(nn.Module):
 # The model
 
 
+class PreTrainedModel(nn.Module):
+    """What all models share under the names of transformers' PreTrainedModel."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> Self:
+        """Reads a folder in the layout of Hugging Face, Meta or Anole, or a hub id.
+
+        Options are transformers': dtype (or torch_dtype; None keeps what the file holds, and the
+        VQ-VAE is fp32 in any case), device_map, attn_implementation, quantization_config.
+        ValueError, in one line, says what is wrong.
+        """
+        # Files and their checks are no part of a model; they import this file.
+        from chameleon_extras.pretrained import load_pretrained
+
+        return load_pretrained(cls, pretrained_model_name_or_path, **options)
+
+    def save_pretrained(self, folder: str | PathLike, max_shard_size: int | str = "5GB") -> None:
+        """Writes config.json and safetensors that transformers and `from_pretrained` read."""
+        from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
+
+        save_checkpoint(self, Path(folder), max_shard_size)
+
+
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
     """In this context cuDNN computes fp32 convolutions in fp32, not in TF32.
@@ -437,7 +471,7 @@ def exact_convolutions() -> Iterator[None]:
         conv.fp32_precision = before
 
 
-class ChameleonVQVAE(nn.Module):
+class ChameleonVQVAE(PreTrainedModel):
     """Pictures to codes and back: equals transformers' ChameleonVQVAE, and adds the decoder.
 
     `with_decoder=False` builds what facebook/chameleon-7b holds: it can read pictures, not draw.
@@ -464,19 +498,6 @@ class ChameleonVQVAE(nn.Module):
             return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | PathLike) -> "ChameleonVQVAE":
-        """Reads the VQ-VAE of a whole checkpoint, or a folder that holds nothing else."""
-        from chameleon_extras.checkpoint import load_vqvae  # late: only it needs another file
-
-        return load_vqvae(cls, folder)
-
-    def save_pretrained(self, folder: str | PathLike) -> None:
-        """Writes config.json and model.safetensors, as transformers' ChameleonVQVAE does."""
-        from chameleon_extras.checkpoint import save_vqvae  # late: only it needs another file
-
-        save_vqvae(self, folder)
 
     def check_decoder(self) -> Decoder:
         """The decoder. ValueError if these weights came without one."""

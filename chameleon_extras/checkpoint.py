@@ -31,7 +31,6 @@ facebook/chameleon-7b. release.py reads Meta's and Anole's files under the same 
 import json
 import re
 from functools import lru_cache, partial
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -42,7 +41,6 @@ from torch.overrides import TorchFunctionMode
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 from chameleon_extras.files import (
     Stored,
-    find_folder,
     load_pickle,
     open_safetensors,
     write_atomically,
@@ -169,7 +167,8 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     A tied head is not among them, unless it is quantized: then it has weights of its own.
     """
     state = model.state_dict()
-    if model.config.tie_word_embeddings and isinstance(model.get_output_embeddings(), nn.Linear):
+    tied = getattr(model.config, "tie_word_embeddings", False)  # a VQ-VAE's config has none
+    if tied and isinstance(model.get_output_embeddings(), nn.Linear):
         del state["lm_head.weight"]
     return state
 
@@ -338,7 +337,8 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
         write_atomically(folder / file, save)
         del shard, save  # else memory would hold the tensors of two files
     bar.close()
-    dtype = next(t.dtype for name, t in tensors.items() if name.endswith("embed_tokens.weight"))
+    dtype = next((t.dtype for name, t in tensors.items() if name.endswith("embed_tokens.weight")),
+                 torch.float32)  # of a VQ-VAE alone
     values = {"architectures": [architecture], "torch_dtype": str(dtype).removeprefix("torch.")}
     documents = {"config.json": config.to_dict() | values}
     if kind:
@@ -361,9 +361,8 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
 # The VQ-VAE alone
 
 
-def load_vqvae(cls: type, name: str | PathLike) -> ChameleonVQVAE:
+def load_vqvae(cls: type, folder: Path) -> ChameleonVQVAE:
     """The VQ-VAE of a whole checkpoint, or of a folder of its own, in fp32."""
-    folder = find_folder(name)
     values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if values.get("model_type") == "chameleon_vqgan":
         config = ChameleonVQVAEConfig.from_dict(values)
@@ -379,16 +378,3 @@ def load_vqvae(cls: type, name: str | PathLike) -> ChameleonVQVAE:
     state = {name: tensor.read().float() for name, tensor in tensors.items()}
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def save_vqvae(model: ChameleonVQVAE, name: str | PathLike) -> None:
-    from safetensors.torch import save_file
-
-    folder = Path(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors",
-                     partial(save_file, tensors, metadata={"format": "pt"}))
-    text = json.dumps(model.config.to_dict() | {"architectures": ["ChameleonVQVAE"]}, indent=2)
-    write_atomically(folder / "config.json",
-                     partial(Path.write_text, data=text + "\n", encoding="utf-8"))

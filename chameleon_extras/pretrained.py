@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from chameleon_extras.checkpoint import load_checkpoint
+from chameleon_extras.checkpoint import load_checkpoint, load_vqvae
 from chameleon_extras.decoding import set_attention
 from chameleon_extras.files import HUB_OPTIONS, find_folder, pick_device
 from chameleon_extras.quantize import check_kind
 from tokenizer import read_json
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 # DIFFERS: flash_attention_2 is torch's own flash kernel, where it can run (CUDA, half precision,
 # no padding), and torch's next best kernel elsewhere; the flash-attn package is not used.
@@ -91,7 +92,7 @@ def load_config(cls: type, folder: str | Path, **changes: object) -> object:
     hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
     file = find_folder(folder, **hub) / str(changes.pop("subfolder", "")) / "config.json"
     values = read_json(file)
-    if not hasattr(cls, "vq_config"):  # the class is ChameleonVQVAEConfig
+    if issubclass(cls, ChameleonVQVAEConfig):
         values = values.get("vq_config") or values
     try:
         return cls.from_dict(values | changes)
@@ -107,7 +108,7 @@ def load_pretrained(
     use_safetensors: bool = True,  # accepted: safetensors are what is read
     **hub: object,
 ) -> nn.Module:
-    """What `from_pretrained` of both models does. ValueError, in one line, for what is wrong."""
+    """What `from_pretrained` of all models does. ValueError, in one line, for what is wrong."""
     if unknown := sorted(hub.keys() - set(HUB_OPTIONS)):
         own = [n for n in inspect.signature(load_pretrained).parameters if n not in ("cls", "hub")]
         raise ValueError(f"from_pretrained has no option {', '.join(unknown)}; it has "
@@ -120,6 +121,8 @@ def load_pretrained(
         check_kind(kind)
     dtype = as_dtype(torch_dtype if dtype is None else dtype)
     place = as_device(device if device_map is None else device_map)
+    if issubclass(cls, ChameleonVQVAE):
+        return load_vqvae(cls, find_folder(folder, **hub)).to(place)
     model = load_checkpoint(cls, find_folder(folder, **hub), dtype, place, quantize=kind)
     if attn_implementation is not None:
         set_attention(model, ATTENTION[attn_implementation])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small import V, left_padded, small_model
 
 from chameleon import KVCache
-from chameleon_extras.decoding import Decoder, check_compile
+from chameleon_extras.decoding import Decoder, check_compile, set_attention
 from generate import CACHE_STEP, stream
 
 ROWS = (1, 2, 3)
@@ -59,7 +59,7 @@ def test_a_compiled_step_is_the_eager_models_for_any_mask_and_column(decoder, mo
         seen = mask[:, : column + 1]
         positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -1:]  # (B, 1)
     compiled = decoder(new, mask, positions, caches[0]).float()  # (B, D)
-    model.set_attention("eager")
+    set_attention(model, "eager")
     plain = model.model(new, attention_mask=seen, position_ids=positions,
                         past_key_values=caches[1]).last_hidden_state[:, -1].float()
     tolerance = 1e-4 if dtype == torch.float32 else 0.06
@@ -82,7 +82,7 @@ def test_ids_of_any_batch_are_those_without_a_decoder(decoder, lengths, seed, sa
     inputs = left_padded([torch.randint(74, V, (n,), generator=g).tolist() for n in lengths])
     options = dict(max_new_tokens=12, eos_token_id=[80, 90], do_sample=sampled, seed=seed)
     fast = torch.stack(list(stream(decoder.model, **inputs, **options, decoder=decoder)), 1)
-    decoder.model.set_attention("sdpa")
+    set_attention(decoder.model, "sdpa")
     plain = torch.stack(list(stream(decoder.model, **inputs, **options)), 1)
     assert torch.equal(fast, plain)
 
@@ -97,7 +97,7 @@ def test_two_conversations_share_a_decoder_and_each_goes_on_from_its_own_cache(d
             options = dict(max_new_tokens=6, eos_token_id=[])
             made = list(stream(decoder.model, ids, past_key_values=cache, decoder=decoder,
                                **options))
-            decoder.model.set_attention("sdpa")
+            set_attention(decoder.model, "sdpa")
             assert torch.equal(torch.stack(made), torch.stack(list(
                 stream(decoder.model, ids, **options))))
             assert cache.length == ids.shape[1] + 4  # all but the last two ids

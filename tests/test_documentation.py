@@ -25,6 +25,7 @@ from chameleon import (
     ChameleonProcessor,
     KVCache,
 )
+from chameleon_extras.decoding import set_attention
 from chameleon_extras.quantize import NF4Linear
 from generate import generate, stream
 
@@ -250,7 +251,7 @@ def test_outputs_are_read_by_attribute_name_and_index():
 
 def test_the_config_sets_the_defaults_of_forward():
     model = small_model(output_hidden_states=True, return_dict=False, use_cache=False)
-    model.set_attention("eager")
+    set_attention(model, "eager")
     output = model(torch.tensor([[0, 80]]))
     assert isinstance(output, tuple) and len(output) == 2 and len(output[1]) == 4
 

@@ -10,6 +10,7 @@ from small import SIZES, VQ, scrambled_vocabulary
 
 import generate as module
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon_extras.decoding import set_attention
 from chameleon_extras.explain import WATCHED, heat, page, report, walk
 from chameleon_extras.quantize import quantize_model
 from processor import ChameleonProcessor
@@ -41,11 +42,11 @@ def shown(model, processor, inputs):
 @pytest.fixture(scope="module")
 def direct(model, inputs):
     """One plain forward pass with everything it can give."""
-    model.set_attention("eager")
+    set_attention(model, "eager")
     with torch.no_grad():
         output = model(inputs["input_ids"], inputs["pixel_values"], output_attentions=True,
                        mask_image_logits=False)
-    model.set_attention("sdpa")
+    set_attention(model, "sdpa")
     return output
 
 

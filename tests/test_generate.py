@@ -23,7 +23,7 @@ from small import (
 from test_oracle import pair
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from chameleon_extras.decoding import Decoder
+from chameleon_extras.decoding import Decoder, set_attention
 from generate import (
     Grammar,
     check_room,
@@ -411,7 +411,7 @@ def test_any_split_into_turns_gives_the_ids_and_logits_of_one_prefill(
     cache, ids, reads = KVCache(model.config, B), torch.zeros(B, 1, dtype=torch.long), []
     options = dict(mode=mode, max_new_tokens=8, eos_token_id=[80, 90], image_temperature=0.0,
                    guidance_text=scale, decoder=Decoder(model) if fast else None)
-    model.set_attention("sdpa")
+    set_attention(model, "sdpa")
     hook = model.model.embed_tokens.register_forward_hook(
         lambda _, ids, __: reads.append(ids[0].shape[1]))
     for turn in turns:

@@ -10,6 +10,7 @@ import transformers
 from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabulary
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
+from chameleon_extras.decoding import set_attention
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 
@@ -55,7 +56,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_states_and_attentions_equal_transformers(name, attention):
     ours, theirs = pair(**CONFIGS[name])
-    ours.set_attention(attention)
+    set_attention(ours, attention)
     theirs.set_attn_implementation("eager")
     inputs = batch_with_pictures()
     real = inputs["attention_mask"].bool()

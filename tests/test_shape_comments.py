@@ -111,7 +111,8 @@ def decoder() -> None:
                     {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "swin_norm": True}):
         model = small_model(**changes)
         for name in ("eager", "sdpa"):
-            model.set_attention(name)(**batch, labels=batch["input_ids"], mask_image_logits=False)
+            decoding.set_attention(model, name)
+            model(**batch, labels=batch["input_ids"], mask_image_logits=False)
     ids = batch["input_ids"].masked_fill(batch["input_ids"] == 73, 80)  # without pictures
     model(ids, attention_mask=torch.ones(2, T, T), output_attentions=True)
     embeds = model.get_input_embeddings()(batch["input_ids"])

@@ -12,6 +12,8 @@ from PIL import Image
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 from generate import generate
 from processor import ChameleonProcessor
+from tiny_world.vqvae_stage import VQ
+from train import SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -88,7 +90,7 @@ def test_a_config_makes_a_model():
     assert model.config.hidden_size == 4096
 
 
-def test_the_checkpoint_is_small_and_matches_its_preset():
+def test_the_checkpoint_is_small_and_has_the_sizes_of_its_training():
     assert sum(f.stat().st_size for f in TINY.iterdir()) <= 12 * 10**6
     config = ChameleonForConditionalGeneration.from_pretrained(TINY).config
-    assert ChameleonConfig.tiny(vocabulary_map=config.vocabulary_map) == config
+    assert {name: getattr(config, name) for name in SIZES} == SIZES and config.vq_config == VQ
