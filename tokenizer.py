@@ -28,6 +28,7 @@ the names and splits of the released tokenizer.
 import codecs
 import heapq
 import json
+import operator
 import re
 import unicodedata
 from collections import Counter
@@ -299,7 +300,7 @@ class Tokenizer:
         """One text or several -> input_ids and attention_mask: (T,) lists of one, (B, T) of several
         or with return_tensors. Options are those of transformers' tokenizers.
         """
-        texts = [text] if isinstance(text, str) else text
+        texts = text if isinstance(text, (list, tuple)) else [text]
         rows = [self.encode(one, add_special_tokens) for one in texts]
         data = self.batch(rows, padding, truncation, max_length, padding_side, pad_to_multiple_of,
                           return_tensors, return_attention_mask)
@@ -336,7 +337,16 @@ class Tokenizer:
         return [self.vocab.get(name, self.unk_token_id) for name in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
-        return self._names[ids] if isinstance(ids, int) else [self._names[int(i)] for i in ids]
+        return self.name_of(ids) if isinstance(ids, int) else [self.name_of(i) for i in ids]
+
+    def name_of(self, token_id: int) -> str:
+        """Id -> name. ValueError for what is no id of this vocabulary."""
+        try:
+            return self._names[operator.index(token_id)]  # of an integer tensor, too
+        except (KeyError, TypeError):
+            raise ValueError(f"id {token_id!r:.40} is not in the vocabulary, which ends before "
+                             f"{self.vocab_size}: tokenizer and model do not belong together"
+                             ) from None
 
     def text_bytes(self, name: str) -> bytes:
         """Name of a text token -> the bytes of utf-8 that it stands for."""
@@ -346,12 +356,8 @@ class Tokenizer:
         """Id -> bytes, which may end inside a character; of a control id, its name. ValueError if
         unknown.
         """
-        token_id = int(token_id)
-        if token_id not in self._names:
-            raise ValueError(f"id {token_id} is not in the vocabulary, which ends before "
-                             f"{self.vocab_size}: tokenizer and model do not belong together")
-        name = self._names[token_id]
-        return name.encode() if token_id in self.special_ids else self.text_bytes(name)
+        name = self.name_of(token_id)
+        return name.encode() if int(token_id) in self.special_ids else self.text_bytes(name)
 
     def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:
@@ -407,7 +413,9 @@ class StreamDecoder:
 
 
 def check_text(text: str) -> None:
-    """ValueError for a string that utf-8 cannot encode: one with half of a surrogate pair."""
+    """ValueError for no string, and for one that utf-8 cannot encode: half of a surrogate pair."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text must be a string, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:

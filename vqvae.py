@@ -520,9 +520,10 @@ class ChameleonVQVAE(PreTrainedModel):
         if not pixel_values.is_floating_point():
             raise ValueError(f"pixel_values are {pixel_values.dtype}, but pixels are floats in "
                              "[-1, 1]: pass the levels of a picture through the image processor")
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            raise ValueError(f"pixel_values must be (B, {channels}, H, W), got "
-                             f"{tuple(pixel_values.shape)}")
+        shape, least = tuple(pixel_values.shape), self.config.downsampling
+        if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < least:
+            raise ValueError(f"pixel_values must be (B, {channels}, H, W), H and W at least "
+                             f"{least}, got {shape}")
         if self.quant_conv.weight.dtype != torch.float32:
             raise ValueError(f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which "
                              "changes codes: load with from_pretrained(dtype=...), which leaves "
@@ -550,8 +551,9 @@ class ChameleonVQVAE(PreTrainedModel):
         decoder, if codes are not (B, S) with S = h * w, or if a code is outside 0..K-1.
         """
         decoder = self.check_decoder()
-        if codes.ndim != 2:
-            raise ValueError(f"codes must be (B, S), got {tuple(codes.shape)}")
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise ValueError(f"codes must be (B, S) whole numbers, got {codes.dtype} "
+                             f"{tuple(codes.shape)}")
         K, S = self.config.num_embeddings, codes.shape[1]
         h, w = grid or (isqrt(S), isqrt(S))
         if h * w != S:

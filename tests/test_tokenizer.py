@@ -449,3 +449,16 @@ def test_the_incremental_utf8_decoder_replaces_as_the_whole_decoder_does():
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         pieces = [decoder.decode(bytes([b])) for b in data] + [decoder.decode(b"", final=True)]
         assert "".join(pieces) == data.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6, 1.5, "a", None, torch.tensor(1.5)])
+def test_what_is_no_id_has_no_name_and_no_text(either, wrong):
+    for read in (either.convert_ids_to_tokens, either.decode):
+        with pytest.raises(ValueError, match="not in the vocabulary"):
+            read([wrong])
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"a", ["a", 5]])
+def test_what_is_no_text_is_refused(either, wrong):
+    with pytest.raises(ValueError, match="a text must be a string"):
+        either(wrong)

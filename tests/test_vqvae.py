@@ -232,15 +232,17 @@ def test_a_model_without_decoder_says_so():
     (torch.full((1, 4), 32), None, r"codes must lie in 0\.\.31"),
     (torch.full((1, 4), -1), None, r"codes must lie in 0\.\.31"),
     (torch.zeros(4, dtype=torch.long), None, r"codes must be \(B, S\)"),
+    (torch.zeros(1, 4), None, "whole numbers, got torch.float32"),
 ])
 def test_impossible_codes_are_refused(codes, grid, message):
     with pytest.raises(ValueError, match=message):
         small_vqvae().decode(codes, grid)
 
 
-def test_a_picture_without_batch_is_refused():
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 8, 8), (1, 3, 0, 8), (1, 3, 8, 1)])
+def test_what_is_no_batch_of_pictures_is_refused(shape):
     with pytest.raises(ValueError, match=r"must be \(B, 3, H, W\)"):
-        small_vqvae().encode(torch.zeros(3, 8, 8))
+        small_vqvae().encode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("change, name", [
