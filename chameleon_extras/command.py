@@ -45,6 +45,7 @@ from chameleon_extras.quantize import CHOICES
 from chameleon_extras.release import load_processor
 from chameleon_extras.sheets import (
     contact_sheet,
+    enlarge,
     picture_format,
     save_picture,
     there_and_back,
@@ -66,6 +67,10 @@ MAX_COUNT = 1000
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
 RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
 EXPLAIN = {"explain", "prompt", "completion", *OF_WEIGHTS}
+CHAT = {"chat", "context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
+        *OF_PICTURES} - {"image", "out"}
+DRAWN = 144  # pixels of a picture's longer side on a contact sheet, at most, unless it has more
+ASKS_TO_DRAW = re.compile(r"\s*(please\s+|can you\s+)*(draw|paint|sketch)\b", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -80,40 +85,71 @@ def version() -> str:
         return "(not installed)"
 
 
+EXAMPLES = """\
+three examples:
+  python generate.py --prompt "What do you see in this image?<image>" --image examples/shapes.png
+  python generate.py --prompt "Draw a star." --mode image --count 9 --out sheet.png
+  python generate.py --chat
+"""
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """-> the options, and in `given` the names of those that differ from their defaults."""
-    parser = OneLineParser("generate.py", description="Text and pictures, in and out.")
+    parser = OneLineParser("generate.py", description="Text and pictures, in and out.",
+                           epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--version", action="version", version=f"chameleon-reference {version()}")
-    add("--model", type=Path, default=TINY, help="folder of weights, or a hub id (default: tiny/)")
-    add("--vqgan", type=Path, metavar="FILE",
-        help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
+    add = parser.add_argument_group("what goes in").add_argument
     add("--prompt", action="append", default=[], metavar="TEXT",
         help="<image> marks a picture's place; repeat the option for a batch; - reads stdin")
     add("--image", action="extend", nargs="+", default=[], metavar="FILE",
         help="in the order of <image>; without <image> in the prompt it goes in front")
-    add("--mode", default="text", choices=MODES, help="what to make: text, a picture, or both")
+    add("--chat", action="store_true", help="a conversation: each line is a turn, /help helps")
+    add("--context", choices=("whole", "last"),
+        help="what a turn of --chat sees: all turns, or the last pictures (default: whole; last "
+        "for tiny/, which has learned from single questions)")
+    add = parser.add_argument_group("what comes out").add_argument
+    add("--mode", default="text", choices=MODES, help="text (the default), a picture, or both")
     add("--out", type=Path, metavar="PATH",
         help="file for a picture, replaced if it is there; folder for an interleaved document")
-    add("--count", type=int, default=1, help="so many pictures of each prompt, and a sheet of all")
-    add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
+    add("--count", type=int, default=1, metavar="N",
+        help=f"so many pictures of each prompt, and a sheet of all (default 1; 1 to {MAX_COUNT})")
+    add("--scale", type=int, default=0, metavar="N",
+        help="enlarge the picture or sheet at --out by a whole factor (1 to 64; default: 1, and "
+        "for a sheet what one can see); the pictures beside a sheet stay as drawn")
     add("--completion", action="store_true", help="continue the prompt instead of answering it")
+    add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
     add("--explain", action="store_true",
         help="show the prompt's walk through the model; --out FILE.html draws it")
-    add("--max-new-tokens", type=int,
-        help="default: 256 of text, all that fits when interleaved; a picture is always whole")
-    add("--temperature", type=float, default=0.0, help="of text; 0, the default, is greedy")
-    add("--top-k", type=int, default=0, help="0 is no limit")
-    add("--top-p", type=float, default=1.0)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--image-temperature", type=float, default=1.0, help="of pictures; 0 is greedy")
-    add("--image-top-k", type=int, default=0)
-    add("--image-top-p", type=float, default=0.9)
-    add("--guidance-text", type=float, default=1.0, help="how much the words count; Meta uses 3")
-    add("--guidance-image", type=float, default=1.0, help="how much pictures do; Meta uses 1.2")
-    add("--seed", type=seed, default=0,
-        help="of all random draws, a number or the word random; row b of a batch adds b")
-    add("--device", default="auto", help="cpu, cuda, mps; auto takes the fastest there is")
+    add("--stats", action="store_true", help="how fast it was, and how fast it could have been")
+    add = parser.add_argument_group("how text is chosen").add_argument
+    add("--max-new-tokens", type=int, metavar="N",
+        help="1 or more (default: 256 of text, all that fits when interleaved; a picture is "
+        "always whole)")
+    add("--temperature", type=float, default=0.0, metavar="X",
+        help="0, the default, takes the most likely token; else 0.0001 or more")
+    add("--top-k", type=int, default=0, metavar="N", help="0, the default, is no limit; else 1 up")
+    add("--top-p", type=float, default=1.0, metavar="X", help="above 0, to 1 (default 1)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X",
+        help="0.01 to 100 (default 1: none)")
+    add("--seed", type=seed, default=0, metavar="N",
+        help="of all random draws, a whole number (default 0) or the word random; row b of a batch "
+        "adds b")
+    add = parser.add_argument_group("how pictures are chosen").add_argument
+    add("--image-temperature", type=float, default=1.0, metavar="X",
+        help="default 1; 0 takes the most likely code; else 0.0001 or more")
+    add("--image-top-k", type=int, default=0, metavar="N", help="as --top-k (default 0)")
+    add("--image-top-p", type=float, default=0.9, metavar="X", help="as --top-p (default 0.9)")
+    add("--guidance-text", type=float, default=1.0, metavar="X",
+        help="how much the words count, 0 to 1000 (default 1; Meta uses 3)")
+    add("--guidance-image", type=float, default=1.0, metavar="X",
+        help="how much pictures do, 0 to 1000 (default 1; Meta uses 1.2)")
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", type=Path, default=TINY, metavar="FOLDER",
+        help="of weights, or a hub id (default: tiny/)")
+    add("--vqgan", type=Path, metavar="FILE",
+        help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
     add("--quantize", choices=CHOICES, help="weights in 8 or 4 bits, packed while they are read")
@@ -121,7 +157,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="faster steps, after some seconds of compiling: for long answers and large models")
     add("--attention", default="auto", choices=ATTENTIONS,
         help="the kernel: eager is the readable one, sdpa torch's, the others kinds of it")
-    add("--stats", action="store_true", help="how fast it was, and how fast it could have been")
     options = parser.parse_args(arguments)
     options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
     options.unnamed, options.reserved = options.out is None, []
@@ -142,13 +177,17 @@ def seed(text: str) -> int:
 def check_unused(options: argparse.Namespace) -> None:
     """ValueError for an option that would have no effect."""
     ignored, why = set(), ""
-    if options.explain:
+    if options.chat:
+        ignored, why = set(options.given) - CHAT, "--chat reads its prompts line by line"
+    elif options.context:
+        ignored, why = {"context"}, "only --chat has earlier turns"
+    elif options.explain:
         ignored, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
     elif options.reconstruct:
         ignored = set(options.given) - RECONSTRUCT
         why = "--reconstruct only sends pictures through the VQ-VAE"
     elif options.mode == "text":
-        ignored, why = OF_PICTURES, "--mode text draws nothing"
+        ignored, why = (*OF_PICTURES, "scale"), "--mode text draws nothing"
     elif options.mode == "image":
         ignored, why = (*OF_TEXT, "max_new_tokens"), "--mode image writes no text"
     for name in options.given:
@@ -178,6 +217,8 @@ def check_output(options: argparse.Namespace) -> None:
         return check_page(options)
     if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
         raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
+    if not 0 <= options.scale <= 64 or (options.scale and options.mode == "interleaved"):
+        raise ValueError("--scale is a whole factor, 1 to 64, for --mode image")
     if options.mode == "interleaved" and len(options.prompt) > 1:
         raise ValueError("--mode interleaved writes one document: give one --prompt")
     if options.out is None:
@@ -187,16 +228,21 @@ def check_output(options: argparse.Namespace) -> None:
     elif options.mode == "text" and not options.reconstruct:
         raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
     elif options.mode == "interleaved":
-        if options.out.exists() and not options.out.is_dir():
-            raise ValueError(f"--out {options.out} is a file: name a folder for the document")
-        if options.out.is_dir() and any(map(DOCUMENT_FILE.fullmatch, os.listdir(options.out))):
-            raise ValueError(f"--out {options.out} holds a document already: name another folder")
+        check_folder(options.out)
     else:
         picture_format(options.out)
         others = [path for path in numbered_names(options) if os.path.lexists(path)]
         if others:
             raise ValueError(f"--out {options.out} would replace {others[0]}, too: name another "
                              "file")
+
+
+def check_folder(folder: Path) -> None:
+    """ValueError for a folder that cannot take a document, because it holds one."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name a folder for the document")
+    if folder.is_dir() and any(map(DOCUMENT_FILE.fullmatch, os.listdir(folder))):
+        raise ValueError(f"{folder} holds a document already: name another folder")
 
 
 def reserve(options: argparse.Namespace) -> None:
@@ -336,8 +382,10 @@ def answer(options: argparse.Namespace) -> None:
         if not options.image:
             raise ValueError("--reconstruct needs an --image")
         return reconstruct(options, processor)
+    if options.chat:
+        return converse(options, processor)
     if not options.prompt:
-        raise ValueError("give a --prompt (see --help)")
+        raise ValueError("give a --prompt, or --chat for a conversation (see --help)")
     options.prompt = [read_stdin() if prompt == "-" else prompt for prompt in options.prompt]
     prompts = place_images(options.prompt, len(options.image))
     inputs = processor(text=prompts, images=options.image or None, padding=True,
@@ -345,6 +393,8 @@ def answer(options: argparse.Namespace) -> None:
     check_pair(config, processor, inputs)
     check_room(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
+    if options.mode == "text" and not options.explain and any(map(ASKS_TO_DRAW.match, prompts)):
+        say("--mode text answers in words: add --mode image for a drawing")
     model = load_model(options)
     inputs = inputs.to(model.device)
     if options.explain:
@@ -360,6 +410,22 @@ def answer(options: argparse.Namespace) -> None:
     finally:
         if options.stats:
             say(stats.report(decoder.cache))
+
+
+def converse(options: argparse.Namespace, processor: ChameleonProcessor) -> None:
+    """--chat"""
+    # Only here, because chat.py imports this file.
+    from chameleon_extras.chat import Conversation, chat
+
+    if ranks() > 1:
+        raise ValueError("--chat is for one process: leave torchrun out")
+    check_pair(read_config(options.model), processor, {})
+    model = load_model(options)
+    whole = options.context == "whole" or (options.context is None and options.model != TINY)
+    decoder = Decoder(model, options.compile, options.attention)
+    sampling = {name: getattr(options, name) for name in (*OF_TEXT, *OF_PICTURES, "max_new_tokens")}
+    sampling["do_sample"] = options.temperature > 0
+    chat(Conversation(model, processor, decoder, whole), options.seed, sampling)
 
 
 def read_stdin() -> str:
@@ -405,8 +471,10 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
         if pictures:
             for path, picture in zip(numbered_names(options), pictures):
                 save_picture(picture, path)
-            sheet = pictures[0] if len(done) == 1 else contact_sheet(pictures)
-            save_picture(sheet, options.out)
+            side = max(pictures[0].size)
+            seen = [enlarge(p, side * options.scale if options.scale else
+                            DRAWN if len(done) > 1 else side) for p in pictures]
+            save_picture(seen[0] if len(done) == 1 else contact_sheet(seen), options.out)
             say(f"{options.out}: {len(pictures)} picture(s), seed {options.seed}")
 
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from chameleon_extras.files import own_rank, write_atomically
 from processor import ChameleonImageProcessor
 
+SIDE = 216  # pixels of a picture's longer side in a document, at most, unless it has more
 GAP = 4  # pixels between pictures of a sheet
 GOLDEN_ANGLE = 137.508  # degrees between the hues of code k and k + 1; few codes look alike
 
@@ -123,11 +124,12 @@ def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
         n += 1
         save_picture(part, folder / f"{n}.png")
         markdown.append(f"![picture {n}]({n}.png)")
-        body.append(f'<p><img alt="picture {n}" src="{data_uri(part)}"></p>')
+        width = enlarge(part, SIDE).width  # by CSS: the file stays as it was drawn
+        body.append(f'<p><img alt="picture {n}" width="{width}" src="{data_uri(part)}"></p>')
     page = (
         '<!doctype html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
         "<title>Chameleon</title><style>body{font:1.1rem/1.5 serif;max-width:40rem;margin:2rem "
-        "auto}p{white-space:pre-wrap}img{min-width:12rem;image-rendering:pixelated}</style>\n"
+        "auto}p{white-space:pre-wrap}img{max-width:100%;image-rendering:pixelated}</style>\n"
         + "\n".join(body) + "\n"
     )
     for name, text in (("document.md", "\n\n".join(markdown) + "\n"), ("document.html", page)):

@@ -79,11 +79,51 @@ def test_several_pictures_come_with_a_contact_sheet(run, tmp_path):
     for n in (1, 2, 3):
         single = Image.open(tmp_path / f"a-{n}.png")
         y, x = divmod(n - 1, 2)
-        box = (4 + 20 * x, 4 + 20 * y)
-        assert sheet.crop((*box, box[0] + 16, box[1] + 16)).tobytes() == single.tobytes()
+        box = (4 + 148 * x, 4 + 148 * y)  # nine times as large as the picture's own file
+        large = sheet.crop((*box, box[0] + 144, box[1] + 144))
+        assert single.size == (16, 16)
+        assert large.tobytes() == single.resize((144, 144), Image.NEAREST).tobytes()
     # Picture n of a batch is the one that its own seed draws alone.
     run("--prompt", "Draw", "--mode", "image", "--out", "b.png", "--seed", "1")
     assert Image.open(tmp_path / "b.png").tobytes() == Image.open(tmp_path / "a-2.png").tobytes()
+
+
+def test_a_picture_and_a_sheet_are_enlarged_by_a_whole_factor(run, tmp_path):
+    ask = ("--prompt", "Draw", "--mode", "image")
+    run(*ask, "--out", "a.png")
+    assert run(*ask, "--out", "b.png", "--scale", "3")[0] == 0
+    small, large = (Image.open(tmp_path / f"{name}.png") for name in "ab")
+    assert large.tobytes() == small.resize((48, 48), Image.NEAREST).tobytes()
+    run(*ask, "--out", "c.png", "--scale", "2", "--count", "2")
+    assert Image.open(tmp_path / "c.png").size == (2 * 36 + 4, 40)
+    assert Image.open(tmp_path / "c-1.png").size == (16, 16)
+    for refused in (("--scale", "65"), ("--scale", "2", "--mode", "interleaved")):
+        code, _, err = run(*ask, *refused)
+        assert code == 2 and "whole factor, 1 to 64" in err
+    assert "draws nothing: leave --scale out" in run("--prompt", "a", "--scale", "2")[2]
+
+
+@pytest.mark.parametrize("prompt, named", [
+    ("Draw a star.", True), ("please paint a cat", True), ("Can you draw it?", True),
+    ("What did she draw?", False), ("drawings", False)])
+def test_a_drawing_asked_for_in_text_mode_is_told_the_mode(run, prompt, named):
+    code, _, err = run("--prompt", prompt, "--max-new-tokens", "2")
+    assert code == 0 and ("add --mode image" in err) == named and err.count("\n") == named
+    assert run("--prompt", prompt, "--mode", "image")[2].count("\n") == 1  # the file's name
+
+
+def test_help_gives_each_number_its_default_and_three_examples(capsys):
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text, examples = " ".join(capsys.readouterr().out.split()).split("three examples:")
+    for group in ("what goes in:", "what comes out:", "how text is chosen:", "the model:"):
+        assert group in text
+    for name in ("--count", "--scale", "--max-new-tokens", "--temperature", "--top-k", "--top-p",
+                 "--repetition-penalty", "--seed", "--image-temperature", "--image-top-k",
+                 "--image-top-p", "--guidance-text", "--guidance-image"):
+        about = re.split(r" --\S+ [NX] ", text[text.rindex(f"{name} ") :])[0]
+        assert "default" in about and re.search(r"\d", about), name
+    assert examples.count("python generate.py --") == 3
 
 
 def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):

@@ -27,7 +27,7 @@ LATE = {
     ("generate", "main"): "chameleon_extras.command",
 }
 LINES = {"chameleon.py": 920, "generate.py": 825, "README.md": 220}
-ALL_LINES, ALL_FILES = 10_090, 29
+ALL_LINES, ALL_FILES = 10_400, 30
 
 
 def own_modules(node: ast.stmt) -> list[str]:

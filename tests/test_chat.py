@@ -1,0 +1,256 @@
+"""A conversation: what the model reads of it, and what a person sees on a terminal."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import generate as module
+from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
+from chameleon_extras import chat
+from chameleon_extras.chat import Conversation
+from chameleon_extras.command import TINY
+
+ROOT = Path(module.__file__).parent
+SHAPES, STAR = ROOT / "examples" / "shapes.png", ROOT / "examples" / "star.png"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return (ChameleonForConditionalGeneration.from_pretrained(TINY),
+            ChameleonProcessor.from_pretrained(TINY))
+
+
+def said(pieces) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+# ---------------------------------------------------------------------------------- the ids
+
+
+def test_the_ids_are_those_of_the_chat_template_and_only_new_ones_are_read(tiny):
+    model, processor = tiny
+    talk, picture, reads = Conversation(model, processor), Image.open(SHAPES), []
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda _, ids, __: reads.append(ids[0].shape[1]))
+    messages = []
+    for text, pictures in (("What do you see?", [picture]), ("Draw a star.", []), ("Hello", [])):
+        start = len(reads)
+        messages += [{"role": "user", "content": [
+            *({"type": "image", "image": image} for image in pictures),
+            {"type": "text", "text": text}]}]
+        inputs = processor.apply_chat_template(messages)
+        expected = model.model.replace_image_placeholders(
+            inputs["input_ids"], inputs.get("pixel_values"))[0].tolist()
+        before = len(talk.ids)
+        answer = said(talk.ask(text, pictures))
+        assert talk.ids[: len(expected)] == expected
+        assert 0 <= reads[start] - (len(expected) - before) <= 3  # end of turn, last ids before it
+        messages += [{"role": "assistant", "content": answer}]
+    hook.remove()
+
+
+def test_a_drawn_picture_is_context_for_the_next_turn(tiny):
+    for whole in (True, False):
+        talk = Conversation(*tiny, whole=whole)
+        drawn = list(talk.ask("Draw a large blue star.", [], "image", image_top_p=0.9))
+        assert [piece.drawn for piece in drawn] == [81]
+        answer = said(talk.ask("What colour is the star?", []))
+        assert "blue" in answer
+        assert isinstance(talk.parts[1], Image.Image) and talk.parts[3] == answer
+
+
+def test_without_the_whole_each_question_sees_the_last_picture_alone(tiny):
+    talk = Conversation(*tiny, whole=False)
+    said(talk.ask("What do you see in this image?", [Image.open(SHAPES)]))
+    assert said(talk.ask("Is there a red circle?", [])).endswith("Yes.")
+    assert said(talk.ask("What colour is the star?", [Image.open(STAR)])).endswith("is yellow.")
+    assert said(talk.ask("What do you see?", [])) == "A large yellow star on a black background."
+
+
+def test_what_is_stopped_stays_as_text_and_an_unfinished_picture_goes(tiny):
+    talk = Conversation(*tiny)
+    steps = talk.ask("What do you see?", [Image.open(SHAPES)])
+    begun = "".join(next(steps).text for _ in range(3))
+    steps.close()
+    names = tiny[1].tokenizer.vocabulary
+    assert tiny[1].decode(talk.ids, True).endswith(begun) and talk.parts[-1] == begun
+    assert talk.ids[-1] == names.end_of_turn_id
+    before = len(talk.ids)
+    steps = talk.ask("Draw a star.", [], "image", every=10)
+    assert next(steps).drawn == 10
+    steps.close()
+    new = talk.ids[before:]
+    assert names.begin_image_id not in new and new.count(names.end_of_turn_id) == 2
+    assert len(talk.parts) == 4  # two questions, a picture in, one answer
+
+
+def test_a_turn_that_does_not_fit_is_one_line_and_no_turn(tiny):
+    talk = Conversation(*tiny)
+    said(talk.ask("Hello", []))
+    state = list(talk.ids), list(talk.parts)
+    with pytest.raises(ValueError, match="context holds 1024"):
+        said(talk.ask("Hello", [Image.open(STAR)] * 13))
+    assert (talk.ids, talk.parts) == state and talk.room() == (1024 - len(talk.ids), 1024)
+
+
+# ------------------------------------------------------------------------------- the commands
+
+
+@pytest.fixture
+def lines(tiny, tmp_path, monkeypatch, capsys):
+    """Answers lines in an empty folder -> stdout, stderr of each."""
+    monkeypatch.chdir(tmp_path)
+    terminal = chat.Terminal(Conversation(*tiny, whole=False), 3, {"image_top_p": 0.9})
+
+    def answer(line: str) -> tuple[str, str]:
+        try:
+            terminal.answer(line)
+        except (ValueError, OSError) as error:
+            return "", f"{error}\n"
+        return tuple(capsys.readouterr())
+
+    return answer
+
+
+def test_five_turns_with_two_pictures_in_and_two_out(lines, tmp_path):
+    lines(f"/image {SHAPES}")
+    assert lines("What do you see in this image?")[0] == (
+        "A small red circle above a large blue square on a white background.\n")
+    assert lines("/draw Draw a large blue star.")[0] == "[picture.png, seed 4]\n"
+    lines(f"/image '{STAR}'")
+    assert "yellow" in lines("What colour is the star?")[0]
+    lines("/seed 4")
+    assert lines("/draw Draw a large blue star.")[0] == "[picture-2.png, seed 4]\n"
+    first, second = (Image.open(tmp_path / f"picture{n}.png") for n in ("", "-2"))
+    assert first.tobytes() == second.tobytes() and first.size == (36, 36)
+    out, _ = lines("/both Draw a blue star, then say what it is.")
+    assert out.startswith("[picture-3.png, seed 5]\nA ") and out.endswith(".\n")
+    assert "document.html" in lines("/save story")[1]
+    assert len(list((tmp_path / "story").glob("*.png"))) == 5
+    page = (tmp_path / "story" / "document.md").read_text()
+    assert "> What do you see in this image?" in page and page.count("![picture") == 5
+
+
+@pytest.mark.parametrize("line, message", [
+    ("/image", "needs a file"),
+    ("/image none.png", "none.png"),
+    ("/image last", "no picture yet"),
+    ("/image 'a", "No closing quotation"),
+    ("/draw", "needs words"),
+    ("/seed red", "no whole number"),
+    ("/save", "name of a folder"),
+    ("/paint a star", "no command: /help"),
+    ("What is this?<image>", "0 picture"),
+    ("Draw a star.", "/draw TEXT draws"),
+])
+def test_a_slip_is_one_line_that_says_what_to_do(lines, line, message):
+    err = lines(line)[1]
+    assert message in err and err.count("\n") == 1
+
+
+def test_the_end_of_the_context_is_said_before_it_is_met(tiny, capsys):
+    terminal = chat.Terminal(Conversation(*tiny, whole=True), 0, {"max_new_tokens": 2})
+    terminal.waiting = [Image.open(STAR)] * 6
+    terminal.answer("What is this?")
+    assert capsys.readouterr().err == ""
+    terminal.waiting = [Image.open(STAR)] * 3
+    terminal.answer("What is this?")
+    assert re.fullmatch(r"\d+ of 1024 tokens are left, .* takes 83: /reset begins anew\n",
+                        capsys.readouterr().err)
+
+
+# --------------------------------------------------------------------------------- a terminal
+
+
+class Session:
+    """The command on a pseudo-terminal."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.file, theirs = pty.openpty()
+        command = [sys.executable, str(ROOT / "generate.py"), "--chat", "--device", "cpu"]
+        self.process = subprocess.Popen(
+            [*command, *arguments], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs,
+            preexec_fn=lambda: os.login_tty(0),  # so that Ctrl-C is its own
+            env=os.environ | {"TERM": "dumb", "OMP_NUM_THREADS": "1"})
+        os.close(theirs)
+        self.seen = ""
+
+    def until(self, pattern: str) -> str:
+        """Reads until the pattern comes -> all that came since the last call, with it."""
+        end = time.monotonic() + 60
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, self.seen
+            if select.select([self.file], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self.file, 4096).decode(errors="replace")
+                except OSError:  # the other end is closed
+                    return self.seen
+        text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+        return text.replace("\r", "")
+
+    def type(self, text: str) -> None:
+        os.write(self.file, text.encode())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_on_a_terminal_lines_are_edited_and_ctrl_c_ends_an_answer_alone(untrained_folder, tmp_path):
+    session = Session("--model", str(untrained_folder), "--temperature", "9", cwd=tmp_path)
+    session.until("> ")
+    full, cut = [], []
+    for answer in (full, cut):
+        session.type("/reset\n/seed 1\n")
+        session.until("/seed 1\r\n> ")
+        session.type("abX\x7fc\n")  # the last letter is rubbed out
+        session.until("\n")
+        if answer is cut:
+            answer.append(session.until("."))
+            session.type("\x03")
+        answer.append(session.until(r"\n> $"))
+    assert 0 < len("".join(cut)) < len("".join(full)) - 20
+    time.sleep(0.3)  # Python misses a signal between the prompt and the wait for a key
+    session.type("\x03")  # at the prompt: a new line
+    session.until("> ")
+    session.type("/save kept\n")
+    session.until("document.html")
+    assert "> abc" in (tmp_path / "kept" / "document.md").read_text()
+    session.type("/quit\n")
+    assert session.process.wait(60) == 0
+    os.close(session.file)
+
+
+def test_lines_may_come_from_a_file_and_other_options_are_refused(untrained_folder, tmp_path):
+    command = [sys.executable, str(ROOT / "generate.py"), "--chat", "--device", "cpu", "--model",
+               str(untrained_folder)]
+    run = subprocess.run([*command, "--max-new-tokens", "3"], cwd=tmp_path, text=True,
+                         input=f"/image {SHAPES}\na\n/nothing\n", capture_output=True)
+    assert run.returncode == 0 and run.stdout.count("\n") >= 1 and "> " not in run.stdout
+    assert "/nothing is no command" in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--chat", "--prompt", "a"], "line by line: leave --prompt out"),
+    (["--context", "last", "--prompt", "a"], "only --chat has earlier turns"),
+])
+def test_options_that_do_not_go_together_are_one_line(arguments, message, capsys):
+    assert module.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_two_conversations_share_a_model(tiny):
+    alone = Conversation(*tiny, whole=True)
+    expected = [said(alone.ask(text, [])) for text in ("Hello", "What can you do?")]
+    both = [Conversation(*tiny, whole=True) for _ in range(2)]
+    for text, wanted in zip(("Hello", "What can you do?"), expected):
+        for talk in both:
+            assert said(talk.ask(text, [])) == wanted
+    assert torch.equal(both[0].cache.ids, both[1].cache.ids)
