@@ -36,7 +36,7 @@ checks, and the section "What a first reader skips", which holds what transforme
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from typing import Annotated, cast
@@ -267,7 +267,10 @@ class ChameleonPreTrainedModel(PreTrainedModel):
             head.weight = self.body.embed_tokens.weight
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
-        """Keeps the rows of ids that stay; new rows start as in a new model."""
+        """Keeps the rows of ids that stay; new rows start as in a new model. ValueError if an id of
+        the vocabulary_map or of the config would lie outside.
+        """
+        replace(self.config, vocab_size=vocab_size)  # its checks
         table, head = self.get_input_embeddings(), self.get_output_embeddings()
         for layer in (table, head):
             if layer is not None:
@@ -415,9 +418,10 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
     query, nor while torch.compile traces.
     """
     L = past + T
-    if attention_mask is not None and attention_mask.shape[-1] != L:
-        raise ValueError(f"attention_mask has {attention_mask.shape[-1]} columns, but there are "
-                         f"{L} tokens ({past} cached + {T} new)")
+    if attention_mask is not None and (
+            attention_mask.shape[-1] != L or attention_mask.ndim not in (2, 3, 4)):
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but there are {L} "
+                         f"tokens ({past} cached + {T} new): see allowed_keys")
     j = torch.arange(L, device=device)  # (L,)
     q = torch.arange(past, L, device=device)[:, None]  # (T, 1)
     if attention_mask is not None and attention_mask.ndim == 4:
@@ -638,11 +642,14 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
         Pictures (N, 3, height, width) fill the placeholders in order, row after row. Feeding the
         result is the same as feeding pictures. ValueError if there are not exactly N * S
-        placeholders (none without pictures). The check is a GPU synchronization, so a single
-        token is not checked, nor anything while torch.compile traces.
+        placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
+        synchronizations, so a single token is not checked, nor anything while torch.compile traces.
         """
-        placeholder = self.vocabulary.image_token_id
+        placeholder, V = self.vocabulary.image_token_id, self.config.vocab_size
         checks = not torch.compiler.is_compiling() and input_ids.shape[1] > 1
+        if checks and ((input_ids < 0) | (input_ids >= V)).any():
+            raise ValueError(f"input_ids hold {int(input_ids.min())}..{int(input_ids.max())}, but "
+                             f"the ids of this model are 0 to {V - 1}")
         if pixel_values is None:
             if checks and placeholder is not None and (input_ids == placeholder).any():
                 raise ValueError("the prompt has <image> placeholders but there are no "
@@ -776,6 +783,10 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         released text models and transformers do; drawing and training need it off.
         Raises ValueError if labels contain image codes while it is on.
         """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and given is not None and labels.shape != given.shape[:2]:
+            raise ValueError(f"labels are {tuple(labels.shape)}, the tokens "
+                             f"{tuple(given.shape[:2])}: give each token a label")
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
         if labels is not None and pixel_values is not None and input_ids is not None:

@@ -150,7 +150,7 @@ def test_eager_attention_equals_sdpa(seed, past, T, pad, heads):
 
 def test_a_mask_of_the_wrong_width_and_a_full_cache_are_refused():
     for mask in ([[0, 1, 1]], [[1, 1, 1]]):
-        with pytest.raises(ValueError, match="attention_mask has 3 columns"):
+        with pytest.raises(ValueError, match="attention_mask is"):
             MODEL(text_ids(1, 5), attention_mask=torch.tensor(mask))
     with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
         MODEL(text_ids(1, 5), past_key_values=KVCache(MODEL.config, 1, 4))
@@ -401,3 +401,23 @@ def test_a_vocabulary_without_placeholder_says_so():
     model = small_model(vocabulary_map=names)
     with pytest.raises(ValueError, match="no <image>"):
         model(text_ids(1, 3), pixel_values=torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("inputs, message", [
+    (dict(input_ids=torch.tensor([[0, V]])), f"input_ids hold 0..{V}"),
+    (dict(input_ids=torch.tensor([[0, -1]])), "input_ids hold -1"),
+    (dict(input_ids=torch.zeros(1, 3, dtype=torch.long),
+          labels=torch.zeros(1, 2, dtype=torch.long)), r"labels are \(1, 2\)"),
+    (dict(input_ids=torch.zeros(1, 3, dtype=torch.long),
+          attention_mask=torch.ones(1, 1, 1, 1, 3)), "attention_mask is"),
+])
+def test_what_cannot_be_a_batch_is_one_line(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        small_model()(**inputs)
+
+
+def test_a_vocabulary_is_never_cut_below_its_pictures():
+    model = small_model()
+    with pytest.raises(ValueError, match="vocabulary_map: .* ids are whole numbers from 0 to 4"):
+        model.resize_token_embeddings(5)
+    assert model.config.vocab_size == len(model.lm_head.weight) == V
