@@ -639,7 +639,8 @@ def stream(
     eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
     pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
     past_key_values: KVCache | None = None,  # of an earlier call; see below
-    decoder=None,  # a chameleon_extras.decoding.Decoder: the same ids, sooner
+    compile: bool = False,  # the same ids sooner, after seconds of compiling in the first call
+    decoder=None,  # a chameleon_extras.decoding.Decoder; None: the model's; False: plain steps
 ) -> Iterator[Tensor]:
     """Yields the next id of every row, (B,), until all have ended or the limit is reached.
 
@@ -662,6 +663,10 @@ def stream(
         warnings.warn("temperature, top_k and top_p change nothing here: without do_sample=True, "
                       "text is greedy", stacklevel=2)
     model = unwrapped(model)
+    if decoder is None:
+        from chameleon_extras.decoding import decoder_of  # what is fast is no part of the loop
+
+        decoder = decoder_of(model, compile)
     grammar = Grammar(model, mode)
     steps = steps_to_make(model, input_ids.shape[-1], mode, max_new_tokens)
     stops = stop_ids(model, eos_token_id, mode)

@@ -4,8 +4,9 @@
     ids (B,1) --embed--> x (B,1,D) --N blocks, one compiled code--> --norm--> hidden (B,D)
                               every block writes column t in place and reads all L columns
 
-Who needs it: whoever wants long answers, pictures or large models sooner, by `--compile` or
-`stream(model, ..., decoder=Decoder(model, compiled=True))`. The ids are those of a plain step.
+Who needs it: whoever wants long answers, pictures or large models sooner. `generate` takes its
+uncompiled steps without being asked, its compiled ones by `compile=True` (`--compile`). The ids are
+those of a plain step, which is `generate(model, ..., decoder=False)`.
 
 A step at batch 1 reads each weight once and does two operations with it. So it takes at least
 (bytes of weights and cache) / (bandwidth of the memory). What keeps a plain step from that:
@@ -311,6 +312,7 @@ def with_row_products(module: nn.Module) -> nn.Module:
     if isinstance(module, (nn.Linear, Int8Linear)) and plain:
         return RowProduct(module)
     twin = copy.copy(module)
+    twin.training = False  # whatever the model does between two answers: no dropout in a step
     twin._modules = {name: with_row_products(child) for name, child in module.named_children()}
     return twin
 
@@ -381,7 +383,7 @@ def warn_of_unpacking(model: nn.Module) -> None:
     kind = kind_of(model)
     if kind and model.device.type == "cuda":
         warnings.warn(f"{kind} weights save memory but no time on CUDA unless the step is compiled:"
-                      " say --compile (Decoder(model, compiled=True))", stacklevel=3)
+                      " say compile=True (--compile)", stacklevel=3)
 
 
 class StepCache(KVCache):
@@ -429,21 +431,25 @@ class StepCache(KVCache):
 class Decoder:
     """Runs the steps of `generate.stream`: `stream(model, ..., decoder=Decoder(model))`.
 
-    Works on the model's own weights and changes none; only its choice of attention is set.
+    Works on the model's own weights and changes none; only its choice of attention is set, unless
+    `attention` is None.
     `compiled` takes seconds once for each number of rows, on a CPU for each 256 columns of cache,
     too. One decoder keeps the last answer's cache and its CUDA graphs for the next of that shape.
     """
 
     def __init__(self, model: ChameleonForConditionalGeneration, compiled: bool = False,
-                 attention: str = "auto") -> None:
-        check_attention(attention, model.device, model.dtype, compiled)
-        self.model, self.compiled = set_attention(model, attention), compiled
+                 attention: str | None = "auto") -> None:
+        self.model, self.compiled = model, compiled
+        if attention:
+            check_attention(attention, model.device, model.dtype, compiled)
+            set_attention(model, attention)
         self.cache = self.spare = None  # of the last step; of the last answer, to be used again
         if not compiled:
             warn_of_unpacking(model)
         else:
             self.layers = [with_row_products(layer) for layer in model.model.layers]
             check_compile(model.device)
+            self.parts = parts(model)
             # Before each call torch asks whether all it has seen is still so; for N blocks that is
             # a tenth of a step. Here only shapes are asked. That the rest is so, we know: layers of
             # one model differ in their tensors alone, and this copy of the code serves one model.
@@ -575,3 +581,28 @@ class Decoder:
         if arrived is not None:
             arrived.synchronize()  # of this copy alone: what was queued behind it goes on
         return ids
+
+    def __reduce__(self) -> tuple:
+        """Copying or pickling gives None: a copy of a model begins without compiled code."""
+        return type(None), ()
+
+
+def parts(model: ChameleonForConditionalGeneration) -> list:
+    """What a compiled decoder was made of: if one of them is another, it is out of date."""
+    attends = [layer.self_attn.attend for layer in model.body.layers]
+    return [model.device, *model.modules(), *attends]
+
+
+def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:
+    """The decoder that `generate` takes if it is given none; an attention that was chosen stays.
+
+    The model keeps a compiled one, because it took seconds to make.
+    """
+    if all(layer.self_attn.attend is sdpa_attention for layer in model.body.layers):
+        set_attention(model, "auto")
+    if not compiled:
+        return Decoder(model, attention=None)
+    kept = vars(model).get("compiled_decoder")
+    if kept is None or kept.parts != parts(model):
+        kept = vars(model)["compiled_decoder"] = Decoder(model, compiled=True, attention=None)
+    return kept

@@ -76,5 +76,5 @@ def test_equal_rows_are_the_same_computation():
                                    torch.device("cpu"))
     prompt = torch.randint(80, 500, (1, 20), generator=torch.Generator().manual_seed(0))
     one, other = (torch.cat(list(generate.stream(model, prompt, max_new_tokens=6, decoder=d)))
-                  for d in (None, Decoder(model)))
+                  for d in (False, Decoder(model)))
     assert torch.equal(one, other)

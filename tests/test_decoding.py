@@ -1,5 +1,6 @@
 """Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -76,7 +77,7 @@ def test_one_query_attends_as_the_readable_form_does(H, Hkv, masked):
 def test_every_attention_of_the_cpu_writes_the_same_ids(name):
     model = small_model(num_key_value_heads=2)
     inputs = batch_with_pictures()
-    expected = generate(model, **inputs, max_new_tokens=8)
+    expected = generate(model, **inputs, max_new_tokens=8, decoder=False)
     decoder = Decoder(model, attention=name)
     assert torch.equal(generate(model, **inputs, max_new_tokens=8, decoder=decoder), expected)
 
@@ -119,7 +120,7 @@ def test_compiled_text_equals_plain_text(name, traced):
     for inputs in (left_padded([[0, 80, 81]]), left_padded([[0, 80, 81], [0, 90]])):
         options = dict(max_new_tokens=40, eos_token_id=[], repetition_penalty=1.2)
         set_attention(model, "sdpa")
-        expected = generate(model, **inputs, **options)
+        expected = generate(model, **inputs, **options, decoder=False)
         for compiled in (False, True):
             decoder = Decoder(model, compiled)
             assert torch.equal(generate(model, **inputs, **options, decoder=decoder), expected)
@@ -136,11 +137,33 @@ def test_compiled_pictures_and_documents_equal_plain_ones(guidance, sampled, tra
             options = dict(mode=mode, max_new_tokens=30, eos_token_id=[85, 95], do_sample=sampled,
                            image_temperature=float(sampled), guidance_text=guidance[0],
                            guidance_image=guidance[1])
-            expected = generate(model, **inputs, **options)
+            expected = generate(model, **inputs, **options, decoder=False)
             ids = generate(model, **inputs, **options, decoder=decoder)
             assert torch.equal(ids, expected)
             drawn += (ids == 71).sum()
     assert drawn > 8
+
+
+def test_generate_takes_fast_steps_unasked_and_compiled_ones_by_one_argument(traced):
+    model = small_model(attention_dropout=0.9).train()  # dropout acts in training alone
+    prompt, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=12, eos_token_id=[])
+    for kind in (None, "int8"):  # other layers: what is compiled for the first is out of date
+        if kind:
+            quantize_model(model, kind)
+        set_attention(model, "sdpa")
+        expected = generate(model, prompt, **options, decoder=False)
+        assert model.model.layers[0].self_attn.attend is sdpa_attention
+        assert torch.equal(generate(model, prompt, **options), expected)
+        assert model.model.layers[0].self_attn.attend is auto_attention
+        before = len(traced)
+        for _ in range(2):
+            assert torch.equal(model.generate(prompt, **options, compile=True), expected)
+        assert len(traced) == before + 2  # the block and the head, once
+    assert torch.equal(copy.deepcopy(model).generate(prompt, **options, compile=True), expected)
+    set_attention(model, "eager")  # who chose it keeps it
+    for compile_ in (False, True):
+        assert torch.equal(generate(model, prompt, **options, compile=compile_), expected)
+    assert model.model.layers[0].self_attn.attend is eager_attention
 
 
 def test_a_text_may_grow_past_any_guard_and_nothing_is_compiled_again(traced):
@@ -186,7 +209,7 @@ def test_steps_over_views_of_the_cache_are_compiled_once_and_recorded_once(monke
     decoder, graphs = Decoder(model, compiled=True), []
     for T, new in ((3, 6), (3, 80), (5, 80), (30, 20)):
         prompt, options = torch.full((1, T), 80), dict(max_new_tokens=new, eos_token_id=[])
-        expected = generate(model, prompt, **options)
+        expected = generate(model, prompt, **options, decoder=False)
         with torch._dynamo.config.patch(error_on_recompile=bool(graphs)):
             assert torch.equal(generate(model, prompt, **options, decoder=decoder), expected)
         graphs.append(len(recorded))
@@ -215,7 +238,7 @@ def test_two_models_of_equal_shapes_do_not_share_code(traced):
     prompt, options = torch.tensor([[0, 80]]), dict(max_new_tokens=12, eos_token_id=[])
     for changes in ({}, dict(swin_norm=True), dict(hidden_act="gelu"), dict(rms_norm_eps=0.1)):
         model = small_model(**changes)
-        expected = generate(model, prompt, **options)
+        expected = generate(model, prompt, **options, decoder=False)
         ids = generate(model, prompt, **options, decoder=Decoder(model, compiled=True))
         assert torch.equal(ids, expected)
 
@@ -227,7 +250,7 @@ def test_what_the_compiler_really_writes_gives_the_same_ids(kind):
         quantize_model(model, kind)
     prompt, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=10, eos_token_id=[])
     set_attention(model, "eager")
-    expected = generate(model, prompt, **options)
+    expected = generate(model, prompt, **options, decoder=False)
     ids = generate(model, prompt, **options, decoder=Decoder(model, compiled=True))
     cache = KVCache(model.config, 1, 32, torch.bfloat16)
     with torch.inference_mode():  # in bf16 two ids may be equally good: then either will do
@@ -286,7 +309,7 @@ def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypat
                                    atol=2e-2, rtol=1e-2)
     monkeypatch.setattr(decoding, "MEASURED", 1)  # else for long caches only
     model, prompt = small_model(), torch.tensor([[0, 80, 81]])
-    plain = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[]))
+    plain = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[], decoder=False))
     ids = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[], decoder=Decoder(model)))
     assert torch.equal(torch.cat(ids), torch.cat(plain))
 
@@ -302,7 +325,7 @@ def test_ids_that_are_read_later_are_the_same(behind, mode):
     options = dict(mode=mode, max_new_tokens=20, eos_token_id=[80, 85, 90, 95],
                    image_temperature=0.0)
     inputs = left_padded([[0, 80, 81], [0, 90]])
-    expected = generate(model, **inputs, **options)
+    expected = generate(model, **inputs, **options, decoder=False)
     read, made = decoder.read, []
 
     def count(steps):
@@ -409,7 +432,8 @@ def test_the_first_id_is_not_kept_back():
 def test_two_answers_at_once_do_not_share_a_cache(traced):
     model = small_model()
     prompts, options = ([[0, 80]], [[0, 90]]), dict(max_new_tokens=8, eos_token_id=[])
-    expected = [generate(model, torch.tensor(p), **options)[0, 2:].tolist() for p in prompts]
+    expected = [generate(model, torch.tensor(p), **options, decoder=False)[0, 2:].tolist()
+                for p in prompts]
     decoder = Decoder(model, compiled=True)
     for _ in range(2):  # the second time one of them gets a cache that was used before
         streams = [stream(model, torch.tensor(p), **options, decoder=decoder) for p in prompts]

@@ -410,7 +410,7 @@ def test_any_split_into_turns_gives_the_ids_and_logits_of_one_prefill(
     model = with_any_logits(1, 0.3, 8.0)
     cache, ids, reads = KVCache(model.config, B), torch.zeros(B, 1, dtype=torch.long), []
     options = dict(mode=mode, max_new_tokens=8, eos_token_id=[80, 90], image_temperature=0.0,
-                   guidance_text=scale, decoder=Decoder(model) if fast else None)
+                   guidance_text=scale, decoder=fast and Decoder(model))
     set_attention(model, "sdpa")
     hook = model.model.embed_tokens.register_forward_hook(
         lambda _, ids, __: reads.append(ids[0].shape[1]))

@@ -25,6 +25,7 @@ LATE = {
        for name in ("from_pretrained", "save_pretrained", "set_attn_implementation")},
     ("chameleon", "generate"): "generate",
     ("generate", "main"): "chameleon_extras.command",
+    ("generate", "stream"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 920, "generate.py": 825, "README.md": 220}
 ALL_LINES, ALL_FILES = 10_400, 30
