@@ -69,6 +69,8 @@ RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
 EXPLAIN = {"explain", "prompt", "completion", *OF_WEIGHTS}
 CHAT = {"chat", "context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
         *OF_PICTURES} - {"image", "out"}
+PROMPTS = {"prompts", "batch", "completion", "max_new_tokens", "seed", "compile", *OF_WEIGHTS,
+           *OF_TEXT} - {"image"}
 DRAWN = 144  # pixels of a picture's longer side on a contact sheet, at most, unless it has more
 ASKS_TO_DRAW = re.compile(r"\s*(please\s+|can you\s+)*(draw|paint|sketch)\b", re.IGNORECASE)
 
@@ -105,6 +107,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image", action="extend", nargs="+", default=[], metavar="FILE",
         help="in the order of <image>; without <image> in the prompt it goes in front")
     add("--chat", action="store_true", help="a conversation: each line is a turn, /help helps")
+    add("--prompts", type=Path, metavar="FILE",
+        help="many prompts, one a line, or .jsonl with pictures; a JSON line for each answer goes "
+        "to --out or stdout; started again, it goes on where it was stopped")
+    add("--batch", type=int, default=8, metavar="N",
+        help="so many of --prompts at a time (1 to 1024; default 8)")
     add("--context", choices=("whole", "last"),
         help="what a turn of --chat sees: all turns, or the last pictures (default: whole; last "
         "for tiny/, which has learned from single questions)")
@@ -179,6 +186,10 @@ def check_unused(options: argparse.Namespace) -> None:
     ignored, why = set(), ""
     if options.chat:
         ignored, why = set(options.given) - CHAT, "--chat reads its prompts line by line"
+    elif options.prompts:
+        ignored, why = set(options.given) - PROMPTS, "--prompts answers a file in text"
+    elif "batch" in options.given:
+        ignored, why = {"batch"}, "only --prompts has batches"
     elif options.context:
         ignored, why = {"context"}, "only --chat has earlier turns"
     elif options.explain:
@@ -215,6 +226,15 @@ def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
     if options.explain:
         return check_page(options)
+    if options.prompts or options.chat:
+        if options.prompts and not 1 <= options.batch <= 1024:
+            raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
+        if options.prompts and ranks() > 1:
+            raise ValueError("--prompts is for one process: leave torchrun out")
+        if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+            raise ValueError(f"--out {options.out} cannot be written: name a file in a folder "
+                             "that exists")
+        return
     if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
         raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
     if not 0 <= options.scale <= 64 or (options.scale and options.mode == "interleaved"):
@@ -384,6 +404,10 @@ def answer(options: argparse.Namespace) -> None:
         return reconstruct(options, processor)
     if options.chat:
         return converse(options, processor)
+    if options.prompts:
+        from chameleon_extras.prompts import answer_all  # which imports this file
+
+        return answer_all(options, config, processor)
     if not options.prompt:
         raise ValueError("give a --prompt, or --chat for a conversation (see --help)")
     options.prompt = [read_stdin() if prompt == "-" else prompt for prompt in options.prompt]

@@ -4,6 +4,7 @@ Who needs it: whoever reads another file of this folder, or train.py. It knows n
 """
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -115,6 +116,27 @@ def write_atomically(path: Path, write: Callable[[Path], None], keep: bool = Tru
         raise OSError(f"{path} cannot be written, is the disk full? ({e})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, object]]:
+    """Each line of a .jsonl file that is not blank -> (file and line, its value). ValueError for
+    what is no JSON.
+    """
+    try:
+        # utf-8-sig leaves a byte order mark out. Inside a string, JSON allows characters at which
+        # splitlines() would split.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is no text in UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            where = f"{file} line {number}"
+            try:
+                yield where, json.loads(line, parse_int=float)  # int() has a limit of digits
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error})") from None
+            except RecursionError:
+                raise ValueError(f"{where}: too many brackets inside each other") from None
 
 
 def pick_device(name: str | torch.device) -> torch.device:

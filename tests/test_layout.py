@@ -28,7 +28,7 @@ LATE = {
     ("generate", "stream"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 920, "generate.py": 830, "README.md": 220}
-ALL_LINES, ALL_FILES = 10_400, 30
+ALL_LINES, ALL_FILES = 10_550, 31
 
 
 def own_modules(node: ast.stmt) -> list[str]:

@@ -178,7 +178,9 @@ def commands(folder: Path, out: Path) -> None:
     Image.new("RGB", (20, 30), "red").save(out / "red.png")
     picture = ["--image", str(out / "red.png")]
     image, page = ["--out", str(out / "out.png")], ["--out", str(out / "out.html")]
-    for arguments in (["--prompt", "a", *picture, "--max-new-tokens", "3"],
+    (out / "asked.txt").write_text("a\nbc\n")
+    for arguments in (["--prompts", str(out / "asked.txt")],
+                      ["--prompt", "a", *picture, "--max-new-tokens", "3"],
                       ["--reconstruct", *picture, *image],
                       ["--prompt", "a", "--mode", "image", *image],
                       ["--explain", "--prompt", "a<image>", *picture, *page],

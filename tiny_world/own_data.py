@@ -6,13 +6,13 @@ Who needs it: whoever fine-tunes a checkpoint with `train.py sft --data FOLDER`.
 folder are found, with file and line, before any weight is read.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
 from chameleon import ChameleonForConditionalGeneration
+from chameleon_extras.files import json_lines
 from processor import ChameleonProcessor, load_image
 from tiny_world.documents import Document, Writer
 
@@ -28,24 +28,11 @@ def read_examples(folder: Path) -> list[tuple[str, list, list]]:
         raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
     examples = []
     for file in files:
-        try:
-            # utf-8-sig leaves a byte order mark out. Inside a string, JSON allows characters at
-            # which splitlines() would split.
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is no text in UTF-8") from None
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{file} line {number}"
-                try:
-                    data = json.loads(line, parse_int=float)  # int() has a limit of digits
-                    examples.append((where, *read_example(data, folder)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not JSON ({error})") from None
-                except RecursionError:
-                    raise ValueError(f"{where}: too many brackets inside each other") from None
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
+        for where, data in json_lines(file):
+            try:
+                examples.append((where, *read_example(data, folder)))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
     if not examples:
         raise ValueError(f"{folder}: its .jsonl files are empty")
     return examples

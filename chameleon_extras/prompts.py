@@ -1,0 +1,134 @@
+"""`generate.py --prompts FILE`: many prompts, answered in batches, each answer a line of JSON.
+
+    FILE --read_prompts--> Asked (prompt, images) --batches--> {"prompt", "images", "answer"} a line
+
+Who needs it: whoever measures a model on questions of their own. The answers have the form that
+`train.py sft --data` reads; pictures are relative to the folder of FILE. A run that was stopped
+goes on where it stopped, if it gets the same --prompts and --out. Prompt n draws with --seed + n,
+so an answer does not depend on its batch.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from chameleon import ChameleonConfig
+from chameleon_extras.command import OF_TEXT, check_pair, load_model, place_images
+from chameleon_extras.decoding import Decoder
+from chameleon_extras.files import json_lines, say
+from generate import check_room, generate
+from processor import ChameleonProcessor, load_image
+
+
+class Asked(NamedTuple):
+    """A prompt of the file, and its pictures as the file names them."""
+
+    where: str  # file and line
+    prompt: str
+    images: list[str]
+
+    def line(self, answer: str) -> str:
+        images = {"images": self.images} if self.images else {}
+        return json.dumps({"prompt": self.prompt, **images, "answer": answer}, ensure_ascii=False)
+
+
+def read_prompts(file: Path) -> list[Asked]:
+    """The prompts of a file: of JSON lines if it is named .jsonl, else one a line, blank ones not.
+
+    ValueError names the line and the error.
+    """
+    if file.suffix == ".jsonl":
+        asked = [read_line(where, data) for where, data in json_lines(file)]
+    else:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is no text in UTF-8") from None
+        asked = [Asked(f"{file} line {n}", line, []) for n, line in enumerate(lines, start=1)
+                 if line.strip()]
+    for one in asked:
+        if one.prompt.count("<image>") != len(one.images):
+            raise ValueError(f"{one.where}: {one.prompt.count('<image>')} <image> but "
+                             f"{len(one.images)} picture(s): name each in \"images\" of a .jsonl")
+    if not asked:
+        raise ValueError(f"{file} is empty: write one prompt a line")
+    return asked
+
+
+def read_line(where: str, data: object) -> Asked:
+    """A parsed line {"prompt", "images"} -> what is asked. An "answer" in it is not read."""
+    images = data.get("images", []) if isinstance(data, dict) else None
+    if images is None or set(data) - {"prompt", "images", "answer"}:
+        raise ValueError(f'{where}: a line is an object with "prompt" and "images"')
+    if not isinstance(data.get("prompt"), str) or not data["prompt"]:
+        raise ValueError(f"{where}: 'prompt' must be a text that is not empty")
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise ValueError(f"{where}: 'images' must be a list of file names")
+    return Asked(where, place_images([data["prompt"]], len(images))[0], images)
+
+
+def answered(out: Path, asked: list[Asked]) -> int:
+    """How many of the prompts --out has answered already; a last line cut short is removed.
+
+    ValueError for a file with other lines, which is left as it is.
+    """
+    content = out.read_bytes() if out.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.decode(errors="replace").split("\n")[:-1]
+    for n, line in enumerate(lines):
+        try:
+            known = asked[n].line(json.loads(line)["answer"]) == line
+        except (ValueError, LookupError, TypeError):
+            known = False
+        if not known:
+            raise ValueError(f"--out {out} line {n + 1} answers no such prompt: name another file")
+    if len(whole) < len(content):
+        with open(out, "rb+") as file:
+            file.truncate(len(whole))
+    return len(lines)
+
+
+def answer_all(options: argparse.Namespace, config: ChameleonConfig,
+               processor: ChameleonProcessor) -> None:
+    """--prompts. Checks all lines before the weights are read."""
+    from tqdm import tqdm
+
+    asked = read_prompts(options.prompts)
+    files = [[options.prompts.parent / name for name in one.images] for one in asked]
+    for one, pictures in zip(asked, files):
+        try:
+            check_room(config, len(processor.layout(one.prompt, options.completion)))
+            for file in pictures:
+                load_image(file)
+        except ValueError as error:
+            raise ValueError(f"{one.where}: {error}") from None
+    done = answered(options.out, asked) if options.out else 0
+    check_pair(config, processor, {})
+    model = load_model(options)
+    decoder = Decoder(model, options.compile, options.attention)
+    sampling = {name: getattr(options, name) for name in (*OF_TEXT, "max_new_tokens")}
+    file = sys.stdout
+    if options.out:
+        file = open(options.out, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+    try:
+        with tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar:
+            for start in range(done, len(asked), options.batch):
+                rows = range(start, min(start + options.batch, len(asked)))
+                pictures = [picture for n in rows for picture in files[n]]
+                inputs = processor(text=[asked[n].prompt for n in rows], images=pictures or None,
+                                   padding=True, return_for_text_completion=options.completion)
+                ids = generate(model, **inputs.to(model.device), **sampling, decoder=decoder,
+                               seed=[options.seed + n for n in rows],
+                               do_sample=options.temperature > 0)
+                new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)
+                for n, answer in zip(rows, processor.batch_decode(new, skip_special_tokens=True)):
+                    file.write(asked[n].line(answer) + "\n")
+                file.flush()
+                bar.update(len(rows))
+    finally:
+        if options.out:
+            file.close()
+    if options.out:
+        say(f"{options.out}: {len(asked)} answer(s), {done} of them from before")

@@ -1,0 +1,108 @@
+"""Many prompts from a file: the answers, where a stopped run goes on, and files that are wrong."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import generate as module
+from chameleon_extras import prompts
+from chameleon_extras.prompts import read_prompts
+from tiny_world.own_data import read_examples
+
+
+@pytest.fixture
+def run(untrained_folder, tmp_path, monkeypatch, capsys):
+    """Runs the command in a folder with two files of prompts -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    lines = [{"prompt": "What?", "images": ["red.png"]}, {"prompt": "a\u2028b"},
+             {"prompt": "<image>or<image>", "images": ["red.png", "red.png"]},
+             {"prompt": "Hi", "answer": "not read"}, {"prompt": "Hello"}]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    (tmp_path / "asked.txt").write_text("a\n\nabc\n")
+
+    def command(*arguments: str):
+        code = module.main(["--model", str(untrained_folder), "--device", "cpu",
+                            "--max-new-tokens", "6", "--prompts", *arguments])
+        return code, *capsys.readouterr()
+
+    return command
+
+
+def test_each_prompt_gets_a_line_whatever_the_batch(run):
+    hot = ("--temperature", "3", "--seed", "5")
+    code, out, err = run("asked.jsonl", *hot)
+    lines = [json.loads(line) for line in out.split("\n")[:-1]]  # one has U+2028
+    assert code == 0 and err == "" and len(lines) == 5
+    assert lines[0]["prompt"] == "<image>What?" and lines[0]["images"] == ["red.png"]
+    for size in ("1", "2"):
+        assert run("asked.jsonl", "--batch", size, *hot)[1] == out
+    answers = [json.loads(line) for line in run("asked.txt")[1].splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["a", "abc"]
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
+    assert "5 answer(s), 0 of them" in run("asked.jsonl", "--out", "whole.jsonl")[2]
+    whole, calls, generate = (tmp_path / "whole.jsonl").read_bytes(), [], prompts.generate
+
+    def stopped(*arguments, **options):
+        calls.append(len(options["input_ids"]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(prompts, "generate", stopped)
+    assert run("asked.jsonl", "--batch", "1", "--out", "part.jsonl")[0] == 130
+    part = tmp_path / "part.jsonl"
+    assert part.read_bytes() == b"".join(whole.splitlines(keepends=True)[:2])
+    part.write_bytes(whole[: len(part.read_bytes()) + 9])  # cut short inside the third line
+    code, _, err = run("asked.jsonl", "--batch", "1", "--out", "part.jsonl")
+    assert code == 0 and part.read_bytes() == whole and len(calls) == 3 + 3
+    assert "5 answer(s), 2 of them from before" in err
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}', "a.jsonl line 2: 'prompt' must be"),
+    ("a.jsonl", '{"prompt": "a", "image": []}', "line 1: a line is an object"),
+    ("a.jsonl", "[]", "line 1: a line is an object"),
+    ("a.jsonl", "{", "line 1: not JSON"),
+    ("a.jsonl", '{"prompt": "a", "images": "b.png"}', "line 1: 'images' must be"),
+    ("a.jsonl", '{"prompt": "a", "images": ["b.png"]}', "line 1: picture 'b.png'"),
+    ("a.jsonl", '{"prompt": "<image>"}', "line 1: 1 <image> but 0 picture"),
+    ("a.txt", "a\nWhat is this?<image>", "line 2: 1 <image> but 0 picture"),
+    ("a.txt", "a\n" + "b" * 3000, "line 2: the prompt has"),
+    ("a.txt", "\n\n", "is empty"),
+    ("none.txt", None, "none.txt"),
+])
+def test_a_wrong_file_is_one_line_before_the_weights_are_read(
+        run, tmp_path, monkeypatch, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(prompts, "load_model", None)
+    code, out, err = run(name)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--batch", "0"), "1 to 1024"),
+    (("--mode", "image"), "in text: leave --mode out"),
+    (("--out", "missing/a.jsonl"), "a folder that exists"),
+    (("--out", "other.jsonl"), "line 1 answers no such prompt"),
+])
+def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
+    (tmp_path / "other.jsonl").write_text('{"prompt": "b", "answer": "c"}\n')
+    code, out, err = run("asked.txt", *options)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+    assert (tmp_path / "other.jsonl").read_text() == '{"prompt": "b", "answer": "c"}\n'
+
+
+def test_answers_are_examples_for_training(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("red.png", "asked.jsonl"):
+        (tmp_path / name).rename(tmp_path / "data" / name)
+    run("data/asked.jsonl", "--out", "data/answers.jsonl", "--temperature", "3")
+    (tmp_path / "data" / "asked.jsonl").unlink()
+    examples = read_examples(tmp_path / "data")
+    assert [len(prompt) for _, prompt, _ in examples][0] == 3  # "", the picture, "What?"
+    assert len(read_prompts(tmp_path / "data" / "answers.jsonl")) == len(examples) == 5
