@@ -35,7 +35,7 @@ checks, and the section "What a first reader skips", which holds what transforme
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
@@ -59,6 +59,7 @@ from vqvae import (
     Share,
     Size,
     check_fields,
+    keeping_others,
     real,
     whole,
 )
@@ -88,6 +89,7 @@ VQ = Annotated[ChameleonVQVAEConfig, "an object of names and values",
                lambda x: isinstance(x, ChameleonVQVAEConfig)]
 
 
+@keeping_others
 @dataclass
 class ChameleonConfig(PreTrainedConfig):
     """Sizes and switches; fields and defaults are those documented for transformers'
@@ -202,9 +204,9 @@ class ChameleonConfig(PreTrainedConfig):
 
 
 @dataclass
-class ChameleonOutput:
+class ChameleonOutput(Mapping):
     """What a forward pass returns, by attribute, name or index, as transformers' ModelOutput:
-    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `dict(**output)`.
+    `output.logits`, `output["logits"]`, `output[0]`, `output.to_tuple()`, `output.items()`.
     A field that was not asked for is None; names and indices leave it out.
     """
 
@@ -215,17 +217,21 @@ class ChameleonOutput:
     hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
     attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
 
-    def keys(self) -> list[str]:
-        return [name for name, value in vars(self).items() if value is not None]
-
     def to_tuple(self) -> tuple:
-        return tuple(getattr(self, name) for name in self.keys())
+        return tuple(self.values())
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
+        return iter([name for name, value in vars(self).items() if value is not None])
+
+    def __len__(self) -> int:
+        return len(list(self))
 
     def __getitem__(self, key: str | int | slice) -> object:
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in list(self):
+            raise KeyError(key)
+        return getattr(self, key)
 
 
 class ChameleonPreTrainedModel(PreTrainedModel):
@@ -243,18 +249,18 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         return hasattr(cls, "generate")
 
     @property
-    def body(self) -> "ChameleonModel":
+    def base_model(self) -> "ChameleonModel":
         return cast("ChameleonModel", getattr(self, "model", self))
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.body.gradient_checkpointing
+        return self.base_model.gradient_checkpointing
 
     def get_input_embeddings(self) -> nn.Embedding:
-        return self.body.embed_tokens
+        return self.base_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.body.embed_tokens = value
+        self.base_model.embed_tokens = value
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
@@ -264,24 +270,24 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         """One matrix for embedding and head, if the config says so."""
         head = self.get_output_embeddings()
         if self.config.tie_word_embeddings and head is not None:
-            head.weight = self.body.embed_tokens.weight
+            head.weight = self.base_model.embed_tokens.weight
 
-    def resize_token_embeddings(self, vocab_size: int) -> nn.Embedding:
-        """Keeps the rows of ids that stay; new rows start as in a new model. ValueError if an id of
-        the vocabulary_map or of the config would lie outside.
+    def resize_token_embeddings(self, new_num_tokens: int,
+                                pad_to_multiple_of: int | None = None) -> nn.Embedding:
+        """Keeps the rows of ids that stay; new rows are the mean of the old ones, as in
+        transformers. ValueError if an id of the vocabulary_map or of the config would lie outside.
         """
-        replace(self.config, vocab_size=vocab_size)  # its checks
+        V = new_num_tokens + -new_num_tokens % (pad_to_multiple_of or 1)
+        replace(self.config, vocab_size=V)  # its checks
         table, head = self.get_input_embeddings(), self.get_output_embeddings()
         for layer in (table, head):
             if layer is not None:
                 old = layer.weight.data
-                kept = min(len(old), vocab_size)
-                layer.weight = nn.Parameter(old.new_empty(vocab_size, old.shape[1]))
-                self.body.init_weights(layer)
-                layer.weight.data[:kept] = old[:kept]
-        self.config.vocab_size = table.num_embeddings = vocab_size
+                mean = old.mean(0).expand(max(V - len(old), 0), -1)
+                layer.weight = nn.Parameter(torch.cat((old[:V], mean)))
+        self.config.vocab_size = table.num_embeddings = V
         if head is not None:
-            head.out_features = vocab_size
+            head.out_features = V
         self.tie_weights()
         return table
 
@@ -289,10 +295,10 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         """Training keeps each layer's input alone, and computes the rest again when it is needed:
         about a third more time, and memory for one layer instead of all (arXiv 1604.06174).
         """
-        self.body.gradient_checkpointing = True
+        self.base_model.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        self.body.gradient_checkpointing = False
+        self.base_model.gradient_checkpointing = False
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Tensor) -> dict:
         """What wrappers such as peft's look for; `generate` itself has no use for it."""

@@ -427,10 +427,11 @@ class ChameleonImageProcessor:
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes preprocessor_config.json, which transformers reads, too."""
-        kind = {"image_processor_type": "ChameleonImageProcessor"}
-        write_json(Path(folder) / "preprocessor_config.json", {**self.to_dict(), **kind})
+    def save_pretrained(self, folder: str | Path) -> list[str]:
+        """Writes preprocessor_config.json, which transformers reads, too -> its path, in a list."""
+        file = Path(folder) / "preprocessor_config.json"
+        write_json(file, {**self.to_dict(), "image_processor_type": "ChameleonImageProcessor"})
+        return [str(file)]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes) -> "ChameleonImageProcessor":

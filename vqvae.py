@@ -29,11 +29,11 @@ To reuse this file, copy it: it needs torch alone, except for from_pretrained an
 """
 
 import copy
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from math import isqrt
 from os import PathLike
 from pathlib import Path
@@ -85,6 +85,21 @@ def check_fields(config: object) -> None:
             raise ValueError(f"{name} must be {words}{' or null' * optional}, got {value!r:.80}")
 
 
+def keeping_others(cls: type) -> type:
+    """A keyword that is no field of the dataclass becomes an attribute and is written back."""
+    init = cls.__init__
+
+    @wraps(init)
+    def __init__(self, *values, **named) -> None:
+        fields = cls.__dataclass_fields__
+        init(self, *values, **{name: named[name] for name in named if name in fields})
+        vars(self).update({name: value for name, value in named.items() if not (
+            name in fields or name in cls.OF_WEIGHTS or name[0] == "_" or hasattr(cls, name))})
+
+    cls.__init__ = __init__
+    return cls
+
+
 class PreTrainedConfig:
     """What both configs share under the names of transformers' class."""
 
@@ -94,12 +109,8 @@ class PreTrainedConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
-        """Reads a config.json. A key that is no field becomes an attribute and is written back."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        config = cls(**{key: value for key, value in values.items() if key in names})
-        vars(config).update({key: value for key, value in values.items() if not (
-            key in names | cls.OF_WEIGHTS or key.startswith("_") or hasattr(cls, key))})
-        return config
+        """Reads a config.json, or what `to_dict` gives."""
+        return cls(**values)
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -116,6 +127,7 @@ class PreTrainedConfig:
         return load_config(cls, folder, **changes)
 
 
+@keeping_others
 @dataclass
 class ChameleonVQVAEConfig(PreTrainedConfig):
     """Fields and defaults of transformers' ChameleonVQVAEConfig; ValueError names a bad field."""

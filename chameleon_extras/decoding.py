@@ -250,7 +250,7 @@ def set_attention(model: ChameleonForConditionalGeneration,
     check_attention(name, model.device, model.dtype)
     known = {"auto": auto_attention, "eager": eager_attention, "sdpa": sdpa_attention}
     attend = known.get(name) or only(name)
-    for layer in model.body.layers:
+    for layer in model.base_model.layers:
         layer.self_attn.attend = attend
     return model
 

@@ -246,7 +246,9 @@ def test_outputs_are_read_by_attribute_name_and_index():
     assert torch.equal(a["logits"], a.logits) and torch.equal(a[1], a.logits)
     assert len(a.to_tuple()) == len(b.to_tuple()) and a[0] is a.loss
     assert isinstance(plain, tuple) and torch.equal(plain[1], a.logits)
-    assert list(dict(**a)) == documented
+    assert list(dict(**a)) == documented and len(a) == len(b)
+    assert "logits" in a and "attentions" not in a and a.get("attentions") is None
+    assert [name for name, _ in a.items()] == documented
 
 
 def test_the_config_sets_the_defaults_of_forward():
@@ -327,6 +329,9 @@ def test_embeddings_are_resized_and_old_rows_stay():
     assert model.lm_head.weight.shape[0] == model.config.vocab_size == V + 5
     assert torch.equal(model.lm_head.weight[:V], before)
     assert torch.equal(model(ids).logits[..., :V], expected)
+    mean = before.mean(0)
+    assert all(torch.allclose(row, mean, atol=1e-6) for row in model.lm_head.weight[V:])
+    assert model.resize_token_embeddings(V, pad_to_multiple_of=64).weight.shape[0] % 64 == 0
     model.resize_token_embeddings(V - 5)
     assert model(ids).logits.shape[-1] == V - 5
 
@@ -498,6 +503,15 @@ def test_two_streams_of_a_model_in_training_do_not_disturb_each_other():
     for i in expected:
         for steps in streams:
             assert next(steps) == i and model.training and model.model.layers[0].training
+
+
+def test_a_config_keeps_keywords_that_are_no_fields(tmp_path):
+    config = ChameleonConfig(65536, 64, num_attention_heads=2, note="mine",
+                             vq_config={"resolution": 256, "why": "small"})
+    config.save_pretrained(tmp_path)
+    again = ChameleonConfig.from_pretrained(tmp_path)
+    assert again == config and again.note == "mine" and again.vq_config.why == "small"
+    assert transformers.ChameleonConfig.from_pretrained(tmp_path).note == "mine"
 
 
 def test_every_documented_name_is_in_one_module():
