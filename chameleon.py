@@ -218,20 +218,17 @@ class ChameleonOutput(Mapping):
     attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
 
     def to_tuple(self) -> tuple:
-        return tuple(self.values())
+        return tuple(getattr(self, name) for name in self)
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name, value in vars(self).items() if value is not None])
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)
 
     def __getitem__(self, key: str | int | slice) -> object:
-        if not isinstance(key, str):
-            return self.to_tuple()[key]
-        if key not in list(self):
-            raise KeyError(key)
-        return getattr(self, key)
+        values = self.to_tuple()
+        return dict(zip(self, values))[key] if isinstance(key, str) else values[key]
 
 
 class ChameleonPreTrainedModel(PreTrainedModel):

@@ -72,11 +72,12 @@ def swap() -> None:
     model._from_config = classmethod(lambda cls, config, **_: cls(config))
     ours.ChameleonImageProcessor.valid_kwargs = transformers.processing_utils.ImagesKwargs
 
-    # Where a test asks for what is an error here. Their first code is 10; ours are 0..K-1.
+    # Where a test asks for what is an error here. Their first code is 10, ours are 0..K-1; and
+    # their vocabulary names each id, so that it could not be cut.
     def numbered(config: object) -> None:
         names, codes = config.vocabulary_map or {}, map(tokenizer.image_token_name, range(99))
         config.vocabulary_map = {next(codes) if name.startswith("IMGIMG") else name: names[name]
-                                 for name in sorted(names, key=names.get)}
+                                 for name in sorted(names, key=names.get) if len(name) > 1}
         checked(config)
 
     checked, config.__post_init__ = config.__post_init__, numbered
