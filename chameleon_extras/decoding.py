@@ -589,7 +589,7 @@ class Decoder:
 
 def parts(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of: if one of them is another, it is out of date."""
-    attends = [layer.self_attn.attend for layer in model.body.layers]
+    attends = [layer.self_attn.attend for layer in model.base_model.layers]
     return [model.device, *model.modules(), *attends]
 
 
@@ -598,7 +598,7 @@ def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Deco
 
     The model keeps a compiled one, because it took seconds to make.
     """
-    if all(layer.self_attn.attend is sdpa_attention for layer in model.body.layers):
+    if all(layer.self_attn.attend is sdpa_attention for layer in model.base_model.layers):
         set_attention(model, "auto")
     if not compiled:
         return Decoder(model, attention=None)
