@@ -55,6 +55,8 @@ NF4 = (  # quantiles of the normal distribution, as printed in arXiv 2305.14314,
     0.7229568362236023, 1.0)
 ROWS_AT_ONCE = 64  # of a weight, while it is packed: the way leads through wider numbers
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
+INT4_ROWS = 64  # the same for 4 bits, whose unpacking takes longer
+IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: on the way they stay in the cache
 TORCHAO = "torchao-int8"
 
 
@@ -116,10 +118,11 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs.
 
-    On a CPU the kernel wants them in an order of its own: a second copy, as large, in memory only.
-    Elsewhere they are unpacked in each call, which saves memory and no time.
+    For few rows of x, the CPU's kernel wants them in an order of its own: a second copy, as large,
+    in memory only. For a prompt, and elsewhere, they are unpacked in each call.
     """
 
+    VALUES = tuple(range(-8, 8))  # what the 16 numbers of 4 bits stand for, times the scale
     GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
     SCALE = torch.bfloat16  # as the CPU kernel wants it
 
@@ -150,11 +153,21 @@ class Int4Linear(nn.Module):
         """(O, I/2) uint8 -> 0 .. 15, (O, I) int32"""
         return torch.stack((weight // 16, weight % 16), dim=-1).flatten(1).int()
 
-    def unpacked(self) -> Tensor:
-        """The weight (O, I) that these numbers stand for, fp32."""
-        numbers = (self.nibbles(self.weight) - 8).float()  # (O, I)
-        groups = numbers.unflatten(1, (-1, self.group))  # (O, I/g, g)
-        return (groups * self.scale.float()[..., None]).flatten(1)  # (O, I)
+    def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (O, I) that these numbers stand for."""
+        values = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)  # (16,)
+        pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=-1)  # (256, 2)
+        pairs = pairs.view(torch.int64)[:, 0]  # (256,), both values of a byte as one number
+
+        def floats(weight: Tensor, scale: Tensor) -> Tensor:
+            numbers = pairs.index_select(0, weight.flatten().int()).view(torch.float32)
+            groups = numbers.view(*scale.shape, self.group)  # (O, I/g, g)
+            return (groups * scale.float()[..., None]).flatten(1).to(dtype)  # (O, I)
+
+        if self.weight.device.type != "cpu" or torch.compiler.is_compiling():
+            return floats(self.weight, self.scale)
+        blocks = zip(self.weight.split(IN_CACHE), self.scale.split(IN_CACHE))
+        return torch.cat([floats(*block) for block in blocks])  # (O, I)
 
     def rows(self, index: Tensor) -> "Int4Linear":
         """A layer with only these outputs."""
@@ -165,15 +178,15 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
-        if self.has_kernel(x):
+        if self.has_kernel(flat):
             y = self.cpu_product(flat)
         else:
-            y = F.linear(flat, self.unpacked().to(x.dtype))
+            y = F.linear(flat, self.unpacked(x.dtype))
         y = y.unflatten(0, x.shape[:-1])  # (..., O)
         return y if self.bias is None else y + self.bias
 
     def has_kernel(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and len(self.weight) % 16 == 0
+        return x.device.type == "cpu" and len(self.weight) % 16 == 0 and len(x) <= INT4_ROWS
 
     def cpu_product(self, x: Tensor) -> Tensor:
         """x (rows, I) -> (rows, O) by PyTorch's 4-bit kernel."""
@@ -198,7 +211,7 @@ class NF4Linear(Int4Linear):
     unpacked in each call, which saves memory and no time.
     """
 
-    GROUPS, SCALE = (64,), torch.float32
+    VALUES, GROUPS, SCALE = NF4, (64,), torch.float32
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -211,12 +224,6 @@ class NF4Linear(Int4Linear):
         q = torch.bucketize(groups / safe[..., None], middles)  # (O, I/g, g), 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
         return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale}
-
-    def unpacked(self) -> Tensor:
-        """The weight (O, I) that these numbers stand for, fp32."""
-        values = torch.tensor(NF4, device=self.weight.device)[self.nibbles(self.weight)]  # (O, I)
-        groups = values.unflatten(1, (-1, self.group))  # (O, I/g, g)
-        return (groups * self.scale[..., None]).flatten(1)  # (O, I)
 
     def has_kernel(self, x: Tensor) -> bool:
         return False

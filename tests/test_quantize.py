@@ -54,7 +54,7 @@ def test_no_weight_moves_farther_than_half_a_step(kind, groups, outputs, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(kind=kinds, rows=st.sampled_from([1, 3, 40]), bias=st.booleans(),
+@given(kind=kinds, rows=st.sampled_from([1, 3, 40, 200]), bias=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 999))
 def test_the_layer_computes_with_exactly_its_own_weights(kind, rows, bias, dtype, seed):
     """Whatever kernel is taken, the result is that of a float layer with the unpacked weights."""
