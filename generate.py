@@ -35,8 +35,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -47,9 +47,47 @@ from torch import Tensor
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from processor import ChameleonImageProcessor
 from tokenizer import Tokenizer, VocabularyMap, check_ids
+from vqvae import Flag, check_fields, real, whole
 
 MODES = ("text", "image", "interleaved")
 CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes are compiled
+
+# ---------------------------------------------------------------------------------------------
+# The options. As in the configs, a type says in words, and by a check, which values are possible.
+
+Mode = Annotated[str, f"one of {', '.join(MODES)}", lambda x: x in list(MODES)]
+Number = Annotated[int, "a whole number, at least 1", whole(1, 2**62)]
+NumberOr0 = Annotated[int, "a whole number, at least 0", whole(0, 2**62)]
+Temperature = Annotated[float, "0 (greedy) or at least 0.0001",
+                        lambda x: x == 0 or real(1e-4, 1e300)(x)]
+TopK = Annotated[int, "1 or more, or 0 for no limit", whole(0, 2**62)]
+TopP = Annotated[float, "above 0 and at most 1", lambda x: real(0, 1)(x) and x > 0]
+Penalty = Annotated[float, "from 0.01 to 100 (1 is none)", real(0.01, 100)]
+Guidance = Annotated[float, "from 0 to 1000 (1 is none)", real(0, 1000)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `stream` and `generate` choose ids. ValueError, naming the option, for a wrong value."""
+
+    mode: Mode = "text"  # "image": one picture at once; "interleaved": as the model decides
+    max_new_tokens: Number | None = None  # None: 256 of text, else all that fits; one picture
+    min_new_tokens: NumberOr0 = 0  # a text does not end before
+    do_sample: Flag = False  # of text; pictures are sampled unless image_temperature is 0
+    temperature: Temperature = 1.0
+    top_k: TopK | None = None
+    top_p: TopP = 1.0
+    repetition_penalty: Penalty = 1.0  # never acts inside a picture
+    image_temperature: Temperature = 1.0
+    image_top_k: TopK | None = None
+    image_top_p: TopP = 1.0
+    guidance_text: Guidance = 1.0
+    guidance_image: Guidance = 1.0
+    num_return_sequences: Number = 1  # so many rows of each prompt, one after the other
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 # ---------------------------------------------------------------------------------------------
 # Filters, logits (B, V) -> logits (B, V), and from logits to an index
@@ -88,7 +126,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
 
 
-def draw(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
+def sample(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
     """One index for each row, distributed as softmax(logits).   (B, V) -> (B,)
 
         argmax_i p_i / e_i  is i with probability p_i, if the e_i are independent and exponential
@@ -104,20 +142,13 @@ def draw(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
     return (logits.softmax(-1) / noise).argmax(-1)  # (B,)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How an index is chosen from logits; the order of the filters is that of transformers."""
-
-    temperature: float  # 0 takes the most likely id (greedy)
-    top_k: int | None
-    top_p: float
-
-    def choose(self, logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
-        """logits (B, V) -> the index chosen in each row (B,)"""
-        if self.temperature == 0:
-            return logits.argmax(-1)  # (B,)
-        logits = keep_top_k(logits / self.temperature, self.top_k)
-        return draw(keep_top_p(logits, self.top_p), generators)
+def choose(logits: Tensor, generators: list[torch.Generator | None], temperature: float,
+           top_k: int | None, top_p: float) -> Tensor:
+    """logits (B, V) -> an index for each row (B,). The filters' order is that of transformers."""
+    if temperature == 0:  # greedy: the most likely one
+        return logits.argmax(-1)  # (B,)
+    logits = keep_top_k(logits / temperature, top_k)
+    return sample(keep_top_p(logits, top_p), generators)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -141,8 +172,6 @@ class Grammar:
     """
 
     def __init__(self, model: ChameleonForConditionalGeneration, mode: str) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         self.mode, self.S = mode, model.config.vq_config.codes_per_image
         vocabulary, V = model.model.vocabulary, model.config.vocab_size
         self.begin, self.end = vocabulary.begin_image_id, vocabulary.end_image_id
@@ -212,7 +241,7 @@ def check_can_draw(model: ChameleonForConditionalGeneration) -> None:
     vocabulary = model.model.vocabulary
     if None in (vocabulary.begin_image_id, vocabulary.end_image_id) or not vocabulary.num_codes:
         raise ValueError("this vocabulary has no image tokens, so the model cannot draw")
-    model.model.vqmodel.check_decoder()
+    model.model.vqmodel.needed_decoder()
 
 
 def picture_ids(vocabulary: VocabularyMap) -> list[int]:
@@ -365,12 +394,10 @@ class Picker:
     """Hidden states of all guidance streams -> each row's next id."""
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
-                 scales: tuple[float, float], repetition_penalty: float, text: Sampling,
-                 image: Sampling, generators: list[torch.Generator], stops: list[int],
+                 options: Options, generators: list[torch.Generator], stops: list[int],
                  may_end: int, decoder=None) -> None:
         self.stops, self.may_end = stops, may_end  # a text may end when so many ids are left
-        self.grammar, self.scales, self.text, self.image = grammar, scales, text, image
-        self.repetition_penalty, self.generators = repetition_penalty, generators
+        self.grammar, self.options, self.generators = grammar, options, generators
         self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
         self.head, self.code_head = model.lm_head, None  # (..., D) -> (..., V), (..., K)
         if grammar.mode != "text":
@@ -411,7 +438,7 @@ class Picker:
                   inside: list[bool]) -> Tensor:
         """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
         logits = self.checked(self.head(hidden)).float()  # (B, V)
-        logits = penalize_repetition(logits, seen, self.repetition_penalty)
+        logits = penalize_repetition(logits, seen, self.options.repetition_penalty)
         allowed = self.grammar.allowed(places, room)  # (B, V)
         if room > self.may_end and self.grammar.mode != "image":
             for row, n in zip(allowed, places):
@@ -419,14 +446,17 @@ class Picker:
                     row[self.stops] = False
         logits = logits.masked_fill(~allowed, float("-inf"))
         generators = [None if codes else g for g, codes in zip(self.generators, inside)]
-        return self.text.choose(logits, generators)
+        o = self.options
+        return choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)
 
     def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
         """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
         logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
-        logits = guide(self.checked(logits), *self.scales).float()  # (B, K)
+        o = self.options
+        logits = guide(self.checked(logits), o.guidance_text, o.guidance_image).float()  # (B, K)
         generators = [g if codes else None for g, codes in zip(self.generators, inside)]
-        return self.code_to_id[self.image.choose(logits, generators)]  # (B,)
+        codes = choose(logits, generators, o.image_temperature, o.image_top_k, o.image_top_p)
+        return self.code_to_id[codes]  # (B,)
 
 
 def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
@@ -456,8 +486,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.inference_mode()
 def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
-         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, repeats: int = 1,
-         decoder=None, past: KVCache | None = None) -> Iterator[Tensor]:
+         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, decoder=None,
+         past: KVCache | None = None) -> Iterator[Tensor]:
     """One iteration for each token: hidden states, choice, update. `stream` checks the arguments.
 
     `real` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
@@ -465,10 +495,12 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
     reads ids that have arrived on the host, stops it.
     """
     input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
-    input_ids, real = (x.repeat_interleave(repeats, dim=0) for x in (input_ids, real))  # (B, T)
+    o = pick.options
+    input_ids, real = (x.repeat_interleave(o.num_return_sequences, dim=0)
+                       for x in (input_ids, real))  # (B, T)
     rows = [ids[here] for ids, here in zip(input_ids, real)]
     has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
-    streams = guidance_streams(*pick.scales, pick.grammar.mode, has_pictures)
+    streams = guidance_streams(o.guidance_text, o.guidance_image, o.mode, has_pictures)
     contexts = Contexts(model, rows, streams, steps, decoder, past)
     # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
     # id, which is in the row anyway.
@@ -497,47 +529,22 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
 
 
 # ---------------------------------------------------------------------------------------------
-# stream and generate: the loop's options, and the checks before its first step
+# stream and generate: the loop, and the checks before its first step
 
 
-RULES = (  # part of an option's name, what its value must be, and the check
-    ("temperature", "0 (greedy) or at least 0.0001", lambda x: x == 0 or 1e-4 <= x < float("inf")),
-    ("top_k", "1 or more, or 0 for no limit", lambda x: x >= 0),
-    ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
-    ("penalty", "from 0.01 to 100 (1 is none)", lambda x: 0.01 <= x <= 100),
-    ("guidance", "from 0 to 1000 (1 is none)", lambda x: 0 <= x <= 1000),
-    ("max_new_tokens", "at least 1", lambda x: x >= 1),
-    ("min_new_tokens", "0 or more", lambda x: x >= 0),
-    ("return_sequences", "at least 1", lambda x: x >= 1),
-)
-
-
-def check_options(**options: float | None) -> None:
-    """ValueError, naming the option, if one is out of range."""
-    for name, value in options.items():
-        _, wanted, holds = next(rule for rule in RULES if rule[0] in name)
-        if value is None and name not in ("top_k", "image_top_k", "max_new_tokens"):
-            raise ValueError(f"{name} is None: leave it out for its default")
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError(f"{name} must be {wanted}, got a number beyond 2^63")
-        if value is not None and not (isinstance(value, (int, float)) and holds(value)):
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
-def check_seeds(seeds: int | list[int], rows: int) -> list[int]:
+def seeds_of(seed: int | list[int], rows: int) -> list[int]:
     """-> a seed for each row; ValueError if their number is another, or one is too large."""
-    seeds = [seeds + b for b in range(rows)] if isinstance(seeds, int) else seeds
+    seeds = [seed + b for b in range(rows)] if isinstance(seed, int) else seed
     if not isinstance(seeds, (list, tuple)):
         raise ValueError(f"seed {seeds!r:.40} is no whole number, and no list of them")
     if len(seeds) != rows or not all(isinstance(s, int) and abs(s) < 2**63 for s in seeds):
         raise ValueError(f"{len(seeds)} seeds for {rows} rows: give a whole number below 2^63 each")
-    return seeds
+    return list(seeds)
 
 
-def check_room(config: ChameleonConfig, prompt_length: int, mode: str = "text") -> int:
-    """-> how many tokens fit behind the prompt. ValueError if none does, or no picture."""
-    factor = config.rope_factor if config.rope_type != "default" else 1
-    context = int(config.max_position_embeddings * factor)
+def room_behind(config: ChameleonConfig, prompt_length: int, mode: str = "text") -> int:
+    """How many ids fit behind a prompt. ValueError if none does, or no picture."""
+    context = int(config.max_position_embeddings * config.rope_factor)
     picture = config.vq_config.codes_per_image + 2
     if prompt_length + (picture if mode == "image" else 1) > context:
         raise ValueError(f"the prompt has {prompt_length} tokens, pictures included, but the "
@@ -547,25 +554,14 @@ def check_room(config: ChameleonConfig, prompt_length: int, mode: str = "text") 
     return context - prompt_length
 
 
-def steps_to_make(model: ChameleonForConditionalGeneration, prompt_length: int, mode: str,
-                  max_new_tokens: int | None) -> int:
-    """How many ids to make at most: 256 of text, one picture, or all that fits."""
-    room = check_room(model.config, prompt_length, mode)
-    if mode == "image":
-        return model.config.vq_config.codes_per_image + 2
-    return min(room, max_new_tokens or (256 if mode == "text" else room))
-
-
-def check_prompt(model: ChameleonForConditionalGeneration, input_ids: Tensor,
-                 attention_mask: Tensor | None, pixel_values: Tensor | None, pad: int,
-                 stops: list[int]) -> Tensor:
+def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
+                attention_mask: Tensor | None, pad: int, stops: list[int]) -> Tensor:
     """-> which ids are no padding, bool (B, T). ValueError for what would give a wrong answer.
 
     Without an attention_mask, padding is recognized by its id, as in transformers.
     """
     if input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (B, T) with T > 0, got {tuple(input_ids.shape)}")
-    check_ids({"pad_token_id": pad}, model.config.vocab_size)
     lowest, highest, V = int(input_ids.min()), int(input_ids.max()), model.config.vocab_size
     if input_ids.is_floating_point() or lowest < 0 or highest >= V:
         raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are whole "
@@ -576,9 +572,6 @@ def check_prompt(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     if not attention_mask[:, -1].all():
         raise ValueError("the prompts are padded on the right, and the next token would follow "
                          "padding: use padding_side='left'")
-    placeholder = model.model.vocabulary.image_token_id
-    if pixel_values is None and placeholder is not None and (input_ids == placeholder).any():
-        raise ValueError("the prompt has <image> placeholders but there are no pixel_values")
     return attention_mask.bool()
 
 
@@ -600,11 +593,7 @@ def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) 
     ids = list(asked) if isinstance(asked, (list, tuple)) else [asked]
     if eos_token_id is None:
         ids.append(vocabulary.end_of_turn_id)
-    ids = [i for i in ids if i is not None]
-    V = model.config.vocab_size
-    if wrong := [i for i in ids if not (isinstance(i, int) and 0 <= i < V)]:
-        raise ValueError(f"eos_token_id {wrong[0]!r} is no id of this model, which has 0..{V - 1}")
-    return ids
+    return [i for i in ids if i is not None]
 
 
 def unwrapped(model: nn.Module) -> ChameleonForConditionalGeneration:
@@ -621,26 +610,13 @@ def stream(
     attention_mask: Tensor | None = None,  # (B, T), 0 on padding
     pixel_values: Tensor | None = None,  # (N, 3, H, W), for the <image> placeholders in order
     *,
-    mode: str = "text",  # "image": one picture at once; "interleaved": as the model decides
-    max_new_tokens: int | None = None,  # None: 256 of text, else all that fits; one picture anyway
-    min_new_tokens: int = 0,  # a text does not end before
-    do_sample: bool = False,  # of text; pictures are sampled unless image_temperature is 0
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,  # never acts inside a picture
-    image_temperature: float = 1.0,
-    image_top_k: int | None = None,
-    image_top_p: float = 1.0,
-    guidance_text: float = 1.0,
-    guidance_image: float = 1.0,
-    num_return_sequences: int = 1,  # so many rows of each prompt, one after the other
     seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
     eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
     pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
     past_key_values: KVCache | None = None,  # of an earlier call; see below
     compile: bool = False,  # the same ids sooner, after seconds of compiling in the first call
     decoder=None,  # a chameleon_extras.decoding.Decoder; None: the model's; False: plain steps
+    **options,  # those of Options
 ) -> Iterator[Tensor]:
     """Yields the next id of every row, (B,), until all have ended or the limit is reached.
 
@@ -653,13 +629,9 @@ def stream(
     here, too.) Each call leaves its columns in the cache. Rows must have no padding; a guided
     picture reads all anew.
     """
-    check_options(
-        max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, temperature=temperature,
-        top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty,
-        image_temperature=image_temperature, image_top_k=image_top_k, image_top_p=image_top_p,
-        guidance_text=guidance_text, guidance_image=guidance_image,
-        num_return_sequences=num_return_sequences)
-    if not do_sample and mode != "image" and (temperature not in (0, 1) or top_k or top_p < 1):
+    o = Options(**options)
+    if not o.do_sample and o.mode != "image" and (
+            o.temperature not in (0, 1) or o.top_k or o.top_p < 1):
         warnings.warn("temperature, top_k and top_p change nothing here: without do_sample=True, "
                       "text is greedy", stacklevel=2)
     model = unwrapped(model)
@@ -667,23 +639,24 @@ def stream(
         from chameleon_extras.decoding import decoder_of  # what is fast is no part of the loop
 
         decoder = decoder_of(model, compile)
-    grammar = Grammar(model, mode)
-    steps = steps_to_make(model, input_ids.shape[-1], mode, max_new_tokens)
-    stops = stop_ids(model, eos_token_id, mode)
-    pads = [pad_token_id, model.config.pad_token_id, *stops, 0]
-    pad = next(i for i in pads if i is not None)
-    real = check_prompt(model, input_ids, attention_mask, pixel_values, pad, stops)
-    seeds = check_seeds(seed, len(input_ids) * num_return_sequences)
+    grammar = Grammar(model, o.mode)
+    room = room_behind(model.config, input_ids.shape[-1], o.mode)
+    steps = min(room, o.max_new_tokens or (256 if o.mode == "text" else room))
+    if o.mode == "image":
+        steps = grammar.S + 2  # one picture with its marks
+    stops = stop_ids(model, eos_token_id, o.mode)
+    pad = next(i for i in (pad_token_id, model.config.pad_token_id, *stops, 0) if i is not None)
+    for name, ids in (("pad_token_id", [pad]), ("eos_token_id", stops)):
+        for i in ids:
+            check_ids({name: i}, model.config.vocab_size)
+    real = real_tokens(model, input_ids, attention_mask, pad, stops)
+    seeds = seeds_of(seed, len(input_ids) * o.num_return_sequences)
     if past_key_values is not None:
         check_past(model.config, past_key_values, len(seeds), real)
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
-    pick = Picker(model, grammar, (guidance_text, guidance_image), repetition_penalty,
-                  Sampling(temperature if do_sample else 0.0, top_k, top_p),
-                  Sampling(image_temperature, image_top_k, image_top_p), generators, stops,
-                  steps - min_new_tokens, decoder)
-    ids = loop(model, input_ids, real, pixel_values, pick, pad, steps, num_return_sequences,
-               decoder, past_key_values)
-    return until_ended(decoder.read(ids) if decoder else ids, stops)
+    pick = Picker(model, grammar, o, generators, stops, steps - o.min_new_tokens, decoder)
+    chosen = loop(model, input_ids, real, pixel_values, pick, pad, steps, decoder, past_key_values)
+    return until_ended(decoder.read(chosen) if decoder else chosen, stops)
 
 
 def generate(
@@ -707,7 +680,8 @@ def generate(
     begin-image, end-image or <image>; transformers masks the codes only. top_k defaults to none,
     not 50, and the default length is 256 new ids, not 20 in all.
     """
-    known = inspect.signature(stream).parameters.keys() - {"model"}
+    own = inspect.signature(stream).parameters.keys() - {"model", "options"}
+    known = own | {field.name for field in fields(Options)}
     if unknown := sorted(options.keys() - known):
         raise ValueError(f"generate has no option {', '.join(unknown)}; it has max_length, "
                          f"streamer, stop_strings, {', '.join(sorted(known))}")

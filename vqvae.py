@@ -55,11 +55,11 @@ GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 
 def whole(low: int, high: int) -> Callable[[object], bool]:
-    return lambda n: type(n) is int and low <= n <= high  # True is an int, too
+    return lambda n: type(n) is int and low <= n <= high  # isinstance would take True for 1
 
 
 def real(low: float, high: float) -> Callable[[object], bool]:
-    return lambda x: type(x) in (int, float) and low <= x <= high  # False for NaN
+    return lambda x: type(x) is not bool and isinstance(x, (int, float)) and low <= x <= high
 
 
 # A name, its type, what an error message calls it, and the check.
@@ -82,7 +82,8 @@ def check_fields(config: object) -> None:
         value, optional = getattr(config, name), type(None) in get_args(hint)
         _, words, holds = get_args(get_args(hint)[0] if optional else hint)
         if not (holds(value) or (optional and value is None)):
-            raise ValueError(f"{name} must be {words}{' or null' * optional}, got {value!r:.80}")
+            wanted = words + " or left out" * optional
+            raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
 def keeping_others(cls: type) -> type:
@@ -511,7 +512,7 @@ class ChameleonVQVAE(PreTrainedModel):
 
         return super()._apply(move, recurse)
 
-    def check_decoder(self) -> Decoder:
+    def needed_decoder(self) -> Decoder:
         """The decoder. ValueError if these weights came without one."""
         if self.decoder is None:
             raise ValueError("these weights have no VQ-VAE decoder (model.vqmodel.decoder.*), so "
@@ -562,7 +563,7 @@ class ChameleonVQVAE(PreTrainedModel):
         `grid` is (h, w); without it the picture is square. Raises ValueError if there is no
         decoder, if codes are not (B, S) with S = h * w, or if a code is outside 0..K-1.
         """
-        decoder = self.check_decoder()
+        decoder = self.needed_decoder()
         if codes.ndim != 2 or codes.is_floating_point():
             raise ValueError(f"codes must be (B, S) whole numbers, got {codes.dtype} "
                              f"{tuple(codes.shape)}")
@@ -587,6 +588,6 @@ class ChameleonVQVAE(PreTrainedModel):
         through the codes, the encoder. VQGAN (2012.09841) adds a perceptual and an adversarial
         loss, Make-A-Scene (2203.13131) also losses on faces and objects. ValueError: no decoder.
         """
-        decoder = self.check_decoder()
+        decoder = self.needed_decoder()
         zq, _, losses = self.quantize(self.quant_conv(self.encoder(pixels)))  # (B, E, h, w)
         return decoder(self.post_quant_conv(zq)), losses  # (B, 3, H, W)

@@ -31,7 +31,7 @@ from chameleon import ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, seed, with_bar
 from chameleon_extras.files import STOPS, say, stop
 from chameleon_extras.sheets import save_picture, write_document
-from generate import Piece, check_room, pieces, stream
+from generate import Piece, pieces, room_behind, stream
 from processor import ChameleonImageProcessor, ChameleonProcessor, load_image
 
 HELP = """\
@@ -75,7 +75,7 @@ class Conversation:
         if not self.whole:  # a drawing sees the pictures of its own turn alone
             before = before[:1] + (self.pictures if mode == "text" and not pictures else [])
         prompt, made = before + turn, []
-        check_room(self.model.config, len(prompt), mode)
+        room_behind(self.model.config, len(prompt), mode)
         steps = stream(self.model, torch.tensor([prompt], device=self.model.device), mode=mode,
                        past_key_values=self.cache, decoder=self.decoder, **options)
         self.parts.append("> " + text.replace("<image>", ""))
@@ -122,7 +122,7 @@ class Conversation:
 
     def room(self) -> tuple[int, int]:
         """-> the tokens that the next turn and its answer may have, and those of the context."""
-        context = check_room(self.model.config, 0)
+        context = room_behind(self.model.config, 0)
         return context - len(self.ids) * self.whole, context
 
 

@@ -52,7 +52,7 @@ from chameleon_extras.sheets import (
     write_document,
 )
 from chameleon_extras.stats import Stats
-from generate import MODES, check_options, check_room, check_seeds, picture_ids, pieces, stream
+from generate import MODES, Options, picture_ids, pieces, room_behind, seeds_of, stream
 from processor import ChameleonProcessor
 from tokenizer import Tokenizer, check_ids
 
@@ -386,10 +386,10 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
 def answer(options: argparse.Namespace) -> None:
     """Checks all input before the weights are read, which takes long. Then computes and writes."""
     sampling = {name: getattr(options, name) for name in OF_TEXT + OF_PICTURES}
-    check_options(max_new_tokens=options.max_new_tokens, **sampling)
+    Options(max_new_tokens=options.max_new_tokens, **sampling)  # checks them
     check_unused(options)
     check_output(options)
-    check_seeds(options.seed, options.count * len(options.prompt))
+    seeds_of(options.seed, options.count * len(options.prompt))
     if sys.stdout is None and options.mode == "text" and not options.reconstruct:
         raise ValueError("stdout is closed, and the answer goes there: leave >&- out")
     if options.model == TINY and not TINY.is_dir():
@@ -415,7 +415,7 @@ def answer(options: argparse.Namespace) -> None:
     inputs = processor(text=prompts, images=options.image or None, padding=True,
                        return_for_text_completion=options.completion)
     check_pair(config, processor, inputs)
-    check_room(config, inputs["input_ids"].shape[1], options.mode)
+    room_behind(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
     if options.mode == "text" and not options.explain and any(map(ASKS_TO_DRAW.match, prompts)):
         say("--mode text answers in words: add --mode image for a drawing")

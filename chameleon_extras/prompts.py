@@ -18,7 +18,7 @@ from chameleon import ChameleonConfig
 from chameleon_extras.command import OF_TEXT, check_pair, load_model, place_images
 from chameleon_extras.decoding import Decoder
 from chameleon_extras.files import json_lines, say
-from generate import check_room, generate
+from generate import generate, room_behind
 from processor import ChameleonProcessor, load_image
 
 
@@ -99,7 +99,7 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
     files = [[options.prompts.parent / name for name in one.images] for one in asked]
     for one, pictures in zip(asked, files):
         try:
-            check_room(config, len(processor.layout(one.prompt, options.completion)))
+            room_behind(config, len(processor.layout(one.prompt, options.completion)))
             for file in pictures:
                 load_image(file)
         except ValueError as error:

@@ -360,7 +360,7 @@ def walk_table() -> str:
         (f"after {layers} layers and the last norm", "`chameleon.py` `ChameleonModel.forward`",
          shape["norm"]),
         ("logits of the last place", "`generate.py` `Picker`", shape["lm_head"]),
-        ("the most likely id", "`generate.py` `Sampling.choose`",
+        ("the most likely id", "`generate.py` `choose`",
          f"{best}, which is {processor.tokenizer.decode([best])!r}"),
     ]
     lines = ["| step | code | what it is here |", "|---|---|---|"]

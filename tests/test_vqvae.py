@@ -258,7 +258,7 @@ def test_what_is_no_batch_of_pictures_is_refused(shape):
     (dict(channel_multiplier=5), "channel_multiplier"),
     (dict(channel_multiplier=[1, "2"]), "channel_multiplier"),
     (dict(attn_resolutions=["16"]), "attn_resolutions"),
-    (dict(attn_type=1), "attn_type must be text or null"),
+    (dict(attn_type=1), "attn_type must be text or left out"),
     (dict(double_latent="no"), "double_latent must be true or false, without quotes, got 'no'"),
     (dict(beta=float("inf")), "beta"),
 ])

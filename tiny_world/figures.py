@@ -43,7 +43,7 @@ from chameleon_extras.sheets import (
     save_picture,
     there_and_back,
 )
-from generate import check_seeds, decode_pictures, generate, pieces, stream
+from generate import decode_pictures, generate, pieces, seeds_of, stream
 from generate import main as command
 from processor import ChameleonImageProcessor, load_image
 from tiny_world import language, world
@@ -297,7 +297,7 @@ def draw_all(options: argparse.Namespace) -> None:
         if len(runs) < len(options.curves):
             raise ValueError("two curves have the same label: write LABEL=FILE")
         return draw_curves(runs, options.out / options.name)
-    check_seeds(options.seed, 1)
+    seeds_of(options.seed, 1)
     if not options.draw.strip() or "<image>" in options.draw:
         raise ValueError("--draw needs a text without <image>")
     model, processor = load(options.model)
