@@ -269,7 +269,8 @@ class ChameleonImageProcessor:
 
     DEFAULTS = {  # in the order of positional arguments
         "do_resize": True,
-        "size": {"shortest_edge": 512},  # or {"height": h, "width": w}, or an int: shortest edge
+        # longest_edge beside it limits the other edge. Or {height, width}, or an int: the shortest.
+        "size": {"shortest_edge": 512},
         "resample": 1,  # the filter's number in PIL: Lanczos
         "do_center_crop": True,
         "crop_size": {"height": 512, "width": 512},  # or an int: a square
@@ -285,12 +286,7 @@ class ChameleonImageProcessor:
     MAX_SIDE = 4096  # of a picture after resizing or cropping
 
     def __init__(self, *values, **options) -> None:
-        if len(values) > len(self.DEFAULTS):
-            raise TypeError(f"{len(values)} positional arguments, at most {len(self.DEFAULTS)}")
-        options = dict(zip(self.DEFAULTS, values), **options)
-        unknown = set(options) - set(self.DEFAULTS)
-        if unknown:
-            raise TypeError(f"unknown option {min(unknown)!r}, not one of {list(self.DEFAULTS)}")
+        options = self.by_name(values, options)
         for name, default in self.DEFAULTS.items():
             value = options.get(name)
             setattr(self, name, copy.deepcopy(default if value is None else value))
@@ -300,9 +296,20 @@ class ChameleonImageProcessor:
             self.crop_size = {"height": self.crop_size, "width": self.crop_size}
         self._check()
 
+    @classmethod
+    def by_name(cls, values: tuple, options: dict) -> dict:
+        """Options by position and by name -> by name. TypeError for one that does not exist."""
+        if len(values) > len(cls.DEFAULTS):
+            raise TypeError(f"{len(values)} options by position, at most {len(cls.DEFAULTS)}")
+        options = dict(zip(cls.DEFAULTS, values), **options)
+        if unknown := options.keys() - cls.DEFAULTS:
+            raise TypeError(f"unknown option {min(unknown)!r}, not one of {list(cls.DEFAULTS)}")
+        return options
+
     def _check(self) -> None:
         """ValueError for an option of the wrong type or range."""
-        for name, kinds in (("size", ({"shortest_edge"}, {"height", "width"})),
+        for name, kinds in (("size", ({"shortest_edge"}, {"shortest_edge", "longest_edge"},
+                                      {"height", "width"})),
                             ("crop_size", ({"height", "width"},))):
             value = getattr(self, name)
             if not isinstance(value, dict) or set(value) not in kinds or not all(
@@ -326,11 +333,11 @@ class ChameleonImageProcessor:
             if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: want True or False")
 
-    def __call__(self, images: Pictures, **options) -> BatchFeature:
+    def __call__(self, images: Pictures, *values, **options) -> BatchFeature:
         """The same as preprocess."""
-        return self.preprocess(images, **options)
+        return self.preprocess(images, *values, **options)
 
-    def preprocess(self, images: Pictures, return_tensors: str | None = None,
+    def preprocess(self, images: Pictures, *values, return_tensors: str | None = None,
                    data_format: str | None = "channels_first",
                    input_data_format: str | None = None, **options) -> BatchFeature:
         """Pictures -> {"pixel_values": (N, 3, H, W)}: a tensor ("pt"), array ("np") or list (None).
@@ -339,7 +346,7 @@ class ChameleonImageProcessor:
         holds levels 0..255, or fractions 0..1 with do_rescale=False. data_format: "channels_first",
         "channels_last", or None for the layout of the input. ValueError for anything else.
         """
-        own = self.to_dict()
+        own, options = self.to_dict(), self.by_name(values, options)
         given = {name: own.get(name) if v is None else v for name, v in options.items()}
         settings = ChameleonImageProcessor(**{**own, **given})
         arrays = []
@@ -391,13 +398,17 @@ class ChameleonImageProcessor:
         return resized
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) of a picture -> (H', W'), the shorter one equal to size["shortest_edge"]."""
+        """(H, W) of a picture -> (H', W'), the shorter one equal to size["shortest_edge"], or less
+        if the longer one would exceed size["longest_edge"]: as in transformers 5; 4 ignores it.
+        """
         if "height" in self.size:
             return self.size["height"], self.size["width"]
         edge, short, long = self.size["shortest_edge"], min(height, width), max(height, width)
+        exact = min(edge, self.size.get("longest_edge", math.inf) * short / long)
+        edge = edge if exact == edge else round(exact)
         # DIFFERS: Meta's code rounds the long edge; transformers, and so this line, truncates it.
-        long = int(edge * long / short)
-        if edge * long > self.MAX_RESIZED_PIXELS:
+        long = long if edge == short else int(exact * long / short)
+        if not 0 < edge * long <= self.MAX_RESIZED_PIXELS:
             raise ValueError(f"a picture of {width} x {height} pixels is too long: crop it first")
         return (edge, long) if height < width else (long, edge)
 
@@ -435,7 +446,11 @@ class ChameleonImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes) -> "ChameleonImageProcessor":
-        """Reads preprocessor_config.json, else processor_config.json of transformers 5."""
+        """Reads preprocessor_config.json, else transformers 5's processor_config.json."""
+        from chameleon_extras.files import HUB_OPTIONS, find_folder  # as in ChameleonProcessor
+
+        hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
+        folder = find_folder(folder, **hub)
         file = Path(folder) / "preprocessor_config.json"
         joint = Path(folder) / "processor_config.json"
         data = read_json(file) if file.is_file() else None
@@ -650,12 +665,15 @@ class ChameleonProcessor:
                    {**data, "processor_class": "ChameleonProcessor"})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **hub: object) -> "ChameleonProcessor":
-        """Reads a folder or a hub id. Without processor_config.json the defaults hold."""
+    def from_pretrained(cls, folder: str | Path, **changes) -> "ChameleonProcessor":
+        """Reads a folder or a hub id. Without processor_config.json the defaults hold; `changes` of
+        image_seq_length and image_token replace either, others are options of the hub.
+        """
         from chameleon_extras.files import find_folder  # the hub is for files, not for this file
 
-        folder = find_folder(folder, **hub)
+        own = {"image_seq_length", "image_token"}
+        folder = find_folder(folder, **{name: changes[name] for name in changes.keys() - own})
         tokenizer, file = load_tokenizer(folder), Path(folder) / "processor_config.json"
-        data = read_json(file) if file.is_file() else {}
-        known = {name: data[name] for name in ("image_seq_length", "image_token") if name in data}
-        return cls(ChameleonImageProcessor.from_pretrained(folder), tokenizer, **known)
+        data = (read_json(file) if file.is_file() else {}) | changes
+        return cls(ChameleonImageProcessor.from_pretrained(folder), tokenizer,
+                   **{name: data[name] for name in own & data.keys()})

@@ -265,8 +265,12 @@ HUB_OPTIONS = ("token", "cache_dir", "revision", "local_files_only", "force_down
 def find_folder(name: str | Path, **options: object) -> Path:
     """A folder, or a hub id such as "facebook/chameleon-7b" -> the folder that holds its files.
 
-    `options` are those of HUB_OPTIONS. ValueError says how to get what is not there.
+    `options` are those of HUB_OPTIONS. ValueError names another one, and says how to get what is
+    not there.
     """
+    if unknown := sorted(options.keys() - set(HUB_OPTIONS)):
+        raise ValueError(f"from_pretrained has no option {', '.join(unknown)} here; for the hub it "
+                         f"has {', '.join(HUB_OPTIONS)}")
     path, name = Path(name), Path(name).as_posix()
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return path
@@ -274,7 +278,7 @@ def find_folder(name: str | Path, **options: object) -> Path:
     try:
         from huggingface_hub import snapshot_download  # here: an extra
     except ImportError:
-        raise ValueError(f"no folder {name}: pip install huggingface_hub to load it from the hub, "
+        raise ValueError(f'no folder {name}: pip install -e ".[hub]" to load it from the hub, '
                          + by_hand) from None
     try:
         files = ["*.json", "*.safetensors", "*.model", "*.jinja"]

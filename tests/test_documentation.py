@@ -419,10 +419,13 @@ def test_a_hub_id_is_read_from_the_librarys_cache(folder, tmp_path, monkeypatch)
     options = dict(cache_dir=tmp_path, local_files_only=True)
     model = ChameleonForConditionalGeneration.from_pretrained("org/small", **options)
     assert model.config.hidden_size == 64
+    (folder / "preprocessor_config.json").write_text('{"size": 36, "crop_size": 36}')
+    processor = chameleon.ChameleonImageProcessor.from_pretrained("org/small", **options)
+    assert processor.size == {"shortest_edge": 36}
     with pytest.raises(ValueError, match="org/other is no folder.*hf download org/other"):
         ChameleonForConditionalGeneration.from_pretrained("org/other", **options)
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="pip install huggingface_hub"):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[hub\]"'):
         ChameleonForConditionalGeneration.from_pretrained("org/small")
 
 
@@ -582,6 +585,15 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.decode(ids) == theirs.decode(ids) == "<s>" + texts[0]
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
+
+
+def test_options_of_the_processor_replace_those_of_its_file_and_others_are_named():
+    processor = ChameleonProcessor.from_pretrained(ROOT / "tiny", image_seq_length=7)
+    assert processor("<image>", Image.open(ROOT / "examples" / "star.png"))["input_ids"].ne(
+        processor.tokenizer.image_token_id).sum() == 4
+    for cls in (ChameleonProcessor, AutoTokenizer, chameleon.ChameleonImageProcessor):
+        with pytest.raises((ValueError, TypeError), match="use_fast"):
+            cls.from_pretrained(ROOT / "tiny", use_fast=True)
 
 
 @pytest.mark.parametrize("order", ["text first", "picture first", "by name"])

@@ -118,13 +118,17 @@ def test_transparent_pictures_are_at_most_one_level_away_from_transformers_5(ora
     {"resample": 3}, {"rescale_factor": 1 / 255}, {"image_mean": [0.1, 0.2, 0.3]},
     {"image_std": [0.5, 0.25, 2.0]}, {"do_rescale": False, "do_normalize": False},
     {"do_resize": False, "crop_size": {"height": 65, "width": 30}}, {"size": {"shortest_edge": 9}},
-    {"image_mean": 0.5, "image_std": 0.5},
+    {"image_mean": 0.5, "image_std": 0.5}, {"size": {"shortest_edge": 30, "longest_edge": 37}},
+    {"size": {"shortest_edge": 30, "longest_edge": 90}},
 ])
 def test_every_option_does_what_transformers_does(options, oracle):
     image = picture("RGB", 40, 61)
     want = oracle(image, return_tensors="np", **options)["pixel_values"]
     called = ChameleonImageProcessor(**SMALL)(image, return_tensors="np", **options).pixel_values
     built = ChameleonImageProcessor(**{**SMALL, **options})(image, return_tensors="np").pixel_values
+    every = (ChameleonImageProcessor.DEFAULTS | SMALL | options).values()  # by position
+    placed = ChameleonImageProcessor().preprocess(image, *every, return_tensors="np").pixel_values
+    assert np.array_equal(placed, want)
     assert called.dtype == want.dtype and np.array_equal(called, want)
     assert np.array_equal(built, want)
 
@@ -282,6 +286,21 @@ def test_an_impossible_option_is_a_one_line_error_that_names_it(options):
     with pytest.raises(ValueError, match=next(iter(options))) as error:
         ChameleonImageProcessor(**options)(Image.new("RGB", (600, 600)))
     assert "\n" not in str(error.value)
+
+
+@given(height=st.integers(1, 70), width=st.integers(1, 70), edge=st.integers(1, 70),
+       longest=st.integers(1, 200))
+@settings(deadline=None, max_examples=60)
+def test_the_longest_edge_is_that_of_transformers(height, width, edge, longest):
+    from transformers.image_transforms import get_size_with_aspect_ratio
+
+    processor = ChameleonImageProcessor(size={"shortest_edge": edge, "longest_edge": longest})
+    want = get_size_with_aspect_ratio((height, width), edge, longest)
+    if not all(want):
+        with pytest.raises(ValueError, match="too long"):
+            processor.resized_size(height, width)
+    else:
+        assert processor.resized_size(height, width) == want
 
 
 def test_an_unknown_option_is_named():
