@@ -4,6 +4,7 @@ import codecs
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -254,7 +255,7 @@ def test_the_layout_of_the_release_is_found(bpe):
     assert {0, 1, 2, 3, bpe.image_token_id, bpe.vocab["<sentinel:3>"]} < bpe.special_ids
 
 
-GOLDEN = {  # the release's ids, as llama.cpp's tests have them
+VECTORS = {  # the release's ids, as llama.cpp's tests have them
     "Hello world": [31596, 17394],
     " Hello World!": [34926, 18671, 16384],
     "    Hello\n    Hello": [16696, 31596, 16582, 16696, 31596],
@@ -268,10 +269,31 @@ GOLDEN = {  # the release's ids, as llama.cpp's tests have them
 }
 
 
+def test_published_ids_never_cross_our_words_and_bytes_stand_in_order():
+    """Each text as a regular expression: an id of a byte is that byte, any other id is two or more
+    bytes, the same in all texts, and a word (they are parted by 0xff) ends only between ids.
+    """
+    order = sorted(range(256), key=tokenizer_module.byte_characters().__getitem__)  # from id 16384
+    known, single = {16384 + i: bytes([b]) for i, b in enumerate(order)}, 0
+    for text, ids in VECTORS.items():
+        words, new = [word.encode() for word in split_words(text)], set()
+        pattern = b""
+        for i in ids:
+            pattern += (re.escape(known[i]) if i in known else b"(?P=t%d)" % i if i in new
+                        else b"(?P<t%d>[^\xff]{2,16})" % i) + b"\xff?"
+            new |= {i} - known.keys()
+        match = re.fullmatch(pattern, b"\xff".join(words))
+        assert match, text
+        known |= {int(name[1:]): found for name, found in match.groupdict().items()}
+        single += len(words) == len(ids)
+    assert len(known) == len(set(known.values())) == 256 + 18
+    assert single == 6  # in so many texts each word is one id
+
+
 @pytest.mark.skipif("CHAMELEON_TOKENIZER" not in os.environ, reason="needs the gated release")
 def test_the_releases_own_tokenizer_gives_its_published_ids():
     tokenizer = load_tokenizer(os.environ["CHAMELEON_TOKENIZER"])
-    assert {text: tokenizer.text_ids(text) for text in GOLDEN} == GOLDEN
+    assert {text: tokenizer.text_ids(text) for text in VECTORS} == VECTORS
     assert tokenizer.vocab_size == 65536 and tokenizer.vocabulary.num_codes == 8192
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id) == (0, 1)
     assert (tokenizer.sep_token_id, tokenizer.image_token_id) == (8710, 8711)
