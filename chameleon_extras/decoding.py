@@ -23,10 +23,11 @@ attention             Fused kernels are made for many queries. For one query on 
                       products of softmax(q k^T) v are faster one by one.
 matrix times vector   Libraries for matrix products are made for many rows. For a few rows (one, or
                       those of a guided picture), a plain loop over the weights is twice as fast.
-                      torch.compile writes it, for float and for int8 weights. Without compiling,
-                      bf16 on a CPU has two libraries, and a measurement picks one. On CUDA, cuBLAS
-                      is faster from two rows of float weights on; int8 keeps the loop, because
-                      cuBLAS would need a bf16 copy of the weights.
+                      torch.compile writes it, for float and for int8 weights. Some CPUs have
+                      instructions that only the libraries use. So on a CPU a measurement picks
+                      loop or library (`CANDIDATES`). On CUDA, cuBLAS is faster from two rows of
+                      float weights on; int8 keeps the loop, because cuBLAS would need a bf16 copy
+                      of the weights.
 waiting               Reading an id is a GPU synchronization. So ids are read one step later, while
                       the next step already runs. Inside a picture, nothing else is read.
 
@@ -83,11 +84,19 @@ def in_memory(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
-# Who multiplies: in bf16 on a CPU, the fastest form depends on the processor, so it is measured
+# Who multiplies: on a CPU the fastest form depends on the processor, so it is measured
 
-FORMS = ("oneDNN", "torch", "fp32")  # the library, torch's own kernels, converting both to fp32
+FORMS = ("oneDNN", "torch", "fp32")  # of a cache's products; what they are, see `multiplied`
+CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the forms to measure
+    (torch.bfloat16, torch.bfloat16, False): ("oneDNN", "torch"),
+    (torch.bfloat16, torch.bfloat16, True): ("loop", "oneDNN", "torch"),
+    (torch.bfloat16, torch.int8, True): ("loop", "int8pack"),
+    (torch.float32, torch.float32, True): ("loop", "torch"),
+}
 MEASURED = 512  # columns of a cache from which on a measurement pays
-A_MATRIX = (1, 2**10), (2**10, 2**15), True  # one row times the weights of a layer, 64 MB of them
+LARGE = 2**19  # numbers in a matrix from which on it does: smaller ones stay in the CPU's caches
+WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
+READ = 2**26  # bytes that one measurement reads, more than the caches hold
 
 
 @contextmanager
@@ -101,31 +110,43 @@ def onednn(enabled: bool) -> Iterator[None]:
 
 
 def multiplied(a: Tensor, b: Tensor, form: str) -> Tensor:
-    """a @ b by one of FORMS; the result has a's dtype."""
+    """a @ b with a's dtype (from a loop: fp32) in one of these forms:
+
+    oneDNN     the library that comes with torch
+    torch      torch's own kernels
+    fp32       both converted to fp32
+    loop       what torch.compile makes of `row_sums`
+    int8pack   torch's kernel for int8 weights and bf16 rows
+    """
     if form == "fp32":
         return (a.float() @ b.float()).to(a.dtype)
+    if form == "loop":
+        return compiled_row_sums(len(a), b.dtype)(b.mT, a)
+    if form == "int8pack":
+        return torch._weight_int8pack_mm(a, b.mT, a.new_ones(b.shape[1]))
     with onednn(form == "oneDNN"):
         return a @ b
 
 
 @cache
 def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: torch.dtype,
-            forms: tuple[str, ...] = FORMS) -> str:
+            forms: tuple[str, ...] = FORMS, stored: torch.dtype | None = None) -> str:
     """The form in which tensors of these shapes are multiplied soonest here; 0.1 s, once.
 
-    `transposed`: b lies in memory with its last two dimensions exchanged. As in a model, there are
-    so many b that they come from memory, and each is a view of a longer buffer.
+    `transposed`: b lies in memory with its last two dimensions exchanged; `stored`: its dtype, if
+    it is not a's. As in a model, there are so many b that they come from memory, and each is a view
+    of a longer buffer.
     """
-    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return "torch"
+    if not torch.backends.mkldnn.is_available():
+        forms = tuple(form for form in forms if form != "oneDNN")
     *batch, rows, columns = (*b[:-2], b[-1], b[-2]) if transposed else b
-    count = max(1, 2**24 // torch.Size(b).numel())  # 32 MB
+    count = max(1, READ // (torch.Size(b).numel() * (stored or dtype).itemsize))
     x = torch.ones(a, dtype=dtype)
-    many = [torch.ones(*batch, rows + 64, columns, dtype=dtype)[..., :rows, :]
+    many = [torch.ones(*batch, rows + 64, columns, dtype=stored or dtype)[..., :rows, :]
             for _ in range(count)]
     many = [y.mT for y in many] if transposed else many
     seconds = {}
-    for form in forms * 2:
+    for form in forms * 3:  # the first time is a loop's compilation
         start = time.perf_counter()
         for y in many:
             multiplied(x, y, form)
@@ -134,10 +155,24 @@ def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: tor
     return min(seconds, key=seconds.get)
 
 
+def form_of(layer: nn.Module, rows: int, dtype: torch.dtype, compiled: bool) -> str:
+    """In which form a linear layer is computed for so many rows of this dtype.
+
+    One answer for all matrices of a kind, remembered for the process. Where nothing is measured, a
+    compiled step has the loop and a plain one leaves the choice to torch, which asks oneDNN first.
+    """
+    weight = getattr(layer, "weight", torch.empty(0))
+    forms = CANDIDATES.get((dtype, weight.dtype, compiled))
+    if not (forms and weight.device.type == "cpu" and rows <= FEW and weight.numel() >= LARGE):
+        return "loop" if compiled else "oneDNN"
+    return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, forms, weight.dtype)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a (..., n, m) @ b (..., m, o), where n is small and m or o is the length of a cache."""
     L = max(b.shape[-2:])
-    if a.device.type != "cpu" or L < MEASURED or torch.compiler.is_compiling():
+    measured = a.device.type == "cpu" and a.dtype == torch.bfloat16 and L >= MEASURED
+    if not measured or torch.compiler.is_compiling():
         return a @ b
     rounded = 1 << (L - 1).bit_length()  # a cache grows: so few lengths are measured
     sizes = [tuple(rounded if n == L else n for n in x.shape) for x in (a, b)]
@@ -284,6 +319,13 @@ def packed_row_sums(weight: Tensor, rows: Tensor) -> Tensor:
     return torch.stack(sums, dim=-1).T  # (n, O)
 
 
+@cache
+def compiled_row_sums(rows: int, dtype: torch.dtype) -> Callable:
+    """`row_sums` on its own, to be measured; one for each kind, as torch counts what it compiles.
+    """
+    return compile_step(copy_of(row_sums), torch.device("cpu"))
+
+
 class RowProduct(nn.Module):
     """A linear layer for torch.compile: with few rows of x its product becomes a plain loop.
 
@@ -306,14 +348,18 @@ class RowProduct(nn.Module):
         return y if self.layer.bias is None else y + self.layer.bias
 
 
-def with_row_products(module: nn.Module) -> nn.Module:
-    """The same module on the same weights, its linear layers as RowProduct; nothing is copied."""
+def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Module:
+    """The same module on the same weights, its linear layers as RowProduct where a loop is the
+    fastest form for so many rows of this dtype; nothing is copied.
+    """
     plain = type(getattr(module, "weight", None)) in (nn.Parameter, Tensor)  # not torchao's kinds
     if isinstance(module, (nn.Linear, Int8Linear)) and plain:
-        return RowProduct(module)
+        loop = form_of(module, rows, dtype, compiled=True) == "loop"
+        return RowProduct(module) if loop else module
     twin = copy.copy(module)
     twin.training = False  # whatever the model does between two answers: no dropout in a step
-    twin._modules = {name: with_row_products(child) for name, child in module.named_children()}
+    twin._modules = {name: with_row_products(child, rows, dtype)
+                     for name, child in module.named_children()}
     return twin
 
 
@@ -447,8 +493,8 @@ class Decoder:
         if not compiled:
             warn_of_unpacking(model)
         else:
-            self.layers = [with_row_products(layer) for layer in model.model.layers]
             check_compile(model.device)
+            self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
             # Before each call torch asks whether all it has seen is still so; for N blocks that is
             # a tenth of a step. Here only shapes are asked. That the rest is so, we know: layers of
@@ -474,9 +520,8 @@ class Decoder:
     @contextmanager
     def kernels(self, rows: int) -> Iterator[None]:
         """The fastest kernels for so many rows, and room for every shape that comes."""
-        native = (rows == 1 and not self.compiled and self.model.device.type == "cpu"
-                  and fastest(*A_MATRIX, self.model.dtype, FORMS[:2]) == "torch")
-        enabled = torch.backends.mkldnn.enabled and not native
+        form = form_of(self.model.lm_head, rows, self.model.dtype, self.compiled)
+        enabled = torch.backends.mkldnn.enabled and form != "torch"
         # Not to be named where nothing is compiled: its import takes a second.
         limit = torch._dynamo.config.patch(recompile_limit=64) if self.compiled else nullcontext()
         with onednn(enabled), limit:
@@ -485,16 +530,20 @@ class Decoder:
     def product(self, layer: nn.Module) -> Callable:
         """A head, rows (n, D) -> (n, outputs), as fast as it gets from its second use on.
 
-        The first is as it comes: so the first id of an answer does not wait for the compiler.
+        The first is as it comes: so the first id of an answer does not wait for the compiler, nor
+        for a measurement. All uses have the same number of rows.
         """
-        runs = [layer]
-        if self.compiled:
-            runs.append(partial(self.head, with_row_products(layer)))
+        runs = []
 
         def fast(x: Tensor) -> Tensor:
+            x = x.contiguous()  # the prompt's last column is a view whose strides tell its length
+            if not runs:
+                runs.append(layer)
+                return layer(x)
             with self.kernels(len(x)):
-                # Contiguous: the prompt's last column is a view whose strides tell its length.
-                return (runs.pop(0) if len(runs) > 1 else runs[0])(x.contiguous())
+                if self.compiled and len(runs) == 1:
+                    runs.append(partial(self.head, with_row_products(layer, len(x), x.dtype)))
+                return runs[-1](x)
 
         return fast
 
@@ -524,9 +573,12 @@ class Decoder:
         """
         model = self.model.model
         x = model.embed_tokens(cache.new)  # (B, 1, D)
+        if len(x) not in self.layers:
+            self.layers[len(x)] = [with_row_products(layer, len(x), x.dtype)
+                                   for layer in model.layers]
         cos, sin = rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, k_, v_ in zip(self.layers, k, v):
+        for layer, k_, v_ in zip(self.layers[len(x)], k, v):
             x = self.block(layer, x, cos, sin, allowed, k_, v_, cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 

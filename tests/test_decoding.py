@@ -273,7 +273,7 @@ def test_a_row_product_is_the_layers_own(kind, bias):
     model = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=bias))
     if kind:
         quantize_model(model, kind)
-    twin = with_row_products(model)
+    twin = with_row_products(model, 1, torch.float32)
     assert isinstance(twin[0], RowProduct) and not isinstance(model[0], RowProduct)
     for shape in ((1, 64), (1, 1, 64), (FEW, 1, 64), (FEW + 1, 64)):
         x = torch.randn(shape)
@@ -282,7 +282,7 @@ def test_a_row_product_is_the_layers_own(kind, bias):
 
 def test_choosing_kernels_leaves_torch_as_it_was(monkeypatch):
     model = small_model()
-    monkeypatch.setattr(decoding, "fastest", lambda *_: "torch")
+    monkeypatch.setattr(decoding, "form_of", lambda *_: "torch")
     decoder, seen, forward = Decoder(model), [], model.model.forward
 
     def watched(*arguments, **named):
@@ -298,7 +298,7 @@ def test_choosing_kernels_leaves_torch_as_it_was(monkeypatch):
 
 def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypatch):
     sizes = (1, 2, 1, 8), (1, 2, 8, 64), True
-    assert decoding.fastest(*sizes, torch.float32) == "torch"
+    monkeypatch.setattr(decoding, "READ", 2**16)
     assert decoding.fastest(*sizes, torch.bfloat16) in decoding.FORMS
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(1, 2, 3, 40, generator=g), torch.randn(1, 2, 40, 7, generator=g)
@@ -312,6 +312,47 @@ def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypat
     plain = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[], decoder=False))
     ids = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[], decoder=Decoder(model)))
     assert torch.equal(torch.cat(ids), torch.cat(plain))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("case", decoding.CANDIDATES, ids=str)
+def test_every_form_of_a_layers_product_is_the_product(n, case, monkeypatch):
+    dtype, stored, compiled = case
+    x = torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(dtype)
+    weight = torch.randint(-100, 100, (96, 64), generator=torch.Generator().manual_seed(0))
+    weight = weight.to(stored)  # (O, I)
+    for form in decoding.CANDIDATES[case]:
+        y = decoding.multiplied(x, weight.mT, form)
+        torch.testing.assert_close(y.float(), x.float() @ weight.float().mT, atol=1.0, rtol=1e-2)
+    monkeypatch.setattr(decoding, "WIDTH", 64)
+    monkeypatch.setattr(decoding, "OUTPUTS", 96)
+    monkeypatch.setattr(decoding, "READ", 2**14)
+    monkeypatch.setattr(decoding, "LARGE", 1)
+    layer = torch.nn.Linear(1, 1)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert decoding.form_of(layer, n, dtype, compiled) in decoding.CANDIDATES[case]
+
+
+@pytest.mark.parametrize("kind, dtype, form, name", [
+    (None, torch.float32, "torch", "linear"), (None, torch.bfloat16, "oneDNN", "linear"),
+    ("int8", torch.bfloat16, "int8pack", "_weight_int8pack_mm"),
+])
+def test_a_compiled_step_takes_the_form_that_is_fastest(kind, dtype, form, name, traced,
+                                                        monkeypatch):
+    """By the numbers of rows: here the library for one row, the loop for two."""
+    monkeypatch.setattr(decoding, "LARGE", 1)
+    monkeypatch.setattr(decoding, "fastest", lambda a, *_: form if a[0] == 1 else "loop")
+    model = small_model(num_hidden_layers=1).to(dtype)
+    if kind:
+        quantize_model(model, kind)
+    decoder, options = Decoder(model, compiled=True), dict(max_new_tokens=4, eos_token_id=[])
+    for rows in (1, 2):
+        prompt = torch.tensor([[0, 80, 81]] * rows)
+        expected = generate(model, prompt, **options, decoder=False)
+        ids = generate(model, prompt, **options, decoder=decoder)
+        assert torch.equal(ids, expected) or dtype == torch.bfloat16  # two may be equally good
+    counts = [sum(name in operation for operation in graph) for graph in traced]
+    assert counts == [7, 1, 0, 0]  # the block, the head
 
 
 # ---------------------------------------------------------------------------- reading one behind

@@ -28,7 +28,7 @@ LATE = {
     ("generate", "stream"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 845, "generate.py": 812, "README.md": 220}
-ALL_LINES, ALL_FILES = 10_550, 31
+ALL_LINES, ALL_FILES = 10_610, 31
 
 
 def own_modules(node: ast.stmt) -> list[str]:
