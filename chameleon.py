@@ -689,6 +689,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         output_attentions: bool | None = None,  # None: the config's; computed by eager attention
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,  # False: a plain tuple
+        cache_position: Tensor | None = None,  # (T,), position_ids of all rows
     ) -> "ChameleonOutput | tuple":
         """-> last_hidden_state (B, T, D) and what was asked for.
 
@@ -718,7 +719,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
             cache.check_batch(len(x))
             past = cache.length
         if position_ids is None:
-            position_ids = torch.arange(past, past + T, device=x.device)[None]  # (1, T)
+            positions = torch.arange(past, past + T, device=x.device)  # (T,)
+            position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
@@ -777,6 +779,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
         logits_to_keep: int = 0,  # only the last so many positions get logits; 0 is all
         mask_image_logits: bool = True,
     ) -> "ChameleonOutput | tuple":
@@ -799,7 +802,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
             input_ids, pixel_values = filled, None
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
-            use_cache, output_attentions, output_hidden_states, return_dict=True)
+            use_cache, output_attentions, output_hidden_states, True, cache_position)
         logits = self.lm_head(body.last_hidden_state[:, -logits_to_keep:])  # (B, T, V); -0 is all
         if mask_image_logits:
             lowest = torch.finfo(logits.dtype).min

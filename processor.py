@@ -640,7 +640,7 @@ class ChameleonProcessor:
             data |= self.image_processor(pictures, return_tensors=return_tensors, **options)
         return data
 
-    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
+    def decode(self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:
         """As Tokenizer.decode."""
         return self.tokenizer.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)

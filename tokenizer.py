@@ -359,11 +359,12 @@ class Tokenizer:
         name = self.name_of(token_id)
         return name.encode() if int(token_id) in self.special_ids else self.text_bytes(name)
 
-    def decode(self, ids: Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
+    def decode(self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:
-        """Ids (T,) -> text. Bytes that are not utf-8 become U+FFFD. ValueError for unknown ids, and
-        with clean_up_tokenization_spaces, which would alter the text.
+        """Ids (T,), or one id -> text. Bytes that are not utf-8 become U+FFFD. ValueError for
+        unknown ids, and with clean_up_tokenization_spaces, which would alter the text.
         """
+        ids = [ids] if isinstance(ids, int) else ids
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
         shape = tuple(getattr(ids, "shape", (0,)))  # a list has no shape

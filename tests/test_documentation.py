@@ -4,6 +4,7 @@ What is replaced is named in PLACES: the module, the model's folder, the device,
 pictures. The oracle for what the calls give is transformers itself.
 """
 
+import inspect
 import types
 import warnings
 from pathlib import Path
@@ -231,6 +232,22 @@ def test_a_forward_pass_returns_a_cache_that_grows():
             whole = model(ids, use_cache=False)
             assert whole.past_key_values is None
             assert (second.logits - whole.logits[:, 5:]).abs().max() < 1e-4
+        moved = [ours(ids, cache_position=torch.arange(0, 18, 2)).logits,
+                 ours(ids, position_ids=torch.arange(0, 18, 2)[None]).logits, whole.logits]
+    assert torch.equal(moved[0], moved[1]) and not torch.allclose(moved[1], moved[2])
+
+
+PAGE = ["input_ids", "pixel_values", "attention_mask", "position_ids", "past_key_values",
+        "inputs_embeds", "labels", "use_cache", "output_attentions", "output_hidden_states",
+        "return_dict", "cache_position"]
+
+
+@pytest.mark.parametrize("cls, names", [
+    (ChameleonForConditionalGeneration, PAGE),
+    (ChameleonModel, [name for name in PAGE if name != "labels"]),
+])
+def test_the_arguments_of_forward_stand_in_the_order_of_the_page(cls, names):
+    assert [*inspect.signature(cls.forward).parameters][1 : len(names) + 1] == names
 
 
 def test_outputs_are_read_by_attribute_name_and_index():
@@ -583,6 +600,7 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.tokenize(texts[0]) == theirs.tokenize(texts[0]) == bpe.convert_ids_to_tokens(ids[1:])
     assert bpe.convert_tokens_to_ids(bpe.tokenize(texts[0])) == ids[1:]
     assert bpe.decode(ids) == theirs.decode(ids) == "<s>" + texts[0]
+    assert bpe.decode(ids[1]) == theirs.decode(ids[1])
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
 
