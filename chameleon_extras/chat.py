@@ -55,6 +55,7 @@ class Conversation:
 
     def reset(self) -> None:
         self.ids = [self.processor.tokenizer.bos_token_id]  # of all turns, or of the last one
+        self.start = 1  # where the last answer begins
         self.pictures = []  # ids of the last pictures, marks included
         self.parts = []  # text and pictures to look at, lines of the user begin with ">"
         self.cache = KVCache(self.model.config)
@@ -93,7 +94,7 @@ class Conversation:
                 yield piece
         finally:
             answer = self.finished(made)
-            self.ids = prompt + answer
+            self.ids, self.start = prompt + answer, len(prompt)
             self.pictures = self.pictures_of(answer) or self.pictures_of(turn) or self.pictures
 
     def note(self, piece: Piece) -> None:

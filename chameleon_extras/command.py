@@ -67,7 +67,7 @@ MAX_COUNT = 1000
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
 RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
 EXPLAIN = {"explain", "prompt", "completion", *OF_WEIGHTS}
-CHAT = {"chat", "context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
+CHAT = {"context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
         *OF_PICTURES} - {"image", "out"}
 PROMPTS = {"prompts", "batch", "completion", "max_new_tokens", "seed", "compile", *OF_WEIGHTS,
            *OF_TEXT} - {"image"}
@@ -107,6 +107,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--image", action="extend", nargs="+", default=[], metavar="FILE",
         help="in the order of <image>; without <image> in the prompt it goes in front")
     add("--chat", action="store_true", help="a conversation: each line is a turn, /help helps")
+    add("--demo", action="store_true", help="a conversation on a page, for a browser here")
     add("--prompts", type=Path, metavar="FILE",
         help="many prompts, one a line, or .jsonl with pictures; a JSON line for each answer goes "
         "to --out or stdout; started again, it goes on where it was stopped")
@@ -184,14 +185,15 @@ def seed(text: str) -> int:
 def check_unused(options: argparse.Namespace) -> None:
     """ValueError for an option that would have no effect."""
     ignored, why = set(), ""
-    if options.chat:
-        ignored, why = set(options.given) - CHAT, "--chat reads its prompts line by line"
+    if options.chat or options.demo:
+        ignored = set(options.given) - CHAT - ({"demo"} if options.demo else {"chat"})
+        why = "--demo is a page" if options.demo else "--chat reads its prompts line by line"
     elif options.prompts:
         ignored, why = set(options.given) - PROMPTS, "--prompts answers a file in text"
     elif "batch" in options.given:
         ignored, why = {"batch"}, "only --prompts has batches"
     elif options.context:
-        ignored, why = {"context"}, "only --chat has earlier turns"
+        ignored, why = {"context"}, "only --chat and --demo have earlier turns"
     elif options.explain:
         ignored, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
     elif options.reconstruct:
@@ -226,7 +228,7 @@ def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
     if options.explain:
         return check_page(options)
-    if options.prompts or options.chat:
+    if options.prompts or options.chat or options.demo:
         if options.prompts and not 1 <= options.batch <= 1024:
             raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
         if options.prompts and ranks() > 1:
@@ -402,7 +404,7 @@ def answer(options: argparse.Namespace) -> None:
         if not options.image:
             raise ValueError("--reconstruct needs an --image")
         return reconstruct(options, processor)
-    if options.chat:
+    if options.chat or options.demo:
         return converse(options, processor)
     if options.prompts:
         from chameleon_extras.prompts import answer_all  # which imports this file
@@ -437,19 +439,28 @@ def answer(options: argparse.Namespace) -> None:
 
 
 def converse(options: argparse.Namespace, processor: ChameleonProcessor) -> None:
-    """--chat"""
-    # Only here, because chat.py imports this file.
+    """--chat and --demo"""
+    # Only here, because these files import this one.
     from chameleon_extras.chat import Conversation, chat
+    from chameleon_extras.demo import check_gradio, serve
 
     if ranks() > 1:
-        raise ValueError("--chat is for one process: leave torchrun out")
+        raise ValueError("--chat and --demo are for one process: leave torchrun out")
+    if options.demo:
+        check_gradio()
     check_pair(read_config(options.model), processor, {})
     model = load_model(options)
     whole = options.context == "whole" or (options.context is None and options.model != TINY)
     decoder = Decoder(model, options.compile, options.attention)
     sampling = {name: getattr(options, name) for name in (*OF_TEXT, *OF_PICTURES, "max_new_tokens")}
     sampling["do_sample"] = options.temperature > 0
-    chat(Conversation(model, processor, decoder, whole), options.seed, sampling)
+
+    def start() -> Conversation:
+        return Conversation(model, processor, decoder, whole)
+
+    if options.demo:
+        return serve(start, options.seed, sampling)
+    chat(start(), options.seed, sampling)
 
 
 def read_stdin() -> str:

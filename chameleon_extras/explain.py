@@ -35,6 +35,7 @@ from tokenizer import Tokenizer, image_token_name
 
 SHADES = " ░▒▓█"
 CHUNK = 128  # positions whose logits exist at one time: 4096 x 65536 would take 1 GiB
+AT_ONCE = 16  # tokens whose attentions of all layers and heads exist at one time, in `glances`
 LINES, GRID = 40, 12  # on a terminal: the most lines of tokens, the most codes a side
 VQ = "model.vqmodel."
 FIRST = "model.layers.0."
@@ -133,6 +134,27 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
         shares[names.kind(i)] += p
     return Walk(tokens, segments, codes, images, shapes, allowed, attention.float().cpu(), probs,
                 best, shares)
+
+
+@torch.inference_mode()
+def glances(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, ids: Tensor,
+            start: int) -> tuple[list[Token], Tensor]:
+    """ids (1, T) without placeholders -> the n tokens from `start` on, and where each looks (n, T).
+
+    A token is chosen at the place before it, so its look is the attention of that place, the mean
+    over layers and heads. Letters: L columns of the cache so far.
+    """
+    T, states, looks = ids.shape[1], [], []
+    cache = KVCache(model.config, 1, T, model.dtype, model.device)
+    if start > 1:
+        model.model(ids[:, : start - 1], past_key_values=cache)
+    for part in ids[:, start - 1 :].split(AT_ONCE, dim=1):
+        seen = model.model(part, past_key_values=cache, output_attentions=True)
+        weights = torch.stack([w[0].float().mean(0) for w in seen.attentions]).mean(0)  # (n, L)
+        looks.append(nn.functional.pad(weights, (0, T - weights.shape[1])))
+        states.append(seen.last_hidden_state[0])
+    tokens = tokens_of(model, Names(tokenizer), ids[0, start - 1 :], torch.cat(states))
+    return tokens[1:], torch.cat(looks)[:-1].cpu()  # (n, T)
 
 
 def watch(model: nn.Module, shapes: list) -> list:

@@ -238,7 +238,7 @@ def test_lines_may_come_from_a_file_and_other_options_are_refused(untrained_fold
 
 @pytest.mark.parametrize("arguments, message", [
     (["--chat", "--prompt", "a"], "line by line: leave --prompt out"),
-    (["--context", "last", "--prompt", "a"], "only --chat has earlier turns"),
+    (["--context", "last", "--prompt", "a"], "only --chat and --demo have earlier turns"),
 ])
 def test_options_that_do_not_go_together_are_one_line(arguments, message, capsys):
     assert module.main(arguments) == 2

@@ -10,6 +10,7 @@ from small import SIZES, VQ, scrambled_vocabulary
 
 import generate as module
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon_extras import explain
 from chameleon_extras.decoding import set_attention
 from chameleon_extras.explain import WATCHED, heat, page, report, walk
 from chameleon_extras.quantize import quantize_model
@@ -107,6 +108,18 @@ def test_attention_is_the_last_row_of_every_layers_weights(shown, direct):
     assert name == "picture 2"
     torch.testing.assert_close(heat(shown, 1).flatten(), rows[:, start:end].mean(0),
                                atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [1, 7, 30])
+def test_a_glance_is_the_attention_of_the_place_before_each_token(
+        shown, direct, model, processor, inputs, monkeypatch, start):
+    monkeypatch.setattr(explain, "AT_ONCE", 5)
+    ids = model.model.replace_image_placeholders(inputs["input_ids"], inputs["pixel_values"])
+    tokens, looks = explain.glances(model, processor.tokenizer, ids, start)
+    rows = torch.stack([weights[0].mean(0) for weights in direct.attentions]).mean(0)  # (T, T)
+    torch.testing.assert_close(looks, rows[start - 1 : -1], atol=1e-5, rtol=1e-4)
+    for token, known in zip(tokens, shown.tokens[start:], strict=True):
+        assert token[:3] == known[:3] and abs(token.entropy - known.entropy) < 1e-3
 
 
 def test_the_mask_is_causal_for_pictures_too(shown, direct):

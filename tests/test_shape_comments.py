@@ -15,11 +15,12 @@ from small import SIZES, VQ, batch_with_pictures, randomize, scrambled_vocabular
 import generate
 import train
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from chameleon_extras import decoding, release
+from chameleon_extras import decoding, demo, release
+from chameleon_extras.chat import Conversation
 from chameleon_extras.parallel import own_part
 from chameleon_extras.quantize import quantize_model
 from generate import stream
-from processor import ChameleonImageProcessor
+from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import documents, evaluate, figures, own_data, vqvae_stage, world
 from tiny_world.code_rows import add_code_rows
 from tiny_world.pictures import Pictures
@@ -187,6 +188,11 @@ def commands(folder: Path, out: Path) -> None:
                       ["--prompt", "a", "--vqgan", str(folder / "model.safetensors")]):
         common = ["--model", str(folder), "--device", "cpu"]
         assert generate.main([*common, *arguments]) == 0
+    talk = Conversation(ChameleonForConditionalGeneration.from_pretrained(folder),
+                        ChameleonProcessor.from_pretrained(folder))
+    for mode, pictures in (("text", [Image.open(out / "red.png")]), ("image", [])):
+        list(talk.ask("a", pictures, mode, max_new_tokens=3))
+        demo.walk(talk)
 
 
 def first_stage() -> None:
