@@ -269,12 +269,13 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         if self.config.tie_word_embeddings and head is not None:
             head.weight = self.base_model.embed_tokens.weight
 
-    def resize_token_embeddings(self, new_num_tokens: int,
+    def resize_token_embeddings(self, new_num_tokens: int | None = None,
                                 pad_to_multiple_of: int | None = None) -> nn.Embedding:
         """Keeps the rows of ids that stay; new rows are the mean of the old ones, as in
         transformers. ValueError if an id of the vocabulary_map or of the config would lie outside.
         """
-        V = new_num_tokens + -new_num_tokens % (pad_to_multiple_of or 1)
+        V = new_num_tokens or self.config.vocab_size
+        V += -V % (pad_to_multiple_of or 1)
         replace(self.config, vocab_size=V)  # its checks
         table, head = self.get_input_embeddings(), self.get_output_embeddings()
         for layer in (table, head):
@@ -699,6 +700,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if not isinstance(past_key_values, KVCache | None):
+            raise ValueError("past_key_values must be a KVCache, as a forward pass returns it")
         c, cache = self.config, past_key_values
         use_cache = c.use_cache if use_cache is None else use_cache
         attends = c.output_attentions if output_attentions is None else output_attentions

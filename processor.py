@@ -513,6 +513,9 @@ class ChameleonProcessor:
                              f"1 to {self.MAX_CODES}")
         if not isinstance(image_token, str) or not image_token:
             raise ValueError(f"image_token={image_token!r:.80}: want the text that marks a picture")
+        if not (isinstance(tokenizer, Tokenizer) and hasattr(image_processor, "preprocess")):
+            raise ValueError("a ChameleonProcessor takes a ChameleonImageProcessor and a tokenizer "
+                             "that AutoTokenizer of this project has read, in this order")
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_length, self.image_token = image_seq_length, image_token
 

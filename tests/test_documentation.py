@@ -302,6 +302,8 @@ def test_placeholders_without_pictures_and_a_cache_of_another_batch_are_errors()
     model = small_model()
     with pytest.raises(ValueError, match="no pixel_values"):
         model(torch.tensor([[0, 73, 80]]))
+    with pytest.raises(ValueError, match="must be a KVCache"):
+        model(torch.tensor([[0, 80]]), past_key_values=transformers.DynamicCache())
     with pytest.raises(ValueError, match="KV cache holds 2 rows, the input has 1"):
         model(torch.tensor([[0, 80]]), past_key_values=KVCache(model.config, 2, 8))
 
@@ -348,6 +350,7 @@ def test_embeddings_are_resized_and_old_rows_stay():
     assert torch.equal(model(ids).logits[..., :V], expected)
     mean = before.mean(0)
     assert all(torch.allclose(row, mean, atol=1e-6) for row in model.lm_head.weight[V:])
+    assert model.resize_token_embeddings().weight.shape[0] == V + 5
     assert model.resize_token_embeddings(V, pad_to_multiple_of=64).weight.shape[0] % 64 == 0
     model.resize_token_embeddings(V - 5)
     assert model(ids).logits.shape[-1] == V - 5
@@ -603,6 +606,15 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.decode(ids[1]) == theirs.decode(ids[1])
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
+
+
+def test_parts_of_another_kind_are_no_processor(bpe_folder):
+    ours = AutoTokenizer.from_pretrained(ROOT / "tiny")
+    pictures = chameleon.ChameleonImageProcessor()
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(bpe_folder / "tokenizer.json"))
+    for parts in ((pictures, theirs), (ours, pictures)):
+        with pytest.raises(ValueError, match="takes a ChameleonImageProcessor and a tokenizer"):
+            ChameleonProcessor(*parts)
 
 
 def test_options_of_the_processor_replace_those_of_its_file_and_others_are_named():
