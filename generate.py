@@ -740,8 +740,10 @@ class Piece(NamedTuple):
 
 def decode_pictures(model: ChameleonForConditionalGeneration, ids: Tensor) -> list[Image.Image]:
     """Ids of pictures (N, S), no marks -> N pictures."""
+    from chameleon_extras.decoding import decode_codes  # fp32 or bf16: that depends on the machine
+
     codes = model.model.vocabulary.codes_from_ids(ids)  # (N, S)
-    return ChameleonImageProcessor.postprocess(model.model.vqmodel.decode(codes))
+    return ChameleonImageProcessor.postprocess(decode_codes(model.model.vqmodel, codes))
 
 
 def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,

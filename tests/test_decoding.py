@@ -2,15 +2,17 @@
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small import S as BIG_S
 from small import batch_with_pictures, left_padded, small_model
 from test_generate import SMALL_S, with_any_logits
 
 import generate as module
-from chameleon import KVCache, eager_attention, sdpa_attention
+from chameleon import ChameleonForConditionalGeneration, KVCache, eager_attention, sdpa_attention
 from chameleon_extras import decoding
 from chameleon_extras.decoding import (
     AT_ONCE,
@@ -31,6 +33,9 @@ from chameleon_extras.decoding import (
 from chameleon_extras.quantize import quantize_model
 from chameleon_extras.stats import Stats, bandwidth, step_bytes
 from generate import generate, stream
+from processor import ChameleonProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -353,6 +358,44 @@ def test_a_compiled_step_takes_the_form_that_is_fastest(kind, dtype, form, name,
         assert torch.equal(ids, expected) or dtype == torch.bfloat16  # two may be equally good
     counts = [sum(name in operation for operation in graph) for graph in traced]
     assert counts == [7, 1, 0, 0]  # the block, the head
+
+
+# --------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_no_level_of_a_picture_moves_by_more_than_2_in_bf16(drawn, monkeypatch):
+    """With trained weights: pictures that they know, and codes drawn at random."""
+    processor = ChameleonProcessor.from_pretrained(ROOT / "tiny")
+    vq = ChameleonForConditionalGeneration.from_pretrained(ROOT / "tiny").model.vqmodel
+    pictures = [Image.open(path).convert("RGB") for path in (ROOT / "examples").glob("*.png")]
+    codes = vq.encode(processor.image_processor(pictures, return_tensors="pt").pixel_values)
+    if drawn:
+        codes = torch.randint(0, vq.config.num_embeddings, codes.shape,
+                              generator=torch.Generator().manual_seed(0))
+    levels = lambda pixels: ((pixels.clamp(-1, 1) + 1) * 127.5).round()  # noqa: E731
+    plain = vq.decode(codes)
+    assert torch.equal(decoding.decode_codes(vq, codes), plain)  # too few codes for a measurement
+    monkeypatch.setattr(decoding, "MANY_CODES", 1)
+    monkeypatch.setattr(decoding, "bf16_convolves_faster", lambda channels: True)
+    pixels = decoding.decode_codes(vq, codes)
+    assert pixels.dtype == torch.float32 and not torch.equal(pixels, plain)
+    assert (levels(pixels) - levels(plain)).abs().max() <= 2
+
+
+def test_pictures_are_in_bf16_only_where_that_is_measured_to_be_faster(monkeypatch):
+    def passed(block, x):
+        clock["now"] += clock["bf16"] if torch.is_autocast_enabled("cpu") else 1.0
+        return x
+
+    clock = {"now": 0.0}
+    monkeypatch.setattr(decoding.ResBlock, "forward", passed)
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock["now"])
+    for seconds, faster in ((0.5, True), (0.9, False), (3.0, False)):
+        clock["bf16"] = seconds
+        decoding.bf16_convolves_faster.cache_clear()
+        assert decoding.bf16_convolves_faster(32) == faster
+    decoding.bf16_convolves_faster.cache_clear()
 
 
 # ---------------------------------------------------------------------------- reading one behind
