@@ -620,7 +620,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         layer_class = ChameleonSwinDecoderLayer if config.swin_norm else ChameleonDecoderLayer
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = ChameleonRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.vqmodel = ChameleonVQVAE(config.vq_config, with_vq_decoder)
+        # Frozen: no gradient passes the nearest code. VectorQuantizer.forward trains one by itself.
+        self.vqmodel = ChameleonVQVAE(config.vq_config, with_vq_decoder).requires_grad_(False)
         self.vocabulary = VocabularyMap(config.vocabulary_map)  # codes <-> ids, by name
         self.embed_tokens.apply(self.init_weights)
         self.layers.apply(self.init_weights)
@@ -632,6 +633,11 @@ class ChameleonModel(ChameleonPreTrainedModel):
             nn.init.zeros_(module.weight[module.padding_idx].detach())
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> "ChameleonModel":
+        super().train(mode)
+        self.vqmodel.eval()
+        return self
 
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         """Pixels in [-1, 1] (N, 3, height, width) -> vocabulary ids (N, S) in raster order."""

@@ -7,6 +7,7 @@
     input_ids (B, T), attention_mask (B, T)          pixel_values (N, 3, H, W)
 
     ids of this prompt:   <s> What is this ? <racm3:break> <image> x S <eoss> <reserved08706>
+    with its answer:      the same, then  A star . </s>; labels (B, T) are -100 before the answer
 
     pixels of a picture:  RGB, transparency on white    (H, W, 3) uint8
                           shortest edge to 512          (512, W', 3) or (H', 512, 3)
@@ -62,6 +63,7 @@ from tokenizer import (
 
 Picture = Image.Image | np.ndarray | torch.Tensor | str | Path  # the last two: a file
 Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of both
+IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 
 
 # ---------------------------------------------------------------------------------------------
@@ -520,7 +522,7 @@ class ChameleonProcessor:
         self.image_seq_length, self.image_token = image_seq_length, image_token
 
     def __call__(self, *inputs, text: str | list[str] | None = None,
-                 images: Pictures | None = None,
+                 images: Pictures | None = None, answers: str | list[str] | None = None,
                  padding: bool | str = False, truncation: bool | str = False,
                  max_length: int | None = None, padding_side: str | None = None,
                  pad_to_multiple_of: int | None = None, return_attention_mask: bool = True,
@@ -531,6 +533,10 @@ class ChameleonProcessor:
         text and images may be positional, in either order: transformers changed it in 4.46.
         images: a flat list for all prompts in order, or one list per prompt. padding: True or
         "longest", "max_length", False. return_for_text_completion: without the end-of-turn id.
+        answers: one for each prompt, to learn from. Each row ends with its answer and </s>, and
+        labels (B, T) are -100 on prompts and padding. Pictures of an answer follow those of its
+        prompt; their labels are <image>, which the model replaces by their codes if it is called
+        with mask_image_logits=False.
         image_options: those of ChameleonImageProcessor. ValueError for an empty prompt, a wrong
         number of pictures, unequal lengths without padding, or a max_length inside a picture.
         """
@@ -547,21 +553,39 @@ class ChameleonProcessor:
         if not is_text(text):
             raise ValueError("the prompt is missing: text must be a string or a list of strings")
         prompts = [text] if isinstance(text, str) else text
-        pictures = self.match(prompts, images)
+        replies = self.replies(prompts, answers)
+        pictures = self.match(prompts, images, replies)
         rows = [self.layout(prompt, return_for_text_completion) for prompt in prompts]
-        data = self.tokenizer.batch(rows, padding, truncation, max_length, padding_side,
-                                    pad_to_multiple_of, return_tensors, return_attention_mask)
+        ends = [self.answer_ids(reply) for reply in replies]
+        shape = padding, truncation, max_length, padding_side, pad_to_multiple_of, return_tensors
+        data = self.tokenizer.batch([row + end for row, end in zip(rows, ends)], *shape,
+                                    return_attention_mask)
+        if answers is not None:
+            labels = [[IGNORE] * len(row) + end for row, end in zip(rows, ends)]
+            data["labels"] = self.tokenizer.batch(labels, *shape, pad_id=IGNORE)["input_ids"]
         if pictures:
             image_options["return_tensors"] = return_tensors
             data |= self.image_processor(pictures, **image_options)  # (N, 3, H, W)
         return data
 
-    def match(self, prompts: list[str], images: Pictures | None) -> list[Picture]:
+    def replies(self, prompts: list[str], answers: str | list[str] | None) -> list[str]:
+        """The answer of each prompt, "" without any. ValueError for an empty or a missing one."""
+        if answers is None:
+            return [""] * len(prompts)
+        replies = [answers] if isinstance(answers, str) else list(answers)
+        if len(replies) != len(prompts) or not is_text(replies) or not all(replies):
+            raise ValueError(f"{len(prompts)} prompt(s) need as many answers, each a text that is "
+                             f"not empty, got {answers!r:.80}")
+        return replies
+
+    def match(self, prompts: list[str], images: Pictures | None, replies: list[str]
+              ) -> list[Picture]:
         """All pictures in the order of their places. ValueError, naming the prompt, on a mismatch.
 
         DIFFERS: transformers leaves this to the model, which can only compare the batch's totals.
         """
-        places = [prompt.count(self.image_token) for prompt in prompts]
+        mark = self.image_token
+        places = [prompt.count(mark) + reply.count(mark) for prompt, reply in zip(prompts, replies)]
         for n, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {n + 1} is empty: write something")
@@ -588,10 +612,21 @@ class ChameleonProcessor:
         Each piece of text is tokenized by itself. With completion there is no <reserved08706>, the
         end of turn. ValueError if the vocabulary lacks one of these tokens.
         """
-        ids = [self.tokenizer.bos_token_id]
-        for n, piece in enumerate(prompt.split(self.image_token)):
-            ids += (self.picture_ids() if n else []) + self.tokenizer.text_ids(piece)
+        ids = [self.tokenizer.bos_token_id] + self.content_ids(prompt)
         return ids if completion else ids + self.end_of_turn()
+
+    def answer_ids(self, reply: str) -> list[int]:
+        """An answer -> its ids with </s>; "" -> []. ValueError if the vocabulary has no </s>."""
+        if reply and self.tokenizer.eos_token_id is None:
+            raise ValueError("this tokenizer has no </s> to end an answer with")
+        return self.content_ids(reply) + [self.tokenizer.eos_token_id] if reply else []
+
+    def content_ids(self, text: str) -> list[int]:
+        """Text with pictures -> its ids, without <s> and end."""
+        ids = []
+        for n, piece in enumerate(text.split(self.image_token)):
+            ids += (self.picture_ids() if n else []) + self.tokenizer.text_ids(piece)
+        return ids
 
     def picture_ids(self) -> list[int]:
         """<racm3:break> <image> x S <eoss>: the model puts the codes in place of <image>."""

@@ -310,11 +310,12 @@ class Tokenizer:
 
     def batch(self, rows: list[list[int]], padding: bool | str, truncation: bool | str,
               max_length: int | None, padding_side: str | None, pad_to_multiple_of: int | None,
-              return_tensors: str | None, return_attention_mask: bool = True) -> BatchFeature:
+              return_tensors: str | None, return_attention_mask: bool = True,
+              pad_id: int | None = None) -> BatchFeature:
         """Rows of ids -> input_ids and attention_mask, (B, T) with return_tensors."""
         rows = truncated(rows, truncation, max_length, padding, self.vocabulary.end_image_id)
         data = padded(rows, padding, max_length, padding_side or self.padding_side,
-                      self.pad_token_id, pad_to_multiple_of)
+                      self.pad_token_id if pad_id is None else pad_id, pad_to_multiple_of)
         if not return_attention_mask:
             del data["attention_mask"]
         return BatchFeature({name: tensor_rows(rows, return_tensors)

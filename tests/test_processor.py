@@ -259,3 +259,47 @@ def test_the_documented_sequence_length_is_1024(bpe, bpe_folder, tmp_path):
     processor = ChameleonProcessor.from_pretrained(tmp_path)
     ids = processor("<image>", picture(1)).input_ids
     assert (ids == bpe.image_token_id).sum() == 1024 and ids.shape == (1, 1 + 1026 + 1)
+
+
+# --- prompts with answers, to learn from
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_answer_is_labelled_and_its_prompt_and_the_padding_are_not(either, side):
+    processor, t = processor_for(either, codes=3), either
+    block = processor.picture_ids()
+    batch = processor(["Hi", "What is<image> this?"], picture(9), answers=["Hello", "A star."],
+                      padding=True, padding_side=side)
+    ends = [[*t.text_ids(answer), t.eos_token_id] for answer in ("Hello", "A star.")]
+    starts = [[0, *t.text_ids("Hi")], [0, *t.text_ids("What is"), *block, *t.text_ids(" this?")]]
+    for n, (start, end) in enumerate(zip(starts, ends)):
+        start.append(t.vocabulary.end_of_turn_id)
+        here = batch.attention_mask[n].bool()
+        assert batch.input_ids[n][here].tolist() == start + end
+        assert batch.labels[n][here].tolist() == [-100] * len(start) + end
+        assert (batch.labels[n][~here] == -100).all() and len(here) >= here.sum()
+    assert batch.labels.shape == batch.input_ids.shape and not batch.attention_mask.all()
+
+
+def test_pictures_of_answers_come_after_those_of_their_prompts(either):
+    processor = processor_for(either, codes=3)
+    mark, block = either.image_token_id, processor.picture_ids()
+    batch = processor(text=["Draw <image> in blue.", "Draw a star."], images=list(map(picture, (
+        1, 2, 3))), answers=["<image>", "Here: <image>"], padding=True)
+    assert levels(batch.pixel_values) == [1, 2, 3]
+    assert (batch.input_ids == mark).sum(1).tolist() == [6, 3]
+    assert (batch.labels == mark).sum(1).tolist() == [3, 3]
+    assert batch.labels[0][batch.labels[0] != -100].tolist() == [*block, either.eos_token_id]
+    cut = processor("Draw a star.", answers="A long answer", truncation=True, max_length=9)
+    assert cut.labels.shape == cut.input_ids.shape == (1, 9)
+    nested = processor("a", answers="b", return_tensors=None)
+    assert len(nested["labels"][0]) == len(nested["input_ids"][0])
+
+
+@pytest.mark.parametrize("answers, images, words", [
+    (["a"], None, "2 prompt(s) need as many answers"), (["a", ""], None, "not empty"),
+    (["a", 3], None, "each a text"), (["<image>", "a"], None, "prompt 1 has 1"),
+    (["<image>", "a"], [[], [picture(1)]], "prompt 1 has 1 <image> but 0"),
+])
+def test_answers_that_do_not_fit_their_prompts_are_named(bpe, answers, images, words):
+    one_line(lambda: processor_for(bpe)(["x", "y"], images, answers=answers, padding=True), words)

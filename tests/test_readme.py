@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # when it is run as a script
@@ -87,10 +88,17 @@ def test_the_answer_quoted_in_a_table_is_that_of_a_transcript():
     assert compare[1] in {output.strip() for _, output in transcripts()}
 
 
-def test_the_python_example_runs(monkeypatch, capsys):
+def test_the_python_examples_run(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    exec(compile(re.search(r"```python\n(.*?)```", README, re.S)[1], "README.md", "exec"), {})
+    generation, training = re.findall(r"```python\n(.*?)```", README, re.S)
+    exec(compile(generation, "README.md", "exec"), {})
     assert "What do you see in this image?" in capsys.readouterr().out
+    torch.manual_seed(0)
+    exec(compile(training, "README.md", "exec"), space := {})
+    model, processor = space["model"].eval(), space["processor"]
+    picture = load_image(ROOT / "examples" / "star.png")
+    assert space["loss"] < 0.5
+    assert evaluate.answer(model, processor, ["What is this?<image>"], [picture]) == ["A zebra."]
 
 
 PROGRAMS = {

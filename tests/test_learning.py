@@ -1,0 +1,129 @@
+"""Fine-tuning without train.py: frozen VQ-VAE, DistributedDataParallel, transformers' Trainer."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small import batch_with_pictures, small_model
+
+from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_no_gradient_reaches_the_vqvae_and_all_else_learns(tmp_path, loaded):
+    model = small_model()
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = ChameleonForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    batch = batch_with_pictures()
+    model.train()(**batch, labels=batch["input_ids"], mask_image_logits=False).loss.backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (not p.requires_grad) == ("vqmodel" in name), name
+    assert model.model.layers.training
+    assert not any(module.training for module in model.model.vqmodel.modules())
+
+
+def test_bf16_and_checkpointing_change_the_gradients_by_rounding_only():
+    model, batch = small_model().train(), batch_with_pictures()
+    grads = []
+    for checkpoints in (False, True):
+        (model.gradient_checkpointing_enable if checkpoints else
+         model.gradient_checkpointing_disable)()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=checkpoints):
+            model(**batch, labels=batch["input_ids"], mask_image_logits=False).loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.cosine_similarity(*grads, dim=0) > 0.95
+
+
+DDP = """
+import sys
+sys.path[:0] = ["tests", "."]
+import torch
+from small import batch_with_pictures, small_model
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+model = torch.nn.parallel.DistributedDataParallel(small_model().train())
+optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+for step in range(3):
+    batch = batch_with_pictures(seed=2 * step + rank)
+    loss = model(**batch, labels=batch["input_ids"], mask_image_logits=False).loss
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+torch.save(model.module.state_dict(), sys.argv[1] + str(rank))
+"""
+
+
+def test_two_processes_of_ddp_learn_the_mean_of_both(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    running = [subprocess.Popen([sys.executable, "-c", DDP, str(tmp_path / "rank")], cwd=ROOT,
+                                env=os.environ | ranks | {"RANK": rank}, stderr=subprocess.PIPE,
+                                text=True) for rank in "01"]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    one, two = (torch.load(tmp_path / f"rank{rank}") for rank in "01")
+    alone = small_model().train()
+    optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        for rank in (0, 1):
+            batch = batch_with_pictures(seed=2 * step + rank)
+            loss = alone(**batch, labels=batch["input_ids"], mask_image_logits=False).loss
+            (loss / 2).backward()
+        optimizer.step()
+    for name, weight in alone.state_dict().items():
+        assert torch.equal(one[name], two[name]), name
+        torch.testing.assert_close(one[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_transformers_trainer_trains_with_a_collator_of_a_few_lines(tmp_path, untrained_folder):
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder, dtype=torch.float32)
+    processor = ChameleonProcessor.from_pretrained(untrained_folder)
+    picture = str(ROOT / "examples" / "star.png")
+    data = [{"prompt": "What is it?<image>", "answer": "A star.", "images": [picture]},
+            {"prompt": "Draw a star.", "answer": "<image>", "images": [picture]}] * 8
+
+    def collate(lines: list[dict]) -> dict:
+        text, answers, images = ([line[name] for line in lines] for name in (
+            "prompt", "answer", "images"))
+        batch = processor(text=text, answers=answers, images=images, padding=True)
+        return {**batch, "mask_image_logits": False}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path, per_device_train_batch_size=4, num_train_epochs=3, report_to=[],
+        learning_rate=1e-2, remove_unused_columns=False, logging_steps=1, use_cpu=True,
+        gradient_checkpointing=True, disable_tqdm=True)
+    before = model.model.vqmodel.quant_conv.weight.clone()
+    trainer = transformers.Trainer(model, arguments, data_collator=collate, train_dataset=data)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert len(losses) == 12 and losses[-1] < losses[0] / 2
+    assert torch.equal(model.model.vqmodel.quant_conv.weight, before)
+
+
+def test_the_labels_of_a_drawn_picture_become_its_codes(untrained_folder):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder, dtype=torch.float32)
+    batch = ChameleonProcessor.from_pretrained(untrained_folder)(
+        "Draw a star.", str(ROOT / "examples" / "star.png"), answers="<image>")
+    with torch.no_grad():
+        loss = model(**batch, mask_image_logits=False).loss
+        ids = model.model.replace_image_placeholders(batch.input_ids, batch.pixel_values)
+        logp = model(ids, mask_image_logits=False).logits.log_softmax(-1)
+    end = int((batch.labels != -100).sum())  # begin image, codes, end image, </s>
+    assert end == model.config.vq_config.codes_per_image + 3
+    wanted = -logp[0, -end - 1 : -1].gather(-1, ids[0, -end:, None]).mean()
+    torch.testing.assert_close(loss, wanted)
