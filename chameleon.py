@@ -34,7 +34,6 @@ Read first: from "Norms and positions" to `ChameleonModel.forward`. Skip at firs
 checks, and the section "What a first reader skips", which holds what transformers' users expect.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -125,7 +124,7 @@ class ChameleonConfig(PreTrainedConfig):
     output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
     output_attentions: Flag = False
     return_dict: Flag = True
-    model_type = "chameleon"  # no field: transformers' name for the family
+    model_type = "chameleon"
 
     def __post_init__(self) -> None:
         if self.vq_config is None or isinstance(self.vq_config, dict):
@@ -164,12 +163,12 @@ class ChameleonConfig(PreTrainedConfig):
     @property
     def rope_factor(self) -> float:
         """The context is so many times as long as max_position_embeddings."""
-        return 1.0 if self.rope_type == "default" else (self.rope_scaling or {}).get("factor")
+        return 1.0 if self.rope_type == "default" else (self.rope_scaling or {}).get("factor", 0)
 
     @classmethod
     def chameleon_34b(cls, **changes) -> "ChameleonConfig":
         """The larger release, called 30b on disk; sizes as in Hugging Face's converter."""
-        sizes = dict(
+        sizes: dict = dict(
             hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
             num_attention_heads=64, num_key_value_heads=8, model_parallel_size=4, swin_norm=True,
         )
@@ -195,8 +194,8 @@ class ChameleonConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """The config.json of transformers 4, which every version of transformers reads."""
-        head = {"architectures": ["ChameleonForConditionalGeneration"], "model_type": "chameleon"}
-        return copy.deepcopy(vars(self)) | head | {"vq_config": self.vq_config.to_dict()}
+        head = {"architectures": ["ChameleonForConditionalGeneration"]}
+        return super().to_dict() | head | {"vq_config": self.vq_config.to_dict()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -431,8 +430,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
     if attention_mask is not None and attention_mask.ndim == 4:
         additive = attention_mask.is_floating_point()
         return (attention_mask == 0 if additive else attention_mask.bool()) | (j == q)
-    by_token = attention_mask is not None and attention_mask.ndim == 2
-    if by_token and T > 1 and not torch.compiler.is_compiling() and attention_mask.all():
+    looks = T > 1 and not torch.compiler.is_compiling()
+    if looks and attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
         attention_mask = None  # the processor always sends a mask; most often nothing is padded
     if attention_mask is None and (T == 1 or past == 0):
         return None
@@ -488,13 +487,14 @@ class KVCache:
 
     def __init__(self, config: ChameleonConfig, batch_size: int = 1, max_length: int | None = None,
                  dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
-        shape = (batch_size, config.num_key_value_heads, max_length or 0, config.head_dim)
+        Hkv = config.num_key_value_heads or config.num_attention_heads
+        shape = (batch_size, Hkv, max_length or 0, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.max_length = max_length
         self.length = 0
-        self.ids = None  # (B, length), of the columns that `generate` has filled
+        self.ids: Tensor | None = None  # (B, length), of the columns that `generate` has filled
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, Hkv, T, Dh) behind the filled columns -> all filled (B, Hkv, L, Dh).
@@ -528,7 +528,8 @@ class ChameleonAttention(nn.Module):
 
     def __init__(self, c: ChameleonConfig, layer: int) -> None:
         super().__init__()
-        D, H, Hkv, Dh = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        D, H, Dh = c.hidden_size, c.num_attention_heads, c.head_dim
+        Hkv = c.num_key_value_heads or H
         self.layer, self.head_dim, self.dropout = layer, Dh, c.attention_dropout
         self.q_proj = nn.Linear(D, H * Dh, bias=c.attention_bias)
         self.k_proj = nn.Linear(D, Hkv * Dh, bias=c.attention_bias)
@@ -631,7 +632,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             nn.init.zeros_(module.weight[module.padding_idx].detach())
-        if getattr(module, "bias", None) is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     def train(self, mode: bool = True) -> "ChameleonModel":
@@ -713,10 +714,11 @@ class ChameleonModel(ChameleonPreTrainedModel):
         attends = c.output_attentions if output_attentions is None else output_attentions
         hiddens = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         plain = not (c.return_dict if return_dict is None else return_dict)
-        if inputs_embeds is None:
+        if input_ids is not None:
             input_ids = self.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
             x = self.embed_tokens(input_ids)  # (B, T, D)
         else:
+            assert inputs_embeds is not None
             x = self.embed_pictures(inputs_embeds, pixel_values)  # (B, T, D)
         recomputes = self.gradient_checkpointing and self.training
         if recomputes:

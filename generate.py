@@ -178,13 +178,13 @@ class Grammar:
         if mode != "text":
             check_can_draw(model)
 
-        def only(ids: list[int]) -> Tensor:
+        def only(ids: Sequence[int | None]) -> Tensor:
             mask = torch.zeros(V, dtype=torch.bool)  # filled on the CPU: one copy to the device
-            mask[ids] = True
+            mask[[i for i in ids if i is not None]] = True
             return mask.to(model.device)  # (V,)
 
         self.codes = only(vocabulary.code_to_id.tolist())
-        self.end_only = only([] if self.end is None else [self.end])
+        self.end_only = only([self.end])
         self.text = ~only(picture_ids(vocabulary)) if mode != "image" else only([])
         self.text_or_begin = self.text if mode == "text" else self.text | only([self.begin])
 
@@ -315,13 +315,15 @@ class Contexts:
             self.cache = decoder.new_cache(len(rows), size)
         else:
             self.cache = KVCache(model.config, len(rows), size, model.dtype, device)
-        if past is not None and past.ids is not None and len(streams) == 1:
+        if past is not None and len(streams) == 1:
             self.take_over(past)
 
     def take_over(self, past: KVCache) -> None:
         """The columns whose ids an earlier call has read come from its cache, and only the rest is
         new. The last id is always new, because its hidden state is not in a cache.
         """
+        if past.ids is None:
+            return  # no call has used it
         n = min(past.length, past.ids.shape[1], self.new.shape[1] - 1)
         same = (past.ids[:, :n] == self.new[:, :n]).all(0)  # (n,)
         n = int(same.cumprod(0).sum())
@@ -381,10 +383,10 @@ class Contexts:
 # The loop
 
 
-def rows_of(head: nn.Module, ids: Tensor) -> nn.Module:
+def rows_of(head: nn.Linear, ids: Tensor) -> nn.Module:
     """The head for these ids alone: (..., D) -> (..., len(ids))."""
-    if hasattr(head, "rows"):  # quantized: it has weights of its own kind
-        return head.rows(ids)
+    if rows := getattr(head, "rows", None):  # quantized: it has weights of its own kind
+        return rows(ids)
     part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
     part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
     return part
@@ -399,13 +401,12 @@ class Picker:
         self.stops, self.may_end = stops, may_end  # a text may end when so many ids are left
         self.grammar, self.options, self.generators = grammar, options, generators
         self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
-        self.head, self.code_head = model.lm_head, None  # (..., D) -> (..., V), (..., K)
+        self.head = self.code_head = model.lm_head  # (..., D) -> (..., V), (..., K)
         if grammar.mode != "text":
             self.code_head = rows_of(model.lm_head, self.code_to_id)
         if decoder:
             self.head = decoder.product(self.head)
-            if self.code_head is not None:
-                self.code_head = decoder.product(self.code_head)
+            self.code_head = decoder.product(self.code_head)
         self.first = True  # until the first step is over
 
     def checked(self, x: Tensor) -> Tensor:
@@ -587,12 +588,12 @@ def check_past(config: ChameleonConfig, past: KVCache, rows: int, real: Tensor) 
 def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
     """Where an answer ends: the ids asked for, else end of sequence and end of turn."""
     vocabulary = model.model.vocabulary
-    if mode == "image":
-        return [vocabulary.end_image_id]
     asked = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    ids = list(asked) if isinstance(asked, (list, tuple)) else [asked]
+    ids: list[int | None] = list(asked) if isinstance(asked, (list, tuple)) else [asked]
     if eos_token_id is None:
         ids.append(vocabulary.end_of_turn_id)
+    if mode == "image":
+        ids = [vocabulary.end_image_id]
     return [i for i in ids if i is not None]
 
 

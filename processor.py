@@ -61,7 +61,8 @@ from tokenizer import (
     write_json,
 )
 
-Picture = Image.Image | np.ndarray | torch.Tensor | str | Path  # the last two: a file
+Loaded = Image.Image | np.ndarray | torch.Tensor
+Picture = Loaded | str | Path  # the last two: a file
 Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of both
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 
@@ -85,7 +86,7 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"picture {str(path)!r} is a directory, a pipe or a device: name a file")
     if os.path.isfile(path) and str(path).lower().endswith((".heic", ".heif")):
         try:
-            from pillow_heif import register_heif_opener
+            from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
         except ImportError:
             raise ValueError(f"picture {str(path)!r} is HEIC: pip install pillow-heif, or save it "
                              "as JPEG") from None
@@ -124,7 +125,7 @@ def as_shown(image: Image.Image) -> Image.Image:
     return image.convert("RGBA") if "transparency" in image.info else image
 
 
-def opened(image: Picture) -> Picture:
+def opened(image: Picture) -> Loaded:
     """Reads a file, or what a PIL picture has not read yet. ValueError if it cannot be read."""
     if isinstance(image, (str, Path)):
         return load_image(image)
@@ -161,7 +162,7 @@ def guess_layout(shape: tuple[int, int, int]) -> str:
     raise ValueError(f"a picture of shape {shape} has no axis of 1, 3 or 4 channels")
 
 
-def to_array(image: Picture, layout: str | None = None) -> tuple[np.ndarray, str]:
+def to_array(image: Loaded, layout: str | None = None) -> tuple[np.ndarray, str]:
     """One picture -> array (H, W, C), and the layout it had: "channels_first" or "channels_last".
 
     DIFFERS: transformers 4 guesses one layout for all pictures from the shape of the first, and a
@@ -631,10 +632,10 @@ class ChameleonProcessor:
     def picture_ids(self) -> list[int]:
         """<racm3:break> <image> x S <eoss>: the model puts the codes in place of <image>."""
         names = self.tokenizer.vocabulary
-        if None in (names.begin_image_id, names.image_token_id, names.end_image_id):
+        begin, place, end = names.begin_image_id, names.image_token_id, names.end_image_id
+        if begin is None or place is None or end is None:
             raise ValueError("this tokenizer has no image tokens: leave the picture out")
-        return [names.begin_image_id, *[names.image_token_id] * self.image_seq_length,
-                names.end_image_id]
+        return [begin, *[place] * self.image_seq_length, end]
 
     def end_of_turn(self) -> list[int]:
         if self.tokenizer.vocabulary.end_of_turn_id is None:

@@ -272,7 +272,7 @@ class Tokenizer:
         self.eos_token_id, self.unk_token_id = vocab.get("</s>"), vocab.get("<unk>")
         self.sep_token_id = self.vocabulary.end_of_turn_id
         self.image_token_id = self.vocabulary.image_token_id
-        self._names = {token_id: name for name, token_id in vocab.items()}
+        self._names: dict[int | None, str] = {i: name for name, i in vocab.items()}
         self.all_special_ids = sorted(self.special_ids)
         self.bos_token, self.eos_token, self.pad_token, self.unk_token, self.sep_token = (
             self._names.get(i) for i in (self.bos_token_id, self.eos_token_id, self.pad_token_id,
@@ -331,7 +331,7 @@ class Tokenizer:
         """Text -> the names of its tokens, as they stand in the vocabulary."""
         return [self._names[i] for i in self.text_ids(text)]
 
-    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | None | list[int | None]:
         """A name or several -> ids; an unknown name is <unk>, as in transformers."""
         if isinstance(tokens, str):
             return self.vocab.get(tokens, self.unk_token_id)

@@ -44,7 +44,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonSwinDecoderLayer
+from chameleon import (
+    ChameleonConfig,
+    ChameleonDecoderLayer,
+    ChameleonForConditionalGeneration,
+    ChameleonSwinDecoderLayer,
+)
 from chameleon_extras.files import OneLineParser, exit_code, write_atomically
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import language, world
@@ -148,6 +153,7 @@ def build_model(
     model = ChameleonForConditionalGeneration(config)
     model.model.vqmodel = vq.requires_grad_(False)
     for layer in model.model.layers:
+        assert isinstance(layer, ChameleonDecoderLayer)
         # Each of the L layers adds two terms to the residual stream. With std / sqrt(2 L) their sum
         # has the variance of a single term, whatever L is (GPT-2's initialization).
         for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
@@ -158,8 +164,10 @@ def build_model(
 def add_switches(model: ChameleonForConditionalGeneration, options: argparse.Namespace) -> None:
     """--no-qk-norm and --dropout, applied from outside: the model has no flag for either."""
     for layer in model.model.layers:
+        assert isinstance(layer, ChameleonDecoderLayer)
         if options.no_qk_norm:
-            layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+            for name in ("q_norm", "k_norm"):
+                setattr(layer.self_attn, name, nn.Identity())
         if options.dropout:
             layer.self_attn.register_forward_hook(dropout_hook(options.dropout))
             layer.mlp.register_forward_hook(dropout_hook(options.dropout))
@@ -253,13 +261,14 @@ class QueryNorm:
     @torch.no_grad()
     def __call__(self) -> float:
         layer, x = self.layer, self.x
-        if hasattr(layer, "unshard"):  # FSDP: each rank holds a slice of q_proj
-            layer.unshard()
+        assert isinstance(layer, ChameleonDecoderLayer)
+        if unshard := getattr(layer, "unshard", None):  # FSDP: each rank has a slice of q_proj
+            unshard()
         if not isinstance(layer, ChameleonSwinDecoderLayer):  # there the norm follows attention
             x = layer.input_layernorm(x)  # (B, T, D)
         q = layer.self_attn.q_proj(x).unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
-        if hasattr(layer, "reshard"):
-            layer.reshard()
+        if reshard := getattr(layer, "reshard", None):
+            reshard()
         norms = q.float().norm(dim=-1)  # (B, T, H)
         return norms[norms > 0].mean().item()  # a padding token is zero in every layer
 
@@ -283,14 +292,15 @@ def train_decoder(stage: str, run: Run) -> None:
     run.made_by |= {
         "--learning-rate": peak, "--dropout": options.dropout, "--norm-order": options.norm_order,
         "--no-qk-norm": options.no_qk_norm, "--no-z-loss": options.no_z_loss,
-        "--data": fingerprint(d.ids for d in corpus.documents) if options.data else None,
+        "--data": (fingerprint(d.ids for d in corpus.documents)
+                   if isinstance(corpus, OwnData) else None),
         "first weights": first_weights,
     }  # fmt: skip
     start = run.resume(stage, model, optimizer, rng)
     if start >= steps:
         run.say(f"{stage}: all {steps} steps are done, --steps makes more")
         export(model, processor, run)  # --out may have been removed
-    rows, query_norm = Rows(corpus, processor.tokenizer.pad_token_id), QueryNorm(model)
+    rows, query_norm = Rows(processor.tokenizer.pad_token_id), QueryNorm(model)
     if options.compile:
         for layer in model.model.layers:  # alike, so compiled once for all of them
             layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -299,9 +309,10 @@ def train_decoder(stage: str, run: Run) -> None:
     for step in run.progress(range(start, steps), stage):
         # The last 20 % of pretraining: every second batch is of better data (section 2.2).
         late = stage != "pretrain" or (step >= 0.8 * steps and step % 2)
-        if stage in PRACTICE:
+        if stage in PRACTICE and isinstance(corpus, Corpus):
             corpus.shares = practice_shares(stage, step, steps)
-        batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
+        draw = corpus.pretrain if isinstance(corpus, Corpus) and not late else corpus.sft
+        batch = rows.batch(draw, ROWS, corpus.row_tokens)
         loss, curves = decoder_loss(model, run.share(batch), z_weight)
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(stage, step, steps)

@@ -37,7 +37,7 @@ from functools import wraps
 from math import isqrt
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self, get_args, get_type_hints
+from typing import Annotated, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -86,13 +86,16 @@ def check_fields(config: object) -> None:
             raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
-def keeping_others(cls: type) -> type:
+Config = TypeVar("Config", bound="PreTrainedConfig")
+
+
+def keeping_others(cls: type[Config]) -> type[Config]:
     """A keyword that is no field of the dataclass becomes an attribute and is written back."""
     init = cls.__init__
 
     @wraps(init)
     def __init__(self, *values, **named) -> None:
-        fields = cls.__dataclass_fields__
+        fields = get_type_hints(cls)
         init(self, *values, **{name: named[name] for name in named if name in fields})
         vars(self).update({name: value for name, value in named.items() if not (
             name in fields or name in cls.OF_WEIGHTS or name[0] == "_" or hasattr(cls, name))})
@@ -107,11 +110,15 @@ class PreTrainedConfig:
     # Keys of a config.json that describe the weights beside it; they are not written back.
     OF_WEIGHTS = {"architectures", "transformers_version", "dtype", "torch_dtype",
                   "quantization_config", "quantized_weights"}
+    model_type = ""  # transformers' name for what the config describes
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
         """Reads a config.json, or what `to_dict` gives."""
         return cls(**values)
+
+    def to_dict(self) -> dict:
+        return copy.deepcopy(vars(self)) | {"model_type": self.model_type}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -150,6 +157,7 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
     # DIFFERS: in equation 3 of VQ-VAE, and here, beta multiplies the commitment loss. In VQGAN's
     # code and in transformers it multiplies the CODEBOOK loss; True gives their loss.
     beta_on_codebook: Flag = False
+    model_type = "chameleon_vqgan"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -174,10 +182,6 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
     def codes_per_image(self) -> int:
         """S of a square picture: (512 / 16)^2 = 1024 in the released model (section 2.1)."""
         return (self.resolution // self.downsampling) ** 2
-
-    def to_dict(self) -> dict:
-        """The `vq_config` of a config.json, which `from_dict` reads."""
-        return copy.deepcopy(vars(self)) | {"model_type": "chameleon_vqgan"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -275,6 +279,9 @@ class Level(nn.Module):
     channels: C in front of the first block, then behind each block. resolution: H of the maps.
     """
 
+    downsample: Downsample
+    upsample: Upsample
+
     def __init__(self, c: ChameleonVQVAEConfig, channels: list[int], resolution: int) -> None:
         super().__init__()
         pairs = list(zip(channels[:-1], channels[1:]))
@@ -327,6 +334,7 @@ class Encoder(nn.Module):
         # Level has no forward, because a call keeps its input alive until it returns: at 512x512
         # that is 134 MB for each open call. A list of hidden states would keep every map alive.
         for level in self.down:
+            assert isinstance(level, Level)
             for step in level.steps():
                 x = step(x)
             if hasattr(level, "downsample"):
@@ -362,6 +370,7 @@ class Decoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features))  # (B, C, h, w)
         for level in reversed(self.up):
+            assert isinstance(level, Level)
             for step in level.steps():
                 x = step(x)
             if hasattr(level, "upsample"):
@@ -479,7 +488,7 @@ def exact_convolutions() -> Iterator[None]:
     torch.backends.cudnn.flags would do so, too, but it raises an error if the caller has set
     torch's newer `fp32_precision`.
     """
-    conv = torch.backends.cudnn.conv
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  (torch makes it at run time)
     before, conv.fp32_precision = conv.fp32_precision, "ieee"
     try:
         yield

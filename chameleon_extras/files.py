@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
+from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ def ignore_stops() -> None:
 # Files, devices, processes
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], keep: bool = True) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], keep: bool = True) -> None:
     """Replaces `path` by what `write` writes, at once and as a whole. keep=False only tries it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write, too
     try:
@@ -262,7 +263,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 HUB_OPTIONS = ("token", "cache_dir", "revision", "local_files_only", "force_download")
 
 
-def find_folder(name: str | Path, **options: object) -> Path:
+def find_folder(name: str | PathLike, **options: object) -> Path:
     """A folder, or a hub id such as "facebook/chameleon-7b" -> the folder that holds its files.
 
     `options` are those of HUB_OPTIONS. ValueError names another one, and says how to get what is

@@ -10,7 +10,8 @@ Source: the documentation of transformers' PreTrainedModel.from_pretrained and B
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -25,6 +26,8 @@ from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 # DIFFERS: flash_attention_2 is torch's own flash kernel, where it can run (CUDA, half precision,
 # no padding), and torch's next best kernel elsewhere; the flash-attn package is not used.
 ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
+
+Config, Model = TypeVar("Config"), TypeVar("Model")
 
 
 @dataclass
@@ -87,7 +90,7 @@ def choose_attention(model: nn.Module, name: str) -> None:
     set_attention(model, ATTENTION[name])
 
 
-def load_config(cls: type, folder: str | Path, **changes: object) -> object:
+def load_config(cls: type[Config], folder: str | PathLike, **changes: object) -> Config:
     """What `from_pretrained` of both configs does; the VQ-VAE's may lie inside the model's."""
     hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
     file = find_folder(folder, **hub) / str(changes.pop("subfolder", "")) / "config.json"
@@ -101,13 +104,13 @@ def load_config(cls: type, folder: str | Path, **changes: object) -> object:
 
 
 def load_pretrained(
-    cls: type, folder: str | Path, dtype: torch.dtype | str | None = None,
+    cls: type[Model], folder: str | PathLike, dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None, device_map=None, device=None,
     low_cpu_mem_usage: bool = True,  # accepted: memory never holds the checkpoint twice
     attn_implementation: str | None = None, quantization_config: object = None,
     use_safetensors: bool = True,  # accepted: safetensors are what is read
     **hub: object,
-) -> nn.Module:
+) -> Model:
     """What `from_pretrained` of all models does. ValueError, in one line, for what is wrong."""
     if unknown := sorted(hub.keys() - set(HUB_OPTIONS)):
         own = [n for n in inspect.signature(load_pretrained).parameters if n not in ("cls", "hub")]

@@ -216,7 +216,7 @@ def training(folder: Path) -> None:
     drawn = Pictures.sample(0, 24).encode(*encode)
     assert drawn.encode(*encode) is drawn and file.is_file()  # now from the file
     corpus = documents.Corpus(documents.Writer(processor.tokenizer, drawn.codes), drawn, rng)
-    rows, norm = documents.Rows(corpus, processor.tokenizer.pad_token_id), train.QueryNorm(model)
+    rows, norm = documents.Rows(processor.tokenizer.pad_token_id), train.QueryNorm(model)
     for draw in (corpus.pretrain, corpus.sft):
         train.decoder_loss(model, rows.batch(draw, 2, corpus.row_tokens), 1e-5)
     corpus.recoded(*drawn.edits[0][:2])

@@ -159,7 +159,7 @@ def test_codes_alike_are_the_nearest_of_the_codebook(tmp_path):
 
 
 def test_slips_in_drawings_and_blur_in_prompts_and_nothing_else(corpus, tokenizer):
-    rows, slips, blurs = Rows(corpus, tokenizer.pad_token_id), 0, 0
+    rows, slips, blurs = Rows(tokenizer.pad_token_id), 0, 0
     for _ in range(10):
         batch = rows.batch(corpus.sft, 4, corpus.row_tokens)
         wrong = batch["ids"] != batch["read"]
@@ -193,7 +193,7 @@ def test_branches_stop_before_the_room_is_full(corpus):
 @pytest.mark.parametrize("draw", ["pretrain", "sft"])
 def test_rows_are_full_and_hold_only_what_was_drawn(corpus, tokenizer, draw):
     corpus = Corpus(corpus.writer, corpus.pictures, rng(5))  # whatever other tests have drawn
-    rows, filled = Rows(corpus, tokenizer.pad_token_id), 0
+    rows, filled = Rows(tokenizer.pad_token_id), 0
     for _ in range(10):
         batch = rows.batch(getattr(corpus, draw), 4, corpus.row_tokens)
         padding = batch["ids"] == tokenizer.pad_token_id
@@ -324,7 +324,7 @@ def test_packed_branches_get_the_logits_they_would_get_alone(small_model):
         def draw(self, room):
             return self.left.pop() if self.left else Document(ids=[0] * 10**6)
 
-    batch = Rows(None, 1).batch(Once().draw, 1, 40)  # the same document twice in a row
+    batch = Rows(1).batch(Once().draw, 1, 40)  # the same document twice in a row
     with torch.no_grad():
         both = small_model(
             batch["ids"], attention_mask=batch["mask"], position_ids=batch["position"]

@@ -428,8 +428,8 @@ class Corpus:
 class Rows:
     """Packs documents into batches of B rows of T tokens."""
 
-    def __init__(self, corpus: Corpus, pad: int) -> None:
-        self.corpus, self.pad, self.waiting = corpus, pad, None
+    def __init__(self, pad: int) -> None:
+        self.pad, self.waiting = pad, None
 
     def row(self, draw: Callable[[int], Document], T: int) -> list[Document]:
         """The documents of one row. It ends when less than T / 4 is free, or with a document that
