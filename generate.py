@@ -57,10 +57,9 @@ CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes 
 
 Mode = Annotated[str, f"one of {', '.join(MODES)}", lambda x: x in list(MODES)]
 Number = Annotated[int, "a whole number, at least 1", whole(1, 2**62)]
-NumberOr0 = Annotated[int, "a whole number, at least 0", whole(0, 2**62)]
 Temperature = Annotated[float, "0 (greedy) or at least 0.0001",
                         lambda x: x == 0 or real(1e-4, 1e300)(x)]
-TopK = Annotated[int, "1 or more, or 0 for no limit", whole(0, 2**62)]
+NumberOr0 = Annotated[int, "a whole number, 0 for no limit", whole(0, 2**62)]
 TopP = Annotated[float, "above 0 and at most 1", lambda x: real(0, 1)(x) and x > 0]
 Penalty = Annotated[float, "from 0.01 to 100 (1 is none)", real(0.01, 100)]
 Guidance = Annotated[float, "from 0 to 1000 (1 is none)", real(0, 1000)]
@@ -75,11 +74,11 @@ class Options:
     min_new_tokens: NumberOr0 = 0  # a text does not end before
     do_sample: Flag = False  # of text; pictures are sampled unless image_temperature is 0
     temperature: Temperature = 1.0
-    top_k: TopK | None = None
+    top_k: NumberOr0 | None = None
     top_p: TopP = 1.0
     repetition_penalty: Penalty = 1.0  # never acts inside a picture
     image_temperature: Temperature = 1.0
-    image_top_k: TopK | None = None
+    image_top_k: NumberOr0 | None = None
     image_top_p: TopP = 1.0
     guidance_text: Guidance = 1.0
     guidance_image: Guidance = 1.0

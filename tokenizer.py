@@ -135,15 +135,6 @@ class VocabularyMap(torch.nn.Module):
         self.register_buffer("code_to_id", ordered, persistent=False)
         self.register_buffer("id_to_code", inverse, persistent=False)
 
-    def ids_from_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes of any shape -> ids, same shape and device. ValueError if one is outside 0..K-1."""
-        codes = torch.as_tensor(codes).long()
-        # Without this check a negative code would silently index from the end.
-        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.num_codes:
-            raise ValueError(f"image codes are 0..{self.num_codes - 1}, these are "
-                             f"{int(codes.min())}..{int(codes.max())}: are they ids already?")
-        return self.code_to_id.to(codes.device)[codes]
-
     def codes_from_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> codes, same shape and device. ValueError if an id is no code."""
         ids = torch.as_tensor(ids).long()

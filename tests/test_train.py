@@ -68,7 +68,7 @@ def test_a_chat_document_is_what_the_processor_makes_plus_the_answer(corpus, tok
     prompt = ChameleonProcessor.from_pretrained(TINY)(
         text="What is this? <image>", images=Image.fromarray(world.render(scene))
     )["input_ids"][0]
-    codes = tokenizer.vocabulary.ids_from_codes(torch.tensor(corpus.writer.codes[scene]))
+    codes = tokenizer.vocabulary.code_to_id[torch.tensor(corpus.writer.codes[scene])]
     prompt[prompt == tokenizer.image_token_id] = codes
     answer = [*tokenizer.text_ids("A star."), tokenizer.eos_token_id]
     assert document.ids == prompt.tolist() + answer
