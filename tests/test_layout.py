@@ -28,8 +28,8 @@ LATE = {
     ("generate", "stream"): "chameleon_extras.decoding",
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
-LINES = {"chameleon.py": 845, "generate.py": 812, "README.md": 220}
-ALL_LINES, ALL_FILES = 10_950, 32
+LINES = {"chameleon.py": 855, "generate.py": 812, "README.md": 220}
+ALL_LINES, ALL_FILES = 11_000, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:
