@@ -99,6 +99,7 @@ LARGE = 2**19  # numbers in a matrix from which on it does: smaller ones stay in
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY_CODES = 256  # of a picture from which on a measurement pays
 FASTER = 0.8  # so much of fp32's time may bf16 take for a picture to be decoded in it
+MEASUREMENTS: list[str] = []  # all of this process, for tests/benchmark.py to print
 READ = 2**26  # bytes that one measurement reads, more than the caches hold
 
 
@@ -155,6 +156,9 @@ def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: tor
             multiplied(x, y, form)
         took = time.perf_counter() - start
         seconds[form] = min(took, seconds.get(form, took))
+    size = sum(y.nbytes for y in many) / 1e9
+    MEASUREMENTS.append(f"{a} @ {b} of {str(stored or dtype).removeprefix('torch.')}, GB/s: "
+                        + ", ".join(f"{form} {size / s:.1f}" for form, s in seconds.items()))
     return min(seconds, key=seconds.get)
 
 
@@ -381,7 +385,9 @@ def bf16_convolves_faster(channels: int) -> bool:
             block(x)
             took = time.perf_counter() - start
         seconds[bf16] = min(took, seconds.get(bf16, took))
-    return seconds[True] < FASTER * seconds[False]
+    share = seconds[True] / seconds[False]
+    MEASUREMENTS.append(f"a block of {channels} channels: bf16 takes {share:.2f} of fp32's time")
+    return share < FASTER
 
 
 def decode_codes(vq: ChameleonVQVAE, codes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -242,18 +242,30 @@ class Judge:
 # Words
 
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16",
+                "amx_int8", "asimd", "bf16", "i8mm", "sve")  # as Linux calls them
+
+
 def machine(device: torch.device, bandwidth: float) -> str:
-    """Where the numbers were measured: processor, threads, versions, bandwidth."""
+    """Where the numbers were measured: processor, its instructions for vectors and matrices,
+    threads, versions, bandwidth.
+    """
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].split(":")[1].strip() if names else name
+        lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        facts = {key.strip(): value.strip() for key, value in lines}
+        flags = facts.get("flags", facts.get("Features", "")).split()
+        name = " ".join([facts.get("model name", name), *(f for f in INSTRUCTIONS if f in flags)])
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     clock = "process time" if device.type == "cpu" and threads == 1 else "wall time"
+    try:
+        theirs = version("transformers")
+    except PackageNotFoundError:
+        theirs = "not installed"
     return (f"{name}, {threads} thread(s), {clock}; torch {torch.__version__}, "
-            f"transformers {version('transformers')}; memory reads {bandwidth / 1e9:.1f} GB/s")
+            f"transformers {theirs}; memory reads {bandwidth / 1e9:.1f} GB/s")
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:

@@ -1,13 +1,16 @@
 """The benchmark runs, and gives no time to a row that is wrong."""
 
 import re
+import sys
+from pathlib import Path
 
 import benchmark
+import measuring
 import pytest
 import torch
 
 import generate
-from chameleon_extras import quantize
+from chameleon_extras import decoding, quantize
 from chameleon_extras.decoding import Decoder
 
 TOY = ("--size", "toy", "--rounds", "1", "--tokens", "5", "--device", "cpu")
@@ -29,7 +32,35 @@ def test_it_prints_a_line_for_every_row(capsys):
         "transformers", "ours", "int8", "int4",
         "VQ encode 32x32, transformers", "VQ encode 32x32",
         "VQ decode 32x32, plain NCHW", "VQ decode 32x32",
-        "VQ decode 32x32, bf16"]
+        "VQ decode 32x32, bf16", "VQ decode 32x32, as chosen"]
+
+
+def test_it_prints_the_processor_and_every_measurement_of_a_form(capsys, monkeypatch):
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "avx2" in info.read_text():
+        assert " avx2" in measuring.machine(torch.device("cpu"), 1e9)
+    monkeypatch.setattr(decoding, "READ", 2**20)
+    monkeypatch.setattr(decoding, "LARGE", 1)
+    monkeypatch.setattr(decoding, "OUTPUTS", 2**9)
+    decoding.fastest.cache_clear()
+    decoding.MEASUREMENTS.clear()
+    assert benchmark.main([*TOY, "--only", "ours"]) == 0
+    form = r"- \(1, 1024\) @ \(1024, 512\) of bfloat16, GB/s: oneDNN \d+\.\d, torch \d+\.\d\n"
+    assert re.search(form, capsys.readouterr().out)
+    decoding.fastest.cache_clear()
+
+
+def test_without_transformers_its_rows_are_left_out(capsys, monkeypatch):
+    def version(name):
+        raise measuring.PackageNotFoundError(name)
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(measuring, "version", version)
+    assert benchmark.main([*TOY, "--only", "transformers,ours,encode,decode"]) == 0
+    out, err = capsys.readouterr()
+    assert "transformers not installed" in out and "| ours |" in out and "VQ decode" in out
+    assert "| transformers |" not in out and "VQ encode" not in out
+    assert "transformers is left out: " in err and "encode is left out: " in err
 
 
 def test_a_row_that_cannot_run_is_left_out_and_the_others_go_on(capsys, monkeypatch):
