@@ -73,7 +73,7 @@ IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,  # that of the releases; the others are for decoders of one's own
     "relu": F.relu,
-    "gelu": F.gelu,
+    "gelu": F.gelu,  # arXiv 1606.08415
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
@@ -109,8 +109,8 @@ class ChameleonConfig(PreTrainedConfig):
     pad_token_id: Id | None = None
     bos_token_id: Id | None = 1  # transformers' default; really <pad> in the released vocabulary
     eos_token_id: Ids | None = 2
-    tie_word_embeddings: Flag = False
-    rope_theta: Positive = 10000.0
+    tie_word_embeddings: Flag = False  # one matrix for embedding and head (arXiv 1608.05859)
+    rope_theta: Positive = 10000.0  # the base of RoPE's angles (arXiv 2104.09864, section 3.2.2)
     rope_scaling: Object | None = None  # {"type": "linear" or "dynamic", "factor": 2.0}
     attention_bias: Flag = False
     attention_dropout: Share = 0.0
@@ -118,7 +118,7 @@ class ChameleonConfig(PreTrainedConfig):
     # repeated here for each of its heads; the forward pass does not look at this number.
     model_parallel_size: Count = 1
     swin_norm: Flag = False
-    vq_config: VQ = field(default_factory=ChameleonVQVAEConfig)  # a dict or None become one, too
+    vq_config: VQ = field(default_factory=ChameleonVQVAEConfig)  # a dict or None is made one
     vocabulary_map: Object | None = None  # token name -> id; finds the image codes
     mlp_bias: Flag = False
     output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
@@ -289,7 +289,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         return table
 
     def gradient_checkpointing_enable(self, *ignored: object, **also_ignored: object) -> None:
-        """Training keeps each layer's input alone, and computes the rest again when it is needed:
+        """Training keeps only each layer's input, and computes the rest again when it is needed:
         about a third more time, and memory for one layer instead of all (arXiv 1604.06174).
         """
         self.base_model.gradient_checkpointing = True
@@ -412,8 +412,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
         (B, 1, T, L)  bool, or float: 0 allows, all else      allowed = mask[b, 0, t, j]
                       forbids
 
-    and in each case a query may look at itself: the output of padding is never used, but a softmax
-    over no key would be NaN.
+    In each case a query may look at itself. Without that, padding would have no key, and a softmax
+    over no key is NaN. (The output of padding is never used.)
 
     Returns None when no mask tensor is needed: no token is padding, and either T = 1 or the cache
     is empty. The attention functions then apply the causal rule themselves. To see whether a token
@@ -477,7 +477,8 @@ def sdpa_attention(
 
 
 class KVCache:
-    """Keys and values of all past tokens, so that a step computes those of the new token only.
+    """Keys and values of all past tokens, so that a step computes those of the new token only
+    (incremental decoding, arXiv 1911.02150).
 
     With `max_length`, one buffer (B, Hkv, max_length, Dh) for k and one for v is allocated for each
     layer, and `length` of its columns are filled. Without, the cache grows: each call copies what
@@ -499,8 +500,8 @@ class KVCache:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, Hkv, T, Dh) behind the filled columns -> all filled (B, Hkv, L, Dh).
 
-        With `max_length` it writes in place: the views returned now change when a later call
-        overwrites the columns. ValueError for another batch, or when the buffer is full.
+        With `max_length` it writes in place and returns views of the buffers, which change when a
+        later call overwrites their columns. ValueError for another batch, or a full buffer.
         """
         if self.max_length is None:
             if self.length:

@@ -16,8 +16,8 @@ masked. In a picture, only the codes' logits are computed. The KV cache stays as
 tokens share one model. Each row of a batch switches on its own.
 
 Rows of a batch are independent. Each has its own positions, modality, end and random numbers, so
-each row gives the ids that it would give alone, as long as the longest prompt leaves it the same
-room. (Dynamic RoPE is the exception: its theta follows the longest row.)
+each row gives the ids that it would give alone, if the longest prompt leaves it as much room as it
+has alone. (Dynamic RoPE is the exception: its theta follows the longest row.)
 
 Letter  meaning
 B, T    rows of the batch; tokens of a row so far
@@ -108,7 +108,7 @@ def keep_top_k(logits: Tensor, k: int | None) -> Tensor:
     """Keeps the k highest logits of each row, and those equal to the k-th."""
     if not k or k >= logits.shape[-1]:
         return logits
-    kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1)
+    kth = logits.topk(k, dim=-1).values[:, -1:]  # (B, 1), the lowest logit that stays
     return logits.masked_fill(logits < kth, float("-inf"))
 
 
@@ -132,7 +132,7 @@ def sample(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
 
     Compared with torch.multinomial, this needs no cumulative sum and no GPU synchronization (a wait
     of the host for the device), and each row keeps its own sequence of random numbers. A row whose
-    generator is None draws none; its index is the most likely one and must not be used.
+    generator is None uses no random number, and its index must not be used.
     """
     noise = torch.ones_like(logits)  # (B, V)
     for row, generator in zip(noise, generators):
@@ -202,7 +202,8 @@ class Grammar:
         return [T - b if b > e else None for b, e in zip(begun, ended)]
 
     def advance(self, places: list[int | None], chosen: Tensor, room: int) -> list[int | None]:
-        """The places one id later; `chosen` (B,) were the ids, `room` the ids left with them.
+        """The places one id later. `chosen` (B,) are the ids just chosen, `room` is how many ids
+        could still be made when they were chosen.
 
         To read the ids on the host is a GPU synchronization. They are read only where a row of an
         interleaved document is in text; a whole picture, or plain text, needs no synchronization.
@@ -220,7 +221,7 @@ class Grammar:
         return None  # end-image has closed the picture
 
     def allowed(self, places: list[int | None], room: int) -> Tensor:
-        """Places of B rows, and the ids left -> bool (B, V).
+        """Places of B rows, and how many ids may still be made -> bool (B, V).
 
         After the picture of mode "image" no id is allowed: the row has ended.
         """
@@ -231,7 +232,7 @@ class Grammar:
             elif n < self.S:
                 rows.append(self.codes)
             else:
-                rows.append(self.end_only)
+                rows.append(self.end_only)  # forced: a model may not lengthen a picture
         return torch.stack(rows)  # (B, V)
 
 
@@ -280,7 +281,7 @@ def guide(logits: Tensor, s_text: float, s_image: float) -> Tensor:
     if len(logits) == 1:
         return logits[0]
     full, pictures = logits[0], logits[1]  # each (B, K)
-    guided = pictures + s_text * (full - pictures)
+    guided = pictures + s_text * (full - pictures)  # s_text = 1 would leave `full` as it is
     if len(logits) == 3:
         guided = guided + (s_image - 1) * (pictures - logits[2])
     return guided
@@ -397,7 +398,7 @@ class Picker:
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
                  options: Options, generators: list[torch.Generator], stops: list[int],
                  may_end: int, decoder=None) -> None:
-        self.stops, self.may_end = stops, may_end  # a text may end when so many ids are left
+        self.stops, self.may_end = stops, may_end  # a text may end when at most so many are left
         self.grammar, self.options, self.generators = grammar, options, generators
         self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
         self.head = self.code_head = model.lm_head  # (..., D) -> (..., V), (..., K)
@@ -406,10 +407,10 @@ class Picker:
         if decoder:
             self.head = decoder.product(self.head)
             self.code_head = decoder.product(self.code_head)
-        self.first = True  # until the first step is over
+        self.first = True  # until the first step is over, since `checked` costs a synchronization
 
     def checked(self, x: Tensor) -> Tensor:
-        """x (..., D, V or K) -> x. ValueError for inf and nan, of which argmax would take one.
+        """x (..., D, V or K) -> x. ValueError for inf and nan, which argmax would choose.
 
         To look is a GPU synchronization, so only the first step looks.
         """
@@ -422,8 +423,9 @@ class Picker:
                  room: int) -> Tensor:
         """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,)
 
-        Rows in text need the whole head. Rows in a picture need its K rows for the codes, since no
-        other id is allowed there. A batch with both computes both for all rows and takes one each.
+        Rows in text need the whole head. Rows in a picture need only the head's K rows for codes,
+        since no other id is allowed there. A batch with both computes both for all rows, and takes
+        one of the two for each.
         """
         inside = [n is not None and n < self.grammar.S for n in places]
         if all(inside):
@@ -471,8 +473,8 @@ def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside. Outside, a model that is being trained stays as it is: a caller may run
-    other code between two ids of a stream, or never ask for the last.
+    """Inside there is no dropout. Outside, a model that is being trained stays in training, since
+    a caller may run other code between two ids of a stream, or stop asking for ids.
     """
     trained = [module for module in model.modules() if module.training] if model.training else []
     for module in trained:
@@ -624,9 +626,9 @@ def stream(
     and prompts that cannot work; a wrong number of pictures shows at the first id.
 
     A conversation reads only what is new if each call gets the same `past_key_values`, which begins
-    as KVCache(config, B): input_ids are the whole conversation, and those that the cache agrees
-    with are not read again. The ids are those of a call without it. (Dynamic RoPE is the exception
-    here, too.) Each call leaves its columns in the cache. Rows must have no padding; a guided
+    as KVCache(config, B). input_ids are the whole conversation; the ids at its start that are in
+    the cache are not read again. The answers are those of a call without it, except with dynamic
+    RoPE. Each call leaves its columns in the cache. Rows must have no padding; a guided
     picture reads all anew.
     """
     o = Options(**options)
@@ -750,8 +752,9 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
            steps: Iterator[Tensor], every: int = 0) -> Iterator[Piece]:
     """What `stream` yields -> text as soon as it is valid text, and pictures.
 
-    A picture comes when its last code is drawn; with `every` also after so many codes each, the
-    missing ones filled with its first. On Ctrl-C, first yields what is half done, then re-raises.
+    A picture comes when its last code is drawn. With `every`, it also comes unfinished, each time
+    so many more codes are drawn, with its first code in place of the missing ones. On Ctrl-C, first
+    yields what is half done, then re-raises.
     """
     vocabulary, S = tokenizer.vocabulary, model.config.vq_config.codes_per_image
     decoders, codes, interrupt = [], [], None

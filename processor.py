@@ -31,8 +31,8 @@ What differs from the processors of most models
 - The factor is 0.0078 as in transformers, not 2 / 255 = 0.00784, so white is 0.989. Meta trained
   with level / 255 * 2 - 1, which rescale_factor=2 / 255 gives.
 - All numbers equal those of transformers 4.43 to 4.57 (ChameleonImageProcessor), bit for bit.
-- Of PIL pictures, EXIF orientation is ignored and 16-bit levels above 255 are clipped, as by Meta
-  and transformers. Of files, `load_image` respects both.
+- The EXIF orientation of a PIL picture is ignored, and 16-bit levels above 255 are clipped, as in
+  Meta's code and in transformers. `load_image`, for files, turns the picture and scales the levels.
 
 Sources: https://arxiv.org/abs/2405.09818, section 2.1 (a 512 x 512 picture becomes 1024 codes);
 the documentation of transformers' ChameleonImageProcessor and ChameleonProcessor.
@@ -574,7 +574,7 @@ class ChameleonProcessor:
         if answers is None:
             return [""] * len(prompts)
         replies = [answers] if isinstance(answers, str) else list(answers)
-        if len(replies) != len(prompts) or not is_text(replies) or not all(replies):
+        if len(replies) != len(prompts) or not all(isinstance(x, str) and x for x in replies):
             raise ValueError(f"{len(prompts)} prompt(s) need as many answers, each a text that is "
                              f"not empty, got {answers!r:.80}")
         return replies
@@ -618,9 +618,11 @@ class ChameleonProcessor:
 
     def answer_ids(self, reply: str) -> list[int]:
         """An answer -> its ids with </s>; "" -> []. ValueError if the vocabulary has no </s>."""
-        if reply and self.tokenizer.eos_token_id is None:
+        if not reply:
+            return []
+        if self.tokenizer.eos_token_id is None:
             raise ValueError("this tokenizer has no </s> to end an answer with")
-        return self.content_ids(reply) + [self.tokenizer.eos_token_id] if reply else []
+        return [*self.content_ids(reply), self.tokenizer.eos_token_id]
 
     def content_ids(self, text: str) -> list[int]:
         """Text with pictures -> its ids, without <s> and end."""
