@@ -116,7 +116,7 @@ def row(conversation: Conversation) -> str:
 
 
 def walk(conversation: Conversation) -> str:
-    """The last answer as HTML: each token's entropy, and where it looked in the last picture."""
+    """The last answer as HTML: each token's entropy, and where it looked in one of the pictures."""
     model, processor, start = conversation.model, conversation.processor, conversation.start
     ids = torch.tensor([conversation.ids], device=model.device)  # (1, T)
     S = processor.image_seq_length
@@ -124,17 +124,17 @@ def walk(conversation: Conversation) -> str:
     if ids.shape[1] <= start:
         return '<div class="side"></div>'
     tokens, looks = glances(model, processor.tokenizer, ids, start)
-    begins = (ids[0] == processor.tokenizer.vocabulary.begin_image_id).nonzero().flatten().tolist()
-    given = [place + 1 for place in begins if place + S < start]
-    seen = decoded(model, ids[:, given[-1] : given[-1] + S]) if given else None
+    begin = processor.tokenizer.vocabulary.begin_image_id
+    places = [n + 1 for n, i in enumerate(ids[0].tolist()) if i == begin and n + S < ids.shape[1]]
+    pictures = {n: decoded(model, ids[:, n : n + S]) for n in places}
     parts, codes = [], [token for token in tokens if token.kind == "code"]
-    for token, look in zip(tokens, looks):
+    for place, (token, look) in enumerate(zip(tokens, looks), start):
+        weights = {n: look[n : n + S] for n in places if n + S <= place}
+        most = max(weights, key=lambda n, w=weights: float(w[n].sum()), default=None)
         if token.kind != "code":
-            image = on_picture(seen, look[given[-1] : given[-1] + S]) if seen else None
-            parts.append(chip(token, image))
-    if codes:
-        parts.append(entropies(codes[:S]))
-    looked = ", and where it looked" * bool(given)
+            parts.append(chip(token, most and on_picture(pictures[most], weights[most])))
+    parts += [entropies(codes[n : n + S]) for n in range(0, len(codes), S)]
+    looked = ", and where it looked in the picture that it looked at most" * bool(places)
     return ('<div class="side"><p>The last answer. Below each token its entropy in bits, which '
             f"says how open the choice was{looked}.</p>{''.join(parts)}</div>")
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import generate as module
 from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
+from chameleon_extras import demo
 from chameleon_extras.chat import Conversation
 from chameleon_extras.command import TINY
 from chameleon_extras.demo import Visit, row, walk
@@ -99,8 +100,24 @@ def test_the_walk_shows_each_tokens_entropy_and_where_it_looked(tiny):
     assert re.findall(r">(·circle)<small>[\d.]+<", page) == ["·circle"]
     ask(visit, "Draw a star.", [], "Draw")
     page = walk(talk)
-    assert page.count("data:image/png") == 1 and "entropy of each code" in page and closed(page)
+    assert "entropy of each code" in page and closed(page)
     assert page.count("<small>") == 3  # begin-image, end-image, end of turn
+    assert page.count("data:image/png") == 1 + 2  # the last two look back at the drawing
+
+
+def test_a_token_is_shown_on_the_picture_that_it_looked_at_most(tiny, monkeypatch):
+    shown = []
+    monkeypatch.setattr(demo, "on_picture", lambda picture, _: shown.append(picture) or picture)
+    visit = Visit(Conversation(*tiny, whole=False))
+    both = [STAR.replace("star", name) for name in ("first", "second")]
+    ask(visit, "What do these images have in common?", both, "Answer")
+    walk(visit.conversation)
+    names = [tiny[1].decode([i]).strip() for i in visit.conversation.ids[visit.conversation.start:]]
+    first, second = (shown[names.index(word)].tobytes() for word in ("green", "purple"))
+    colours = [Image.frombytes("RGB", (216, 216), data).getpixel((108, 108))
+               for data in (first, second)]
+    assert colours[0][1] > 140 > colours[0][0]  # green in the middle of the first
+    assert max(colours[1]) - min(colours[1]) < 12  # gray in that of the second
 
 
 def test_two_visits_at_once_have_their_own_conversations(tiny):
