@@ -214,17 +214,17 @@ class Terminal:
         return path
 
     def image(self, names: str) -> None:
-        if names == "last":
-            found = [part for part in self.conversation.parts if isinstance(part, Image.Image)]
-            if not found:
-                raise ValueError("there is no picture yet: /image FILE")
-            self.waiting.append(found[-1])
-            return
-        if not names:
-            raise ValueError("/image needs a file: /image examples/shapes.png")
         whole = os.path.exists(os.path.expanduser(names))  # a name with blanks
-        for name in [names] if whole else shlex.split(names):
-            self.waiting.append(load_image(os.path.expanduser(name)))
+        if names == "last":
+            seen = [part for part in self.conversation.parts if isinstance(part, Image.Image)]
+            if not seen:
+                raise ValueError("there is no picture yet: /image FILE")
+            self.waiting.append(seen[-1])
+        elif not names:
+            raise ValueError("/image needs a file: /image examples/shapes.png")
+        else:
+            self.waiting += [load_image(os.path.expanduser(name))
+                             for name in ([names] if whole else shlex.split(names))]
         say(f"{len(self.waiting)} picture(s) for the next turn")
 
     def save(self, name: str) -> None:
