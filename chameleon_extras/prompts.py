@@ -39,6 +39,8 @@ def read_prompts(file: Path) -> list[Asked]:
 
     ValueError names the line and the error.
     """
+    if not file.is_file():
+        raise ValueError(f"--prompts {file} is no file: write one prompt a line into it")
     if file.suffix == ".jsonl":
         asked = [read_line(where, data) for where, data in json_lines(file)]
     else:

@@ -73,7 +73,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     ("a.txt", "a\nWhat is this?<image>", "line 2: 1 <image> but 0 picture"),
     ("a.txt", "a\n" + "b" * 3000, "line 2: the prompt has"),
     ("a.txt", "\n\n", "is empty"),
-    ("none.txt", None, "none.txt"),
+    ("none.txt", None, "none.txt is no file"),
 ])
 def test_a_wrong_file_is_one_line_before_the_weights_are_read(
         run, tmp_path, monkeypatch, name, content, message):
