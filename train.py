@@ -55,7 +55,7 @@ from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import language, world
 from tiny_world.code_rows import add_code_rows, bake, has_code_rows
 from tiny_world.documents import Corpus, Rows, Writer
-from tiny_world.own_data import OwnData, read_examples
+from tiny_world.own_data import OwnData, add_learned, merge_learned, read_examples
 from tiny_world.pictures import Pictures
 from tiny_world.run import Run, autocast, fast_bf16, fingerprint, shard, whole
 from tiny_world.vqvae_stage import VQ, train_vqvae
@@ -278,11 +278,12 @@ def train_decoder(stage: str, run: Run) -> None:
     options, steps = run.options, stage_steps(stage, run)
     rng = np.random.default_rng((options.seed, list(STEPS).index(stage)))
     if options.data:
-        model, processor, corpus = own_data(run, rng)
+        model, processor, corpus = own_data(run)
+        steps = options.steps or math.ceil(options.epochs * len(corpus.documents) / ROWS)
     else:
         model, processor, corpus = toy_world(stage, run, rng)
-    # Norms and biases: few numbers, and all training changes them.
-    first_weights = fingerprint(p.detach().cpu() for p in model.parameters() if p.ndim == 1)
+    first_weights = fingerprint(p.detach().flatten()[::997].float().cpu()  # some of each
+                                for p in model.parameters())
     if run.device.type == "cpu" and fast_bf16(run.device):  # SDPA's kernel leaves bf16 units idle
         model.set_attn_implementation("eager")
     if run.world_size > 1:
@@ -292,15 +293,16 @@ def train_decoder(stage: str, run: Run) -> None:
     run.made_by |= {
         "--learning-rate": peak, "--dropout": options.dropout, "--norm-order": options.norm_order,
         "--no-qk-norm": options.no_qk_norm, "--no-z-loss": options.no_z_loss,
-        "--data": (fingerprint(d.ids for d in corpus.documents)
-                   if isinstance(corpus, OwnData) else None),
-        "first weights": first_weights,
+        "--data": fingerprint(corpus.contents()) if isinstance(corpus, OwnData) else None,
+        "--train": options.train, "first weights": first_weights,
     }  # fmt: skip
     start = run.resume(stage, model, optimizer, rng)
     if start >= steps:
         run.say(f"{stage}: all {steps} steps are done, --steps makes more")
         export(model, processor, run)  # --out may have been removed
     rows, query_norm = Rows(processor.tokenizer.pad_token_id), QueryNorm(model)
+    if options.checkpointing:
+        model.gradient_checkpointing_enable()
     if options.compile:
         for layer in model.model.layers:  # alike, so compiled once for all of them
             layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -309,10 +311,12 @@ def train_decoder(stage: str, run: Run) -> None:
     for step in run.progress(range(start, steps), stage):
         # The last 20 % of pretraining: every second batch is of better data (section 2.2).
         late = stage != "pretrain" or (step >= 0.8 * steps and step % 2)
-        if stage in PRACTICE and isinstance(corpus, Corpus):
-            corpus.shares = practice_shares(stage, step, steps)
-        draw = corpus.pretrain if isinstance(corpus, Corpus) and not late else corpus.sft
-        batch = rows.batch(draw, ROWS, corpus.row_tokens)
+        if isinstance(corpus, OwnData):
+            batch = corpus.batch(step, ROWS)
+        else:
+            if stage in PRACTICE:
+                corpus.shares = practice_shares(stage, step, steps)
+            batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
         loss, curves = decoder_loss(model, run.share(batch), z_weight)
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(stage, step, steps)
@@ -367,18 +371,18 @@ def toy_world(
     return model, ChameleonProcessor(images, tokenizer, VQ.codes_per_image), corpus
 
 
-def own_data(
-    run: Run, rng: np.random.Generator
-) -> tuple[ChameleonForConditionalGeneration, ChameleonProcessor, OwnData]:
+def own_data(run: Run) -> tuple[ChameleonForConditionalGeneration, ChameleonProcessor, OwnData]:
     """Model and processor of the checkpoint in --model, and the user's documents in --data."""
-    examples = read_examples(run.options.data)  # first: it finds mistakes in seconds
+    options = run.options
+    examples = read_examples(options.data)  # first: it finds mistakes in seconds
+    frozen = options.train != "all" and fast_bf16(run.device)  # what does not learn is in bf16
     model = ChameleonForConditionalGeneration.from_pretrained(
-        run.options.model, dtype=torch.float32, device_map=run.device
-    )
-    model.model.vqmodel.requires_grad_(False)
-    add_switches(model, run.options)
-    processor = ChameleonProcessor.from_pretrained(run.options.model)
-    return model, processor, OwnData(examples, model, processor, rng)
+        options.model, dtype=torch.bfloat16 if frozen else torch.float32, device_map=run.device)
+    add_switches(model, options)
+    processor = ChameleonProcessor.from_pretrained(options.model)
+    corpus = OwnData(examples, model, processor, options.seed)
+    add_learned(model, options.train)
+    return model, processor, corpus
 
 
 def export(
@@ -394,9 +398,11 @@ def export(
     computed = has_code_rows(model)  # not with --data: that model's tables are plain
     if computed:
         add_code_rows(twin)
+    adapter = add_learned(twin, run.options.train)
     twin.load_state_dict(weights)
     if computed:
         bake(twin)
+    merge_learned(twin, adapter, run.out)
     twin.to(torch.bfloat16)
     for weight in twin.model.vqmodel.parameters():  # fp32 in any model; `trained_vqvae` rounded it
         weight.data = weight.data.bfloat16()
@@ -433,6 +439,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="of each stage; a small number makes a smoke run")
     add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
     add("--model", type=Path, default=Path("tiny"), help="--data: checkpoint to start from")
+    add("--epochs", type=int, default=3, help="--data: how often each line is learned")
+    add("--train", choices=("all", "lora", "image-head"), default="all", help="--data: what learns")
+    add("--checkpointing", action="store_true", help="less memory, a third more time")
     add("--learning-rate", type=float, help="peak (default: the stage's)")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
@@ -442,7 +451,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-qk-norm", action="store_true", help="see what QK-norm is good for")
     add("--no-z-loss", action="store_true", help="see what the z-loss is good for")
     add("--dropout", type=float, default=DROPOUT, help="after attention and feed-forward")
-    add("--questions", type=int, default=1000, help="of each kind in evaluate")
+    add("--questions", type=int, help="of each kind in evaluate (default: 1000, at most --steps)")
     options = parser.parse_args(arguments)
     if options.data and options.stage != "sft":
         parser.error("--data belongs to the stage sft")
@@ -454,6 +463,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     if options.threads is not None and options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.questions is None:
+        options.questions = min(1000, max(1, options.steps or 1000))
+    if options.train != "all" and not options.data:
+        parser.error(f"--train {options.train} needs --data")
+    if options.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {options.epochs}")
     if options.questions < 1:
         parser.error(f"--questions must be at least 1, got {options.questions}")
     if options.seed < 0:

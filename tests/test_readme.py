@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))  # when it is run as a script
 
 import benchmark  # noqa: E402
 import cuda_report  # noqa: E402
+import image_head  # noqa: E402
 
 import generate as module  # noqa: E402
 import train  # noqa: E402
@@ -104,7 +105,7 @@ def test_the_python_examples_run(monkeypatch, capsys):
 PROGRAMS = {
     "generate.py": module.main, "train.py": train.main, "-m chameleon_extras.convert": convert.main,
     "-m tiny_world.figures": figures.main, "tests/benchmark.py": benchmark.main,
-    "tests/cuda_report.py": cuda_report.main,
+    "tests/cuda_report.py": cuda_report.main, "tests/image_head.py": image_head.main,
 }  # fmt: skip
 
 

@@ -511,6 +511,8 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
     (["evaluate", "--out", "x", "--questions", "0"], "--questions"),
     (["sft", "--out", "x", "--learning-rate", "nan"], "--learning-rate"),
     (["sft", "--out", "x", "--seed", "-1"], "--seed"),
+    (["sft", "--out", "x", "--train", "lora"], "--data"),
+    (["sft", "--out", "x", "--epochs", "0"], "--epochs"),
     (["sft", "--out", "x", "--device", "abacus"], "abacus"),
     (["sft", "--out", "x", "--state", "file"], "file"),
 ])
@@ -646,9 +648,29 @@ def test_examples_are_read_in_order(tmp_path):
     line = {"prompt": "Is <image> like <image>?", "images": ["a.png", "a.png"], "answer": "Yes."}
     folder = own_folder(tmp_path, line, "", {"prompt": "Hi", "answer": "Hello"})
     first, second = own_data.read_examples(folder)
-    a = folder / "a.png"
-    assert first == (f"{folder / 'data.jsonl'} line 1", ["Is ", a, " like ", a, "?"], ["Yes."])
-    assert second[0].endswith("line 3") and second[1:] == (["Hi"], ["Hello"])
+    assert first == (f"{folder / 'data.jsonl'} line 1", line["prompt"], "Yes.",
+                     [folder / "a.png"] * 2)
+    assert second[0].endswith("line 3") and second[1:] == ("Hi", "Hello", [])
+
+
+def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once(tmp_path, tiny):
+    model, processor = tiny
+    folder = own_folder(tmp_path, {"prompt": "Like <image>?", "images": ["a.png"] * 2,
+                                   "answer": "So: <image>"},
+                        *({"prompt": f"{n}?", "answer": "Hello"} for n in range(4)))
+    corpus = own_data.OwnData(own_data.read_examples(folder), model, processor, seed=0)
+    pixels = processor.image_processor(str(folder / "a.png"), return_tensors="pt")["pixel_values"]
+    codes = model.model.vqmodel.encode(pixels)[0].numpy()
+    picture = documents.Picture(codes, codes)
+    writer = Writer(processor.tokenizer, {})
+    wanted = writer.chat(("Like ", picture, "?"), ("So: ", picture))
+    assert corpus.documents[0].ids == wanted.ids and len(corpus.documents) == 5
+    assert corpus.documents[0].weight == pytest.approx(wanted.weight)
+    drawn = [row.tolist() for step in range(5) for row in corpus.batch(step, 2)["ids"]]
+    seen = [[i for i in row if i != processor.tokenizer.pad_token_id] for row in drawn]
+    for epoch in (seen[:5], seen[5:]):
+        assert sorted(epoch) == sorted(document.ids for document in corpus.documents)
+    assert seen[:5] != seen[5:]
 
 
 @pytest.mark.parametrize(
@@ -690,6 +712,60 @@ def test_own_data_is_learned_from_the_shipped_checkpoint(tmp_path, monkeypatch):
     assert evaluate.answer(model, processor, ["What is it?<image>"], [picture]) == ["A zebra."]
 
 
+ZEBRAS = [{"prompt": "What is it?<image>", "images": ["a.png"], "answer": "A zebra."},
+          {"prompt": "Draw a zebra.", "images": ["a.png"], "answer": "<image>"}]
+
+
+def tuned(folder: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
+    """train.py sft on two lines -> the weights that it left."""
+    assert train.main(["sft", "--data", str(own_folder(folder, *ZEBRAS)), "--model", str(TINY),
+                       "--out", str(out), *options]) == 0
+    return evaluate.load(out)[0].state_dict()
+
+
+def test_without_a_terminal_progress_is_lines_and_three_epochs_are_the_default(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "ROWS", 1)
+    monkeypatch.setattr(train.Run, "PAUSE", 0)
+    tuned(tmp_path, tmp_path / "out")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
+    assert [line.split(",")[0] for line in lines] == [f"sft: {n} of 6" for n in range(1, 7)]
+    assert "_loss " in lines[-1] and lines[-1].endswith(" 0 s to go")
+    transformers = pytest.importorskip("transformers")
+    read = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(read).__name__ == "ChameleonProcessor"
+
+
+def test_image_head_learns_the_rows_of_the_codes_and_nothing_else(tmp_path):
+    before = evaluate.load(TINY)[0].state_dict()
+    after = tuned(tmp_path, tmp_path / "out", "--train", "image-head", "--checkpointing")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"lm_head.weight"}
+    rows = (before["lm_head.weight"] != after["lm_head.weight"]).any(1).nonzero()[:, 0]
+    codes = load_tokenizer(TINY).vocabulary.code_to_id
+    assert set(rows.tolist()) <= set(codes.tolist()) and len(rows) > len(codes) / 2
+
+
+def test_lora_is_saved_as_an_adapter_and_merged_and_both_write_the_same(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(train, "ROWS", 2)
+    out = tmp_path / "out"
+    tuned(tmp_path, out, "--train", "lora", "--steps", "40", "--learning-rate", "0.01")
+    merged, processor = evaluate.load(out)
+    adapter = peft.PeftModel.from_pretrained(evaluate.load(TINY)[0], out / "adapter")
+    picture, ask = [Image.open(tmp_path / "a.png")], ["What is it?<image>"]
+    assert evaluate.answer(merged, processor, ask, picture) == ["A zebra."]
+    inputs = processor(text=ask, images=picture)
+    with torch.no_grad():
+        ids = adapter.generate(**inputs, max_new_tokens=20)
+    assert processor.decode(ids[0], True).endswith("A zebra.")
+    before = evaluate.load(TINY)[0].state_dict()
+    changed = {name for name, weight in merged.state_dict().items()
+               if not torch.equal(weight, before[name])}
+    assert changed and all("_proj.weight" in name for name in changed)
+
+
 def test_the_smoke_runs_weights_depend_on_the_seed_alone(corpus):
     """The same seed draws the same documents; another seed draws others."""
     def first(seed):
@@ -712,6 +788,9 @@ def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monk
         message = capsys.readouterr().err
         assert f"{more[0]} " in message and f", not {more[1]}: remove" in message
         assert message.count("\n") == 1
+    for more, words in ((["--train", "image-head"], "with other options"),
+                        (["--dropout", "0.5"], "--dropout 0.0, not 0.5")):
+        assert train.main([*asked, *more]) == 2 and words in capsys.readouterr().err
     own_folder(tmp_path, {"prompt": "Hi", "answer": "Good morning"})
     assert train.main(asked) == 2 and "--data (fingerprint" in capsys.readouterr().err
 
@@ -734,8 +813,8 @@ def test_own_lines_are_those_of_the_file_not_those_of_unicode(tmp_path):
     line = json.dumps({"prompt": text, "answer": "x"}, ensure_ascii=False)
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\n{line}".encode())
     examples = own_data.read_examples(tmp_path)
-    assert [prompt for _, prompt, _ in examples] == [[text], [text]]
-    assert examples[1][0].endswith("line 3")
+    assert [example.prompt for example in examples] == [text, text]
+    assert examples[1].where.endswith("line 3")
 
 
 # --- the shipped checkpoint

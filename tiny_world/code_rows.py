@@ -62,7 +62,7 @@ def add_code_rows(model: ChameleonForConditionalGeneration) -> None:
 
 
 def has_code_rows(model: ChameleonForConditionalGeneration) -> bool:
-    return parametrize.is_parametrized(model.lm_head)
+    return parametrize.is_parametrized(model.model.embed_tokens)
 
 
 def bake(model: ChameleonForConditionalGeneration) -> None:

@@ -451,22 +451,28 @@ class Rows:
 
         `ids` are the targets and `read` the inputs, in which some codes are corrupted.
         """
-        arrays = {
-            "ids": np.full((B, T), self.pad), "read": np.full((B, T), self.pad),
-            "position": np.zeros((B, T), np.int64), "branch": np.zeros((B, T), np.int64),
-            "document": np.full((B, T), -1), "weight": np.zeros((B, T), np.float32),
-        }  # fmt: skip
-        for b in range(B):
-            start = 0
-            for n, document in enumerate(self.row(draw, T)):
-                place = b, slice(start, start + len(document.ids))
-                for name in ("ids", "read", "position", "weight", "branch"):
-                    arrays[name][place] = getattr(document, name)
-                arrays["document"][place] = n
-                start += len(document.ids)
-        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        batch["mask"] = visible(batch.pop("document"), batch.pop("branch"))  # (B, T, T)
-        return batch
+        return packed([self.row(draw, T) for _ in range(B)], T, self.pad)
+
+
+def packed(rows: list[list[Document]], T: int, pad: int) -> dict[str, Tensor]:
+    """B rows of documents -> the tensors of `Rows.batch`."""
+    shape = len(rows), T
+    arrays = {
+        "ids": np.full(shape, pad), "read": np.full(shape, pad),
+        "position": np.zeros(shape, np.int64), "branch": np.zeros(shape, np.int64),
+        "document": np.full(shape, -1), "weight": np.zeros(shape, np.float32),
+    }  # fmt: skip
+    for b, documents in enumerate(rows):
+        start = 0
+        for n, document in enumerate(documents):
+            place = b, slice(start, start + len(document.ids))
+            for name in ("ids", "read", "position", "weight", "branch"):
+                arrays[name][place] = getattr(document, name)
+            arrays["document"][place] = n
+            start += len(document.ids)
+    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    batch["mask"] = visible(batch.pop("document"), batch.pop("branch"))  # (B, T, T)
+    return batch
 
 
 def visible(document: Tensor, branch: Tensor) -> Tensor:

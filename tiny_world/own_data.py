@@ -1,24 +1,41 @@
 """Your own training data: a folder with a .jsonl file, one {"prompt", "images", "answer"} a line.
 
-    folder --read_examples--> (where, prompt, answer) of each line --OwnData--> Documents
+    folder --read_examples--> Examples --ChameleonProcessor--> ids, labels --OwnData--> batches
 
 Who needs it: whoever fine-tunes a checkpoint with `train.py sft --data FOLDER`. All errors in the
-folder are found, with file and line, before any weight is read.
+folder are found, with file and line, before any weight is read. Also what `--train` names: a LoRA
+adapter, or the image codes' rows of the head alone.
 """
 
-import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils import parametrize
 
 from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras.files import json_lines
-from processor import ChameleonProcessor, load_image
-from tiny_world.documents import Document, Writer
+from processor import IGNORE, ChameleonProcessor, load_image
+from tiny_world.documents import IMAGE_WEIGHT, Document, packed
+
+LORA = dict(r=16, lora_alpha=32, target_modules=[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])  # fmt: skip
 
 
-def read_examples(folder: Path) -> list[tuple[str, list, list]]:
-    """-> (file and line, prompt parts, answer parts) of each line; a part is text or a Path.
+class Example(NamedTuple):
+    where: str  # file and line
+    prompt: str
+    answer: str
+    images: list[Path]  # for each <image> of the prompt, then of the answer
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """The lines of the folder's .jsonl files.
 
     In prompt and answer each `<image>` stands for the next file of "images", a path relative to
     the folder. ValueError names the file, the line and the error.
@@ -30,7 +47,7 @@ def read_examples(folder: Path) -> list[tuple[str, list, list]]:
     for file in files:
         for where, data in json_lines(file):
             try:
-                examples.append((where, *read_example(data, folder)))
+                examples.append(Example(where, *read_example(data, folder)))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
     if not examples:
@@ -38,8 +55,8 @@ def read_examples(folder: Path) -> list[tuple[str, list, list]]:
     return examples
 
 
-def read_example(line: object, folder: Path) -> tuple[list, list]:
-    """A parsed line -> prompt parts, answer parts. ValueError names the error."""
+def read_example(line: object, folder: Path) -> tuple[str, str, list[Path]]:
+    """A parsed line -> prompt, answer, files of its pictures. ValueError names the error."""
     if not isinstance(line, dict):
         raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
     unknown = sorted(set(line) - {"prompt", "images", "answer"})
@@ -57,35 +74,92 @@ def read_example(line: object, folder: Path) -> tuple[list, list]:
     paths = [folder / name for name in images]
     for path in paths:
         load_image(path)  # ValueError for a file that is no picture
-    following = iter(paths)
-    pieces = (re.split("(<image>)", line[key]) for key in ("prompt", "answer"))
-    prompt, answer = ([next(following) if piece == "<image>" else piece for piece in some]
-                      for some in pieces)  # fmt: skip
-    return prompt, answer
+    return line["prompt"], line["answer"], paths
 
 
 class OwnData:
-    """Takes the place of documents.Corpus: draws the user's documents, all equally likely.
+    """The user's examples as documents, and the batches of step 0, 1, 2, ... made of them.
 
     ValueError names the line whose document is longer than the model's context.
     """
 
-    def __init__(
-        self, examples: list[tuple[str, list, list]], model: ChameleonForConditionalGeneration,
-        processor: ChameleonProcessor, rng: np.random.Generator,
-    ) -> None:  # fmt: skip
-        codes, parts = {}, {part for _, *both in examples for parts in both for part in parts}
-        for path in sorted(part for part in parts if isinstance(part, Path)):
-            image = processor.image_processor(load_image(path), return_tensors="pt")
-            pixels = image["pixel_values"].to(model.device)  # (1, 3, H, W)
-            codes[path] = model.model.vqmodel.encode(pixels)[0].cpu().numpy()  # (S,)
-        writer, self.rng = Writer(processor.tokenizer, codes), rng
-        self.documents = [writer.chat(prompt, answer) for _, prompt, answer in examples]
-        self.row_tokens = max(len(document.ids) for document in self.documents)
-        limit = model.config.max_position_embeddings
-        for (where, *_), document in zip(examples, self.documents):
-            if len(document.ids) > limit:
-                raise ValueError(f"{where}: {len(document.ids)} tokens, the model holds {limit}")
+    def __init__(self, examples: list[Example], model: ChameleonForConditionalGeneration,
+                 processor: ChameleonProcessor, seed: int) -> None:
+        mark, self.pad = model.model.vocabulary.image_token_id, processor.tokenizer.pad_token_id
+        self.seed, self.documents = seed, []
 
-    def sft(self, room: int) -> Document:
-        return self.documents[int(self.rng.integers(len(self.documents)))]
+        @cache  # several lines may ask about one picture
+        def picture_ids(path: Path) -> Tensor:
+            pixels = processor.image_processor(load_image(path), return_tensors="pt")
+            return model.get_image_tokens(pixels.to(model.device)["pixel_values"])[0].cpu()  # (S,)
+
+        limit = model.config.max_position_embeddings
+        for where, prompt, answer, paths in examples:
+            batch = processor(text=prompt, answers=answer, images=paths or None)
+            ids, labels = batch["input_ids"][0], batch["labels"][0]  # (T,), (T,)
+            weight = torch.where(labels == mark, IMAGE_WEIGHT, (labels != IGNORE).float())  # (T,)
+            if paths:
+                ids[ids == mark] = torch.cat([picture_ids(path) for path in paths])
+            if len(ids) > limit:
+                raise ValueError(f"{where}: {len(ids)} tokens, the model holds {limit}")
+            self.documents.append(Document())
+            self.documents[-1].add(ids.tolist(), weight.tolist())
+
+    def contents(self) -> Iterator[list]:
+        """All numbers that are learned from."""
+        for document in self.documents:
+            yield from (document.ids, document.weight)
+
+    def batch(self, step: int, B: int) -> dict[str, Tensor]:
+        """As `Rows.batch`, one document a row. Each epoch is a random permutation of its own."""
+        chosen = []
+        for n in range(step * B, step * B + B):
+            epoch, place = divmod(n, len(self.documents))
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+            chosen.append(self.documents[order[place]])
+        longest = max(len(document.ids) for document in chosen)
+        return packed([[document] for document in chosen], longest, self.pad)
+
+
+class ImageRows(nn.Module):
+    """A parametrization of the head (V, D): the image codes' rows are numbers of their own (K, D).
+
+    So they alone get gradients and states of the optimizer, and weight decay spares the others.
+    """
+
+    def __init__(self, table: Tensor, code_to_id: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("code_to_id", code_to_id, persistent=False)  # (K,)
+        self.rows = nn.Parameter(table.detach()[code_to_id].float())  # (K, D)
+
+    def forward(self, table: Tensor) -> Tensor:
+        return table.index_copy(0, self.code_to_id, self.rows.to(table.dtype))  # (V, D)
+
+
+def add_learned(model: ChameleonForConditionalGeneration, kind: str):
+    """Freezes what --train leaves out -> peft's wrapper around the model for lora, else None.
+
+    all: every weight but the VQ-VAE. lora: low-rank updates of all matrices of the layers (arXiv
+    2106.09685). image-head: the image codes' rows of lm_head (Anole, arXiv 2407.06135).
+    """
+    if kind == "all":
+        return None
+    model.requires_grad_(False)
+    if kind == "image-head":
+        rows = ImageRows(model.lm_head.weight, model.model.vocabulary.code_to_id)
+        parametrize.register_parametrization(model.lm_head, "weight", rows)
+        return None
+    try:
+        import peft  # here: an extra
+    except ImportError:
+        raise ValueError('--train lora needs peft: pip install -e ".[lora]"') from None
+    return peft.get_peft_model(model, peft.LoraConfig(**LORA))
+
+
+def merge_learned(model: ChameleonForConditionalGeneration, adapter, folder: Path) -> None:
+    """Makes plain matrices of what `add_learned` added. An adapter is saved in the folder first."""
+    if adapter is not None:
+        adapter.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        adapter.merge_and_unload()
+    elif parametrize.is_parametrized(model.lm_head):
+        parametrize.remove_parametrizations(model.lm_head, "weight")

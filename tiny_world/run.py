@@ -16,8 +16,9 @@ import csv
 import hashlib
 import pickle
 import platform
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class Run:
     """
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
+    PAUSE = 20  # seconds between two lines of progress
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.state = options, options.out, options.state
@@ -46,17 +48,29 @@ class Run:
         self.rank, self.world_size = own_rank(), ranks()
         if options.stage != "evaluate":
             self.state.mkdir(parents=True, exist_ok=True)
-        self.began = time.monotonic()
+        self.began, self.curves = time.monotonic(), {}
         self.made_by = {"--seed": options.seed}  # a saved state is for these options and data only
 
     def say(self, text: str) -> None:
         if self.rank == 0:
             say(text)
 
-    def progress(self, steps: range, name: str):
+    def progress(self, steps: range, name: str) -> Iterator[int]:
+        """The steps, with a bar on a terminal, and else a line every PAUSE seconds and at the end.
+        """
         from tqdm import tqdm
 
-        return tqdm(steps, desc=name, disable=self.rank > 0 or None)  # None: only on a terminal
+        if self.rank or sys.stderr.isatty():
+            yield from tqdm(steps, desc=name, disable=self.rank > 0)
+            return
+        told = began = time.monotonic()
+        for done, step in enumerate(steps, start=1):
+            yield step
+            now = time.monotonic()
+            if now - told > self.PAUSE or done == len(steps):
+                told, left = now, (now - began) / done * (len(steps) - done)
+                losses = "".join(f", {n} {x:.3f}" for n, x in self.curves.items() if "_loss" in n)
+                self.say(f"{name}: {step + steps.step} of {steps.stop}{losses}, {left:.0f} s to go")
 
     def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch -> this rank's rows, on its device, and "total": what divides their loss.
@@ -147,6 +161,7 @@ class Run:
         return step % self.EVERY == 0
 
     def log(self, stage: str, step: int, curves: dict[str, float]) -> None:
+        self.curves = curves
         if self.rank or not self.logs(step):
             return
         row = {"stage": stage, "step": step, "seconds": time.monotonic() - self.began} | curves
