@@ -1,9 +1,9 @@
 """Teaches a checkpoint that cannot draw to draw, by the image codes' rows of its head alone.
 
-    python tests/image_head.py --out head      copies tiny/ without these rows, trains it, prints a table
+    python tests/image_head.py --out head      a copy of tiny/ without these rows learns; a table
 
 The recipe is Anole's (arXiv 2407.06135). The released Chameleon was tuned not to draw. Here a copy
-of tiny/ gets random rows in their place, and learns them from 3,000 drawings with `train.py sft`.
+of tiny/ gets random rows in their place, and learns them from 400 drawings with `train.py sft`.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def write_copy_that_cannot_draw(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="image_head.py", description="Teaches a head to draw.")
     parser.add_argument("--out", type=Path, required=True, help="folder for data and checkpoints")
-    parser.add_argument("--pictures", type=int, default=3000)
-    parser.add_argument("--epochs", default="4")
-    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--epochs", default="5")
+    parser.add_argument("--questions", type=int, default=100)
     options = parser.parse_args(arguments)
     before, after, data = (options.out / name for name in ("before", "after", "data"))
     write_drawings(data, options.pictures)

@@ -225,7 +225,8 @@ def training(folder: Path) -> None:
     star = str(ROOT / "examples" / "star.png")
     line = {"prompt": "What?<image>", "images": [star], "answer": "A star."}
     (folder / "own.jsonl").write_text(json.dumps(line))
-    own_data.OwnData(own_data.read_examples(folder), model, processor, rng)
+    own_data.OwnData(own_data.read_examples(folder), model, processor, 0)
+    own_data.add_learned(evaluate.load(ROOT / "tiny")[0], "image-head")
     evaluate.accuracy(model, processor, "colour", 2)
     evaluate.drawn_right(model, processor, "edit", 2)
     evaluate.survival(model.model.vqmodel, 1)
