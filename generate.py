@@ -562,8 +562,6 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
 
     Without an attention_mask, padding is recognized by its id, as in transformers.
     """
-    if input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be (B, T) with T > 0, got {tuple(input_ids.shape)}")
     lowest, highest, V = int(input_ids.min()), int(input_ids.max()), model.config.vocab_size
     if input_ids.is_floating_point() or lowest < 0 or highest >= V:
         raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are whole "
@@ -571,6 +569,9 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     if attention_mask is None:
         known = pad == model.config.pad_token_id and pad not in stops
         attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
+                         f"{tuple(input_ids.shape)}")
     if not attention_mask[:, -1].all():
         raise ValueError("the prompts are padded on the right, and the next token would follow "
                          "padding: use padding_side='left'")
@@ -632,6 +633,9 @@ def stream(
     picture reads all anew.
     """
     o = Options(**options)
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError("input_ids must be a tensor (B, T) with T > 0, got "
+                         f"{getattr(input_ids, 'shape', type(input_ids).__name__)}")
     if not o.do_sample and o.mode != "image" and (
             o.temperature not in (0, 1) or o.top_k or o.top_p < 1):
         warnings.warn("temperature, top_k and top_p change nothing here: without do_sample=True, "
@@ -688,8 +692,8 @@ def generate(
         raise ValueError(f"generate has no option {', '.join(unknown)}; it has max_length, "
                          f"streamer, stop_strings, {', '.join(sorted(known))}")
     if max_length is not None and options.get("max_new_tokens") is None:
-        if max_length <= input_ids.shape[-1]:
-            raise ValueError(f"max_length {max_length} leaves no room behind the prompt's "
+        if type(max_length) is not int or max_length <= input_ids.shape[-1]:
+            raise ValueError(f"max_length {max_length!r:.80} leaves no room behind the prompt's "
                              f"{input_ids.shape[-1]} ids: raise it, or set max_new_tokens")
         options["max_new_tokens"] = max_length - input_ids.shape[-1]
     steps = stream(model, input_ids, attention_mask, pixel_values, **options)
