@@ -79,6 +79,7 @@ CLIP = 1.0  # 1.0, the norm of the gradient over all parameters (section 2.3)
 Z_LOSS = 1e-5  # 1e-5, the factor of log^2 Z (section 2.3)
 DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
 LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4 (2.3), 1e-5 (section 3)
+WIDE_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
 WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # steps; 4000 in pretraining (section 2.3)
 STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 2^23 tokens each (section 2.3)
 PRACTICE = {  # up to this part of the steps: (share of practice, share of lists), see Corpus.sft
@@ -208,6 +209,11 @@ def rate(stage: str, step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
 
 
+def usual_rate(stage: str, width: int, learned: str) -> float:
+    """The peak learning rate without --learning-rate; learned: the value of --train."""
+    return WIDE_RATE[learned] if width >= 1024 else LEARNING_RATE[stage]
+
+
 def practice_shares(stage: str, step: int, steps: int) -> tuple[float, float]:
     """The shares of practice and of lists at this step, from PRACTICE."""
     return next(shares for end, shares in PRACTICE[stage] if step < end * steps)
@@ -288,7 +294,7 @@ def train_decoder(stage: str, run: Run) -> None:
         model.set_attn_implementation("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
-    peak = options.learning_rate or LEARNING_RATE[stage]
+    peak = options.learning_rate or usual_rate(stage, model.config.hidden_size, options.train)
     optimizer = make_optimizer(model, peak)
     run.made_by |= {
         "--learning-rate": peak, "--dropout": options.dropout, "--norm-order": options.norm_order,
@@ -404,8 +410,9 @@ def export(
         bake(twin)
     merge_learned(twin, adapter, run.out)
     twin.to(torch.bfloat16)
-    for weight in twin.model.vqmodel.parameters():  # fp32 in any model; `trained_vqvae` rounded it
-        weight.data = weight.data.bfloat16()
+    for weight in twin.model.vqmodel.parameters():  # fp32 in any model, so that codes stay equal
+        rounded = weight.data.bfloat16()  # `trained_vqvae` rounded the toy world's
+        weight.data = rounded if torch.equal(rounded.float(), weight.data) else weight.data
     twin.save_pretrained(run.out)
     processor.save_pretrained(run.out)
 
@@ -442,7 +449,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=3, help="--data: how often each line is learned")
     add("--train", choices=("all", "lora", "image-head"), default="all", help="--data: what learns")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
-    add("--learning-rate", type=float, help="peak (default: the stage's)")
+    add("--learning-rate", type=float, help="peak (default: by stage and width)")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")

@@ -723,6 +723,27 @@ def tuned(folder: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
     return evaluate.load(out)[0].state_dict()
 
 
+def test_a_vqvae_that_bf16_cannot_hold_is_written_as_it_was(tmp_path):
+    model, processor = evaluate.load(TINY)[:2]
+    with torch.no_grad():
+        for weight in model.model.vqmodel.parameters():
+            weight *= 1.0001
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    weights = tuned(tmp_path, tmp_path / "out", "--model", str(tmp_path / "base"), "--steps", "1")
+    for name, weight in model.state_dict().items():
+        if ".vqmodel." in name:
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage, width, learned, wanted", [
+    ("sft", 192, "all", 1e-3), ("refine", 192, "all", 6e-4), ("sft", 192, "lora", 1e-3),
+    ("sft", 4096, "all", 1e-5), ("sft", 1024, "lora", 1e-4), ("sft", 8192, "image-head", 1e-4),
+])
+def test_wide_models_learn_at_the_papers_rate(stage, width, learned, wanted):
+    assert train.usual_rate(stage, width, learned) == wanted
+
+
 def test_without_a_terminal_progress_is_lines_and_three_epochs_are_the_default(
         tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "ROWS", 1)
