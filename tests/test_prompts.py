@@ -104,5 +104,5 @@ def test_answers_are_examples_for_training(run, tmp_path):
     run("data/asked.jsonl", "--out", "data/answers.jsonl", "--temperature", "3")
     (tmp_path / "data" / "asked.jsonl").unlink()
     examples = read_examples(tmp_path / "data")
-    assert [len(prompt) for _, prompt, _ in examples][0] == 3  # "", the picture, "What?"
+    assert len(examples[0].images) == 1 and "<image>" in examples[0].prompt
     assert len(read_prompts(tmp_path / "data" / "answers.jsonl")) == len(examples) == 5
