@@ -1,4 +1,7 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and how many processes run the tests."""
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,16 @@ from synthetic import write_small_sentencepiece, write_synthetic_tokenizer
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tokenizer import load_tokenizer
+
+CORES = os.cpu_count() or 1
+THREADS = max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+torch.set_num_threads(THREADS)  # several processes share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # in subprocesses, too
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Whole folders of tests run in up to four processes, named files and tests in this one."""
+    return min(4, CORES) if all(Path(name).is_dir() for name in config.args) else 0
 
 
 @pytest.fixture(scope="session")
