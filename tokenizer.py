@@ -224,6 +224,8 @@ def padded(rows: list[list[int]], padding: bool | str | None, max_length: int | 
     """Rows -> input_ids, padded to one length if asked, and attention_mask: 1 id, 0 padding."""
     if side not in ("left", "right"):
         raise ValueError(f"padding_side={side!r}: 'left' or 'right'")
+    if multiple is not None and (type(multiple) is not int or multiple < 1):
+        raise ValueError(f"pad_to_multiple_of={multiple!r:.40}: want a whole number, at least 1")
     longest = max(map(len, rows))
     lengths = {False: 0, None: 0, "do_not_pad": 0, "max_length": max_length, True: longest,
                "longest": longest}

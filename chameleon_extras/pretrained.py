@@ -47,8 +47,14 @@ class BitsAndBytesConfig:
 
 
 def kind_of_quantization(config: object) -> str | None:
-    """BitsAndBytesConfig, ours or transformers', or a dict -> one of quantize.KINDS, or None."""
+    """BitsAndBytesConfig, ours or transformers', or a dict -> one of quantize.KINDS, or None.
+    ValueError for a config of another method.
+    """
     read = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
+    if read("load_in_8bit") is None and read("load_in_4bit") is None:
+        raise ValueError(f"quantization_config {config!r:.80} is not offered: use "
+                         "BitsAndBytesConfig(load_in_8bit=True) or (load_in_4bit=True, "
+                         "bnb_4bit_quant_type='nf4')")
     if read("load_in_8bit"):
         return "int8"
     if not read("load_in_4bit"):

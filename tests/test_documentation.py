@@ -403,6 +403,8 @@ def test_the_options_of_the_page(folder, options):
     (dict(attn_implementation="paged"), "none of eager, sdpa, flash_attention_2"),
     (dict(load_in_4bit=True), "has no option load_in_4bit"),
     (dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)), "fp4"),
+    (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "gptq.* is not offered"),
+    (dict(quantization_config=8), "quantization_config 8 is not offered"),
 ])
 def test_options_that_are_not_offered_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
@@ -606,6 +608,9 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.decode(ids[1]) == theirs.decode(ids[1])
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
+    for multiple in (0, -8, "8", 8.0):
+        with pytest.raises(ValueError, match="pad_to_multiple_of"):
+            bpe(texts, padding=True, pad_to_multiple_of=multiple)
 
 
 def test_parts_of_another_kind_are_no_processor(bpe_folder):
