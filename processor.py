@@ -320,7 +320,8 @@ class ChameleonImageProcessor:
                 wanted = " or ".join(str(sorted(kind)) for kind in kinds)
                 raise ValueError(f"{name}={value!r:.80}: want {wanted}, whole numbers from 1 to "
                                  f"{self.MAX_SIDE}")
-        if isinstance(self.resample, bool) or self.resample not in list(Image.Resampling):
+        if type(self.resample) not in (int, Image.Resampling) or (
+                self.resample not in list(Image.Resampling)):
             raise ValueError(f"resample={self.resample!r:.80}: PIL's filters are 0..5, 1 is "
                              "Lanczos")
         for name in ("rescale_factor", "image_mean", "image_std"):

@@ -20,7 +20,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -131,6 +131,17 @@ class Conversation:
 # On a terminal
 
 
+@contextmanager
+def told() -> Iterator[None]:
+    """Inside, a line that cannot work is told about, and the chat goes on."""
+    try:
+        yield
+    except BrokenPipeError:  # nobody reads the answers any more
+        raise
+    except (ValueError, OSError) as error:
+        say(str(error))
+
+
 class Terminal:
     """Reads lines and answers them until the end of input."""
 
@@ -141,19 +152,20 @@ class Terminal:
     def run(self) -> None:
         with suppress(ImportError):  # not on Windows
             import readline  # noqa: F401, edits and remembers the lines of `input`
-        on_terminal = sys.stdin is not None and sys.stdin.isatty()
+        if sys.stdin is None:
+            raise ValueError("--chat reads lines from standard input, which is closed")
+        on_terminal = sys.stdin.isatty()
         while True:
             try:
-                line = input("> " if on_terminal else "")
+                line = input("> " if on_terminal else "")  # OSError ends the chat: stdout is full
                 if line.strip() == "/quit":
                     return
-                self.answer(line)
+                with told():
+                    self.answer(line)
             except EOFError:
                 return
             except KeyboardInterrupt:
                 print(flush=True)
-            except (ValueError, OSError) as error:
-                say(str(error))
 
     def answer(self, line: str) -> None:
         """One line of the user. ValueError or OSError in one line for what cannot work."""

@@ -76,13 +76,15 @@ def answered(out: Path, asked: list[Asked]) -> int:
 
     ValueError for a file with other lines, which is left as it is.
     """
+    if out.exists() and not out.is_file():
+        raise ValueError(f"--out {out} is a directory, a pipe or a device: name a file")
     content = out.read_bytes() if out.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.decode(errors="replace").split("\n")[:-1]
     for n, line in enumerate(lines):
         try:
             known = asked[n].line(json.loads(line)["answer"]) == line
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             known = False
         if not known:
             raise ValueError(f"--out {out} line {n + 1} answers no such prompt: name another file")

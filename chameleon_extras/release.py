@@ -290,6 +290,8 @@ def open_release(release: Path) -> tuple[ChameleonConfig, dict[str, Stored]]:
 
 def open_vqgan(path: Path) -> dict[str, Stored]:
     """vqgan.ckpt, or safetensors with a VQ-VAE -> its tensors. Others, as loss.*, are left out."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is a directory, a pipe or a device: name a file")
     if path.suffix == ".safetensors":
         found = open_safetensors(path, "cpu")
     else:

@@ -254,3 +254,22 @@ def test_two_conversations_share_a_model(tiny):
         for talk in both:
             assert said(talk.ask(text, [])) == wanted
     assert torch.equal(both[0].cache.ids, both[1].cache.ids)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
+@pytest.mark.parametrize("where, message", [
+    (">/dev/full", "No space left on device"), ("<&-", "standard input, which is closed"),
+])
+def test_a_chat_that_cannot_read_or_write_ends(where, message):
+    command = f"printf 'hi\\nhi\\n' | {sys.executable} generate.py --chat --device cpu {where}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") < 9
+    assert "Traceback" not in done.stderr
+
+
+def test_a_chat_whose_reader_has_gone_ends():
+    command = f"yes hi | {sys.executable} generate.py --chat --max-new-tokens 4 | head -1"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout.count("\n") == 1 and "Errno" not in done.stderr

@@ -529,6 +529,9 @@ def test_the_vqvae_of_another_model_is_refused(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match="holds no VQ-VAE"):
         load_with(tmp_path / "hf", tmp_path / "none.ckpt")
+    os.mkfifo(tmp_path / "pipe.ckpt")  # without a writer: to open it would take for ever
+    with pytest.raises(ValueError, match="a pipe or a device"):
+        load_with(tmp_path / "hf", tmp_path / "pipe.ckpt")
     hf_model(decoder=False).save_pretrained(tmp_path / "half")
     with pytest.raises(ValueError, match="has no VQ-VAE decoder"):
         load_with(tmp_path / "hf", tmp_path / "half" / "model.safetensors")

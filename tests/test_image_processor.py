@@ -278,6 +278,7 @@ def test_changing_one_processors_options_leaves_the_documented_defaults():
 
 @pytest.mark.parametrize("options", [
     {"size": {"longest_edge": 5}}, {"size": {"shortest_edge": 0}}, {"size": "big"}, {"resample": 9},
+    {"resample": 1.0},
     {"crop_size": {"height": 5}}, {"image_std": [1.0, 0.0, 1.0]}, {"rescale_factor": "a"},
     {"image_mean": ["a"]}, {"do_resize": "false"}, {"crop_size": {"height": 5.5, "width": 5}},
     {"resample": [1]}, {"image_mean": [1.0, 1.0]},

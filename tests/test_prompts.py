@@ -89,9 +89,12 @@ def test_a_wrong_file_is_one_line_before_the_weights_are_read(
     (("--mode", "image"), "in text: leave --mode out"),
     (("--out", "missing/a.jsonl"), "a folder that exists"),
     (("--out", "other.jsonl"), "line 1 answers no such prompt"),
+    (("--out", "/dev/full"), "a pipe or a device: name a file"),
+    (("--out", "deep.jsonl"), "line 1 answers no such prompt"),
 ])
 def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
     (tmp_path / "other.jsonl").write_text('{"prompt": "b", "answer": "c"}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     code, out, err = run("asked.txt", *options)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
     assert (tmp_path / "other.jsonl").read_text() == '{"prompt": "b", "answer": "c"}\n'
