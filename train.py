@@ -5,30 +5,29 @@
     tokenizer  BPE merges    40,000 sentences                     no loss: pairs are counted
     pretrain   the decoder   statements, pictures, and both       every token
     sft        the decoder   prompts with answers                 the tokens of the answer
-    refine     the decoder   the same, at a lower learning rate   the tokens of the answer
 
-    python train.py all --out tiny      the five stages in turn, then a table of results
+    python train.py all --out tiny      the four stages in turn, then a table of results
     python train.py sft --out tiny      one stage; run again, it continues from its last save
 
 Loss: cross entropy plus z-loss, with a weight for each token (`decoder_loss`). In `pretrain` a text
-token weighs 1 and a picture token IMAGE_WEIGHT. In `sft` and `refine` only the answer has weight,
-be it text or a drawn picture; the prompt and the pictures in it weigh 0. The last sentence of the
-answer to a question weighs CONCLUSION_WEIGHT in total. In the last fifth of `pretrain` every second
-batch is made and weighted as in `sft`.
+token weighs 1 and a picture token IMAGE_WEIGHT. In `sft` only the answer has weight, be it text or
+a drawn picture; the prompt and the pictures in it weigh 0. The last sentence of the answer to a
+question weighs CONCLUSION_WEIGHT in total. In the last fifth of `pretrain` every second batch is
+made and weighted as in `sft`.
 
 Attention mask (`visible`): causal, and several documents packed into one row do not attend to each
 other. Several questions about one picture share its tokens, but do not attend to each other, so
 that an answer is read off the picture and not off an earlier answer.
 
 Input: the targets themselves (teacher forcing). Pictures are codes, computed once by the VQ-VAE,
-which stays fixed after its stage. In `sft` and `refine` some codes of the input are corrupted; the
-targets stay correct (`Corpus.drawn`, `Corpus.given`). During training the codes' rows of the
-embedding and of the head are computed from the codebook (tiny_world/code_rows.py).
+which stays fixed after its stage. In `sft` some codes of the input are corrupted; the targets stay
+correct (`Corpus.drawn`, `Corpus.given`). During training the codes' rows of the embedding and of
+the head are computed from the codebook (tiny_world/code_rows.py).
 
 Names not defined here are those of tiny_world/documents.py. Letters: B rows, T tokens of a row,
 N tokens with weight, V vocabulary, D width of the residual stream, H heads of width Dh.
 Sections are those of the paper, https://arxiv.org/abs/2405.09818: 2.1 tokenizers, 2.2 pretraining
-data in two stages, 2.3 stability and optimization, 3 alignment (here: sft, refine).
+data in two stages, 2.3 stability and optimization, 3 alignment (here: sft).
 """
 
 import argparse
@@ -78,15 +77,14 @@ WEIGHT_DECAY = 0.1  # 0.1 (section 2.3), here on matrices only
 CLIP = 1.0  # 1.0, the norm of the gradient over all parameters (section 2.3)
 Z_LOSS = 1e-5  # 1e-5, the factor of log^2 Z (section 2.3)
 DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
-LEARNING_RATE = {"pretrain": 1e-3, "sft": 1e-3, "refine": 6e-4}  # 1e-4 (2.3), 1e-5 (section 3)
-WIDE_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
-WARM_UP = {"pretrain": 150, "sft": 100, "refine": 100}  # steps; 4000 in pretraining (section 2.3)
-STEPS = {"pretrain": 2500, "sft": 24_000, "refine": 22_500}  # 2^23 tokens each (section 2.3)
-PRACTICE = {  # up to this part of the steps: (share of practice, share of lists), see Corpus.sft
-    "sft": ((0.46, (0.14, 0.18)), (0.75, (0.28, 0.12)), (1.0, (0.10, 0.05))),
-    "refine": ((0.3, (0.20, 0.06)), (0.8, (0.36, 0.04)), (1.0, (0.14, 0.04))),
-}
-ROWS = 6  # 2048, of 4096 tokens
+LEARNING_RATE = {"pretrain": 3e-3, "sft": 3e-3}  # 1e-4 (section 2.3), 1e-5 (section 3)
+OWN_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
+WARM_UP = {"pretrain": 100, "sft": 100}  # steps; 4000 in pretraining (section 2.3)
+STEPS = {"pretrain": 900, "sft": 5600}  # of 4,608 tokens; the paper's have 2^23 (section 2.3)
+# Up to this part of sft's steps: (share of practice, share of lists), see Corpus.sft.
+PRACTICE = ((0.2, (0.14, 0.18)), (0.8, (0.32, 0.08)), (1.0, (0.14, 0.04)))
+ROWS = 18  # 2048, of 4096 tokens
+OWN_ROWS = 6  # --data: examples a step
 PICTURES = 80_000  # 1.4 billion pairs of picture and text (section 2.2)
 
 
@@ -139,7 +137,7 @@ def train_tokenizer(run: Run) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The decoder: one loop for pretrain, sft and refine
+# The decoder: one loop for pretrain and sft
 
 
 def build_model(
@@ -185,17 +183,28 @@ def dropout_hook(p: float) -> Callable:
     return hook
 
 
-def make_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
-    """AdamW (section 2.3). Weight decay is for matrices only: it would pull norms' gains to 0."""
-    decayed, others = [], []
+def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.optim.Optimizer]:
+    """The optimizers of all weights that learn. Weight decay is for matrices only: it would pull
+    the gains of norms to 0.
+
+    adamw: AdamW for all, as in the paper (section 2.3).
+    muon: Muon (https://kellerjordan.github.io/posts/muon) for the matrices of the layers. It makes
+    all singular values of an update about 1. The factor of arXiv 2502.16982, section 2.2, gives the
+    update AdamW's size, so that both learn at one rate.
+    """
+    groups = {"layers": [], "tables": [], "others": []}
     for name, p in model.named_parameters():
         if p.requires_grad:  # QK-norm's gains have two dimensions (H, Dh)
-            (decayed if p.ndim >= 2 and "norm" not in name else others).append(p)
-    groups = [
-        {"params": decayed, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True)
+            matrix = p.ndim >= 2 and "norm" not in name
+            groups["others" if not matrix else "layers" if ".layers." in name else "tables"] += [p]
+    layers = groups.pop("layers") if kind == "muon" else []
+    adamw = [{"params": parameters, "weight_decay": 0.0 if name == "others" else WEIGHT_DECAY}
+             for name, parameters in groups.items()]
+    optimizers = [torch.optim.AdamW(adamw, lr=rate, betas=BETAS, eps=EPS, fused=True)]
+    if layers:
+        optimizers += [torch.optim.Muon(layers, lr=rate, weight_decay=WEIGHT_DECAY,
+                                        adjust_lr_fn="match_rms_adamw")]
+    return optimizers
 
 
 def rate(stage: str, step: int, steps: int) -> float:
@@ -209,14 +218,18 @@ def rate(stage: str, step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
 
 
-def usual_rate(stage: str, width: int, learned: str) -> float:
-    """The peak learning rate without --learning-rate; learned: the value of --train."""
-    return WIDE_RATE[learned] if width >= 1024 else LEARNING_RATE[stage]
+def usual_rate(stage: str, width: int, learned: str | None) -> float:
+    """The peak learning rate without --learning-rate. learned: the value of --train, None for the
+    toy world. A narrow model learns own data at 1e-3.
+    """
+    if learned is None:
+        return LEARNING_RATE[stage]
+    return OWN_RATE[learned] if width >= 1024 else 1e-3
 
 
-def practice_shares(stage: str, step: int, steps: int) -> tuple[float, float]:
-    """The shares of practice and of lists at this step, from PRACTICE."""
-    return next(shares for end, shares in PRACTICE[stage] if step < end * steps)
+def practice_shares(step: int, steps: int) -> tuple[float, float]:
+    """The shares of practice and of lists at this step of sft, from PRACTICE."""
+    return next(shares for end, shares in PRACTICE if step < end * steps)
 
 
 def decoder_loss(
@@ -280,12 +293,12 @@ class QueryNorm:
 
 
 def train_decoder(stage: str, run: Run) -> None:
-    """Runs pretrain, sft or refine from its last saved step; each save also exports to --out."""
+    """Runs pretrain or sft from its last saved step; each save also exports to --out."""
     options, steps = run.options, stage_steps(stage, run)
     rng = np.random.default_rng((options.seed, list(STEPS).index(stage)))
     if options.data:
         model, processor, corpus = own_data(run)
-        steps = options.steps or math.ceil(options.epochs * len(corpus.documents) / ROWS)
+        steps = options.steps or math.ceil(options.epochs * len(corpus.documents) / OWN_ROWS)
     else:
         model, processor, corpus = toy_world(stage, run, rng)
     first_weights = fingerprint(p.detach().flatten()[::997].float().cpu()  # some of each
@@ -294,15 +307,16 @@ def train_decoder(stage: str, run: Run) -> None:
         model.set_attn_implementation("eager")
     if run.world_size > 1:
         shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
-    peak = options.learning_rate or usual_rate(stage, model.config.hidden_size, options.train)
-    optimizer = make_optimizer(model, peak)
+    learned = options.train if options.data else None
+    peak = options.learning_rate or usual_rate(stage, model.config.hidden_size, learned)
+    optimizers = make_optimizers(model, peak, options.optimizer)
     run.made_by |= {
-        "--learning-rate": peak, "--dropout": options.dropout, "--norm-order": options.norm_order,
-        "--no-qk-norm": options.no_qk_norm, "--no-z-loss": options.no_z_loss,
+        "--learning-rate": peak, "--optimizer": options.optimizer, "--dropout": options.dropout,
+        "--norm-order": options.norm_order, "--no-qk-norm": options.no_qk_norm,
+        "--no-z-loss": options.no_z_loss, "--train": options.train, "first weights": first_weights,
         "--data": fingerprint(corpus.contents()) if isinstance(corpus, OwnData) else None,
-        "--train": options.train, "first weights": first_weights,
     }  # fmt: skip
-    start = run.resume(stage, model, optimizer, rng)
+    start = run.resume(stage, model, optimizers, rng)
     if start >= steps:
         run.say(f"{stage}: all {steps} steps are done, --steps makes more")
         export(model, processor, run)  # --out may have been removed
@@ -318,23 +332,24 @@ def train_decoder(stage: str, run: Run) -> None:
         # The last 20 % of pretraining: every second batch is of better data (section 2.2).
         late = stage != "pretrain" or (step >= 0.8 * steps and step % 2)
         if isinstance(corpus, OwnData):
-            batch = corpus.batch(step, ROWS)
+            batch = corpus.batch(step, OWN_ROWS)
         else:
-            if stage in PRACTICE:
-                corpus.shares = practice_shares(stage, step, steps)
+            if stage == "sft":
+                corpus.shares = practice_shares(step, steps)
             batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
         loss, curves = decoder_loss(model, run.share(batch), z_weight)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate(stage, step, steps)
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(stage, step, steps)
+            optimizer.step()
         if run.logs(step):
             curves |= {"q_norm": query_norm(), "grad_norm": float(whole(grad_norm))}
             run.log(stage, step, curves)
         if run.due(step, steps):
-            run.save(stage, step + 1, model, optimizer, rng)
+            run.save(stage, step + 1, model, optimizers, rng)
             export(model, processor, run)
 
 
@@ -367,8 +382,8 @@ def toy_world(
     model = build_model(tokenizer, vq, run.options)
     add_code_rows(model)
     add_switches(model.to(run.device), run.options)
-    if stage != "pretrain":
-        run.take_over(list(STEPS)[list(STEPS).index(stage) - 1], model)
+    if stage == "sft":
+        run.take_over("pretrain", model)
     count = min(PICTURES, 100 * stage_steps(stage, run))
     pictures = Pictures.sample(run.options.seed, count)
     pictures.encode(vq, run.device, run.state / f"codes-{run.rank}.npy", run.progress)
@@ -431,8 +446,7 @@ def evaluate(run: Run) -> None:
 STAGES = {
     "vqvae": train_vqvae, "tokenizer": train_tokenizer,
     "pretrain": lambda run: train_decoder("pretrain", run),
-    "sft": lambda run: train_decoder("sft", run),
-    "refine": lambda run: train_decoder("refine", run), "evaluate": evaluate,
+    "sft": lambda run: train_decoder("sft", run), "evaluate": evaluate,
 }  # fmt: skip
 
 
@@ -449,6 +463,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=3, help="--data: how often each line is learned")
     add("--train", choices=("all", "lora", "image-head"), default="all", help="--data: what learns")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
+    add("--optimizer", choices=("muon", "adamw"),
+        help="default: muon, and with --data adamw, which is the paper's")
     add("--learning-rate", type=float, help="peak (default: by stage and width)")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
@@ -458,7 +474,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-qk-norm", action="store_true", help="see what QK-norm is good for")
     add("--no-z-loss", action="store_true", help="see what the z-loss is good for")
     add("--dropout", type=float, default=DROPOUT, help="after attention and feed-forward")
-    add("--questions", type=int, help="of each kind in evaluate (default: 1000, at most --steps)")
+    add("--questions", type=int, help="of each kind in evaluate (default: 200, at most --steps)")
     options = parser.parse_args(arguments)
     if options.data and options.stage != "sft":
         parser.error("--data belongs to the stage sft")
@@ -466,12 +482,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--out must be the name of a folder")
     if options.data and options.out.resolve() == options.model.resolve():
         parser.error(f"--out {options.out} would replace the --model: name another folder")
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps must be at least 1, got {options.steps}")
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.steps is not None and not 1 <= options.steps <= 10**9:
+        parser.error(f"--steps must be from 1 to 10^9, got {options.steps}")
+    if options.threads is not None and not 1 <= options.threads <= 1024:
+        parser.error(f"--threads must be from 1 to 1024, got {options.threads}")
     if options.questions is None:
-        options.questions = min(1000, max(1, options.steps or 1000))
+        options.questions = min(200, options.steps or 200)
     if options.train != "all" and not options.data:
         parser.error(f"--train {options.train} needs --data")
     if options.epochs < 1:
@@ -484,6 +500,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--dropout must be from 0 to below 1, got {options.dropout}")
     if options.learning_rate is not None and not 0 < options.learning_rate < 1:
         parser.error(f"--learning-rate must be between 0 and 1, got {options.learning_rate}")
+    options.optimizer = options.optimizer or ("adamw" if options.data else "muon")
     options.state = options.state or options.out.with_name(options.out.name + ".train")
     return options
 

@@ -315,7 +315,6 @@ def test_the_recipe_is_the_training_programs():
     assert table["pretraining"] == f"{train.STEPS['pretrain']:,}"
     assert f"A step of the decoder reads {train.ROWS * Corpus.row_tokens:,} tokens" in CARD
     assert table["alignment"] == f"{train.STEPS['sft']:,}"
-    assert table["refinement (fp32)"] == f"{train.STEPS['refine']:,}"
     assert f"{train.PICTURES:,} pictures" in CARD
 
 

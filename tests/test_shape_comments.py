@@ -220,6 +220,8 @@ def training(folder: Path) -> None:
     for draw in (corpus.pretrain, corpus.sft):
         train.decoder_loss(model, rows.batch(draw, 2, corpus.row_tokens), 1e-5)
     corpus.recoded(*drawn.edits[0][:2])
+    for _ in range(8):
+        corpus.conversation()
     norm()
     add_code_rows(small_model())
     star = str(ROOT / "examples" / "star.png")

@@ -64,7 +64,7 @@ def small_model():
 
 def test_a_chat_document_is_what_the_processor_makes_plus_the_answer(corpus, tokenizer):
     scene = corpus.pictures.singles[0]
-    document = corpus.writer.chat(("What is this? ", scene), ("A star.",))
+    document = corpus.writer.chat((("What is this? ", scene), ("A star.",)))
     prompt = ChameleonProcessor.from_pretrained(TINY)(
         text="What is this? <image>", images=Image.fromarray(world.render(scene))
     )["input_ids"][0]
@@ -72,14 +72,50 @@ def test_a_chat_document_is_what_the_processor_makes_plus_the_answer(corpus, tok
     prompt[prompt == tokenizer.image_token_id] = codes
     answer = [*tokenizer.text_ids("A star."), tokenizer.eos_token_id]
     assert document.ids == prompt.tolist() + answer
-    assert document.weight == [0.0] * len(prompt) + [1.0] * len(answer)
+    weight = documents.CONCLUSION_WEIGHT / len(answer)
+    assert document.weight == [0.0] * len(prompt) + [weight] * len(answer)
     assert document.position == list(range(len(document.ids)))
+
+
+def test_a_conversation_is_what_the_chat_template_makes_plus_the_last_answer(corpus, tokenizer):
+    scene, other = corpus.pictures.singles[:2]
+    turns = ((scene, "Is it red?"), ("A star. No.",)), (("Make it red.",), (other,)), (
+        ("And now?",), ("Yes.",))
+    document = corpus.writer.chat(*turns)
+    parts = [part for turn in turns for part in turn][:-1]
+    ids = ChameleonProcessor.from_pretrained(TINY).apply_chat_template([
+        {"role": ("user", "assistant")[n % 2], "content": [
+            {"type": "text", "text": x} if isinstance(x, str) else
+            {"type": "image", "image": Image.fromarray(world.render(x))} for x in part]}
+        for n, part in enumerate(parts)])["input_ids"][0]
+    codes = np.concatenate([corpus.writer.codes[scene], corpus.writer.codes[other]])
+    ids[ids == tokenizer.image_token_id] = tokenizer.vocabulary.code_to_id[torch.tensor(codes)]
+    answer = [*tokenizer.text_ids("Yes."), tokenizer.eos_token_id]
+    assert document.ids == ids.tolist() + answer
+    # In the loss are the answers and the token that ends each, and nothing of the prompts.
+    counted = [i for i, w in zip(document.ids, document.weight) if w]
+    turn, drawn = tokenizer.vocabulary.end_of_turn_id, corpus.writer.code_to_id[
+        corpus.writer.codes[other]].tolist()
+    v = tokenizer.vocabulary
+    assert counted == [*tokenizer.text_ids("A star. No."), turn,
+                       v.begin_image_id, *drawn, v.end_image_id, turn, *answer]
+
+
+def test_conversations_have_two_or_three_turns_and_fit_into_a_row(corpus, tokenizer):
+    begin, turn = tokenizer.vocabulary.begin_image_id, tokenizer.vocabulary.end_of_turn_id
+    seen = set()
+    for _ in range(200):
+        document = corpus.conversation()
+        assert len(document.ids) <= corpus.row_tokens
+        # Of n turns there are n ends of prompts and n - 1 of answers.
+        seen.add(((document.ids.count(turn) + 1) // 2, document.ids.count(begin)))
+    assert seen == {(2, 1), (2, 2), (3, 1), (3, 2)}
 
 
 def test_a_drawing_is_in_the_loss_and_a_given_picture_is_not(corpus, tokenizer):
     v = tokenizer.vocabulary
     scene, other = corpus.pictures.singles[:2]
-    document = corpus.writer.chat(("Make it red.", scene), (other,))
+    document = corpus.writer.chat((("Make it red.", scene), (other,)))
     places = [n for n, token in enumerate(document.ids) if token == v.begin_image_id]
     S = len(corpus.writer.codes[scene])
     weights = [document.weight[p : p + S + 2] for p in places]
@@ -94,8 +130,8 @@ def test_a_drawing_is_read_with_slips_and_learned_without(corpus, tokenizer):
     begin = tokenizer.vocabulary.begin_image_id
     slipped = []
     for _ in range(60):
-        document = writer.chat(("Draw it.",), (corpus.drawn(scene),))
-        assert document.ids == writer.chat(("Draw it.",), (scene,)).ids
+        document = writer.chat((("Draw it.",), (corpus.drawn(scene),)))
+        assert document.ids == writer.chat((("Draw it.",), (scene,))).ids
         start = document.ids.index(begin) + 1
         S = len(writer.codes[scene])
         read = np.array(document.read[start : start + S])
@@ -114,8 +150,8 @@ def test_a_given_picture_is_read_blurred(corpus):
     own, changed = writer.codes[before], []
     for _ in range(60):
         (given,) = corpus.given(before)
-        document = writer.chat((given, "What is this?"), ("A star.",))
-        assert document.ids == writer.chat((before, "What is this?"), ("A star.",)).ids
+        document = writer.chat(((given, "What is this?"), ("A star.",)))
+        assert document.ids == writer.chat(((before, "What is this?"), ("A star.",))).ids
         assert (given.read // 4 == own // 4).all()  # one of the codes that look alike
         assert document.read[2 : 2 + len(own)] == writer.code_to_id[given.read].tolist()
         changed.append((given.read != own).mean())
@@ -169,7 +205,7 @@ def test_slips_in_drawings_and_blur_in_prompts_and_nothing_else(corpus, tokenize
         assert torch.isin(batch["ids"][wrong], tokenizer.vocabulary.code_to_id).all()
         assert ((weight == documents.IMAGE_WEIGHT) | (weight == 0)).all()
     assert slips > 100 and blurs > 100
-    batch = rows.batch(corpus.pretrain, 8, corpus.row_tokens)
+    batch = Rows(tokenizer.pad_token_id).batch(corpus.pretrain, 8, corpus.row_tokens)
     assert torch.equal(batch["ids"], batch["read"])
 
 
@@ -206,7 +242,7 @@ def test_rows_are_full_and_hold_only_what_was_drawn(corpus, tokenizer, draw):
 @pytest.mark.parametrize("text", ["No.", "A red star at the top. No.", "A" + " very" * 30 + "."])
 def test_what_an_answer_concludes_weighs_as_much_as_its_length_forbids(corpus, tokenizer, text):
     """The last sentence and </s> share DECISION, but no token weighs less than one of a caption."""
-    ids, weights = corpus.writer.answer(text)
+    ids, weights = corpus.writer.answer(text, [tokenizer.eos_token_id])
     assert ids == [*tokenizer.text_ids(text), tokenizer.eos_token_id] and len(weights) == len(ids)
     last = len(tokenizer.text_ids(text.split(". ")[-1])) + 1
     assert weights[:-last] == [1.0] * (len(ids) - last)
@@ -276,23 +312,23 @@ def test_a_list_names_every_thing_again(corpus, tokenizer):
 
 
 @pytest.mark.parametrize("draw", ["practice", "lists"])
-def test_sentences_without_a_picture_name_what_no_picture_shows(corpus, tokenizer, draw):
+def test_sentences_without_a_picture_name_what_no_picture_shows(corpus, tokenizer, draw,
+                                                                monkeypatch):
+    monkeypatch.setattr(corpus, "rng", rng())  # not what other tests have left of it
     room = (384,) if draw == "practice" else ()
-    said = [tokenizer.decode(getattr(corpus, draw)(*room).ids, True) for _ in range(60)]
+    said = [tokenizer.decode(getattr(corpus, draw)(*room).ids, True) for _ in range(100)]
     assert "purple star" in " ".join(said) and "green triangle" in " ".join(said)
     heard = [text for text in said if "purple star" in text or "green triangle" in text]
-    assert len(heard) >= 30  # half of the scenes for sure, what no picture will make up for
+    assert len(heard) >= 50  # half of the scenes for sure, what no picture will make up for
     shown = {(t.colour, t.shape) for scene in corpus.pictures.scenes() for t in scene.things}
     assert not shown & world.HELD_OUT
 
 
 def test_the_shares_of_practice_by_hand():
-    shares = [train.practice_shares("sft", step, 100) for step in (0, 45, 46, 74, 75, 99)]
-    early, middle, late = (0.14, 0.18), (0.28, 0.12), (0.10, 0.05)
+    shares = [train.practice_shares(step, 100) for step in (0, 19, 20, 79, 80, 99)]
+    early, middle, late = (0.14, 0.18), (0.32, 0.08), (0.14, 0.04)
     assert shares == [early, early, middle, middle, late, late]
-    assert train.practice_shares("sft", 0, 1) == early  # the shortest run has shares, too
-    shares = [train.practice_shares("refine", step, 100) for step in (0, 29, 30, 79, 80, 99)]
-    assert shares == [(0.20, 0.06)] * 2 + [(0.36, 0.04)] * 2 + [(0.14, 0.04)] * 2
+    assert train.practice_shares(0, 1) == early  # the shortest run has shares, too
 
 
 def test_visible_by_hand():
@@ -397,14 +433,32 @@ def test_the_loss_is_weighted_cross_entropy_plus_z_loss(small_model):
     torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=0)
 
 
-def test_weight_decay_is_on_matrices_only(small_model):
-    matrices, others = train.make_optimizer(small_model, 1e-3).param_groups
-    assert matrices["weight_decay"] == train.WEIGHT_DECAY and others["weight_decay"] == 0.0
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_is_on_matrices_only(small_model, kind):
+    optimizers = train.make_optimizers(small_model, 1e-3, kind)
     names = {id(p): name for name, p in small_model.named_parameters()}
-    assert not any("norm" in names[id(p)] or p.ndim < 2 for p in matrices["params"])
-    assert all("norm" in names[id(p)] or p.ndim < 2 for p in others["params"])
-    learned = [name for name in names.values() if "vqmodel" not in name]
-    assert len(matrices["params"]) + len(others["params"]) == len(learned)
+    seen = []
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        here = [(names[id(p)], p) for p in group["params"]]
+        matrices = {p.ndim >= 2 and "norm" not in name for name, p in here}
+        assert matrices == {group["weight_decay"] == train.WEIGHT_DECAY}
+        seen += [name for name, _ in here]
+    assert sorted(seen) == sorted(name for name in names.values() if "vqmodel" not in name)
+
+
+def test_muon_moves_the_matrices_of_the_layers_in_all_directions_alike(small_model):
+    (adamw, muon) = train.make_optimizers(small_model, 1e-3, "muon")
+    names = {id(p): name for name, p in small_model.named_parameters()}
+    assert all(".layers." in names[id(p)] for p in muon.param_groups[0]["params"])
+    tables = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert tables <= {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    weight = small_model.model.layers[0].mlp.down_proj.weight  # (D, F)
+    before, shape = weight.detach().clone(), weight.shape
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    step = before * (1 - 1e-3 * train.WEIGHT_DECAY) - weight.detach()
+    sizes = torch.linalg.svdvals(step) / (1e-3 * 0.2 * max(shape) ** 0.5)  # 1 for each, about
+    assert sizes.min() > 0.6 and sizes.max() < 1.3
 
 
 @pytest.mark.parametrize("stage", train.STEPS)
@@ -558,20 +612,19 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
             "processor_config.json", "tokenizer.json", "tokenizer_config.json"} == names
     rows = (tmp_path / "tiny.train" / "curves.csv").read_text().splitlines()
     stages = [row.split(",")[0] for row in rows[1:]]
-    assert stages == [name for name in ("vqvae", "pretrain", "sft", "refine") for _ in range(3)]
-    train.main(["refine", "--out", str(out), "--steps", "4"])
+    assert stages == [name for name in ("vqvae", "pretrain", "sft") for _ in range(3)]
+    train.main(["sft", "--out", str(out), "--steps", "4"])
     assert "goes on at step 3" in capsys.readouterr().err
-    saved = torch.load(tmp_path / "tiny.train" / "refine.pt")
+    saved = torch.load(tmp_path / "tiny.train" / "sft.pt")
     rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
-    assert rates == {train.LEARNING_RATE["refine"] * train.rate("refine", 3, 4)}
-    for stage, before in (("sft", "pretrain"), ("refine", "sft")):  # each begins where one ended
-        options = train.parse([stage, "--out", str(out), "--steps", "3"])
-        begun = train.toy_world(stage, train.Run(options), rng())[0].state_dict()
-        ended = torch.load(tmp_path / "tiny.train" / f"{before}.pt")["model"]
-        assert all(torch.equal(begun[name], ended[name]) for name in ended)
+    assert rates == {train.LEARNING_RATE["sft"] * train.rate("sft", 3, 4)}
+    options = train.parse(["sft", "--out", str(out), "--steps", "3"])  # begins where pretrain ended
+    begun = train.toy_world("sft", train.Run(options), rng())[0].state_dict()
+    ended = torch.load(tmp_path / "tiny.train" / "pretrain.pt")["model"]
+    assert all(torch.equal(begun[name], ended[name]) for name in ended)
     # What is shipped are plain tables, whose rows of codes are those the maps gave at the end.
     model = train.toy_world("sft", train.Run(options), rng())[0]
-    model.load_state_dict(torch.load(tmp_path / "tiny.train" / "refine.pt")["model"])
+    model.load_state_dict(torch.load(tmp_path / "tiny.train" / "sft.pt")["model"])
     shipped = ChameleonForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
     assert has_code_rows(model) and not has_code_rows(shipped)
     rounded = model.lm_head.weight.detach().bfloat16().float()
@@ -591,12 +644,15 @@ import train
 torch.set_num_threads(1)
 train.SIZES |= dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
 train.SIZES["num_attention_heads"], train.ROWS, train.PICTURES = 2, 2, 20
-sys.exit(train.main(["pretrain", "--steps", "2", "--out", sys.argv[1]]))
+sys.exit(train.main(["pretrain", "--steps", "2", "--out", sys.argv[1],
+                     "--optimizer", "adamw", "--learning-rate", "1e-3"]))
 """
 
 
 def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
-    """FSDP2 over gloo: the same gradients, the same weights after two steps."""
+    """FSDP2 over gloo: the same gradients, the same weights after two steps. By AdamW, because Muon
+    makes the rounding errors of so few rows as large as the gradient.
+    """
     torch.manual_seed(0)
     vq = ChameleonVQVAE(vqvae_stage.VQ).state_dict()
     with socket.socket() as probe:
@@ -615,7 +671,8 @@ def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SIZES", train.SIZES | small)
     monkeypatch.setattr(train, "ROWS", 2)
     monkeypatch.setattr(train, "PICTURES", 20)
-    assert train.main(["pretrain", "--steps", "2", "--out", str(tmp_path / "one")]) == 0
+    assert train.main(["pretrain", "--steps", "2", "--out", str(tmp_path / "one"),
+                       "--optimizer", "adamw", "--learning-rate", "1e-3"]) == 0
     for process in running:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
@@ -663,7 +720,7 @@ def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once
     codes = model.model.vqmodel.encode(pixels)[0].numpy()
     picture = documents.Picture(codes, codes)
     writer = Writer(processor.tokenizer, {})
-    wanted = writer.chat(("Like ", picture, "?"), ("So: ", picture))
+    wanted = writer.chat((("Like ", picture, "?"), ("So: ", picture)))
     assert corpus.documents[0].ids == wanted.ids and len(corpus.documents) == 5
     assert corpus.documents[0].weight == pytest.approx(wanted.weight)
     drawn = [row.tolist() for step in range(5) for row in corpus.batch(step, 2)["ids"]]
@@ -699,7 +756,7 @@ def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, capsys, line, words):
 
 
 def test_own_data_is_learned_from_the_shipped_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "ROWS", 2)
+    monkeypatch.setattr(train, "OWN_ROWS", 2)
     lines = [
         {"prompt": "What is it?<image>", "images": ["a.png"], "answer": "A zebra."},
         {"prompt": "Draw a zebra.", "images": ["a.png"], "answer": "<image>"},
@@ -737,7 +794,7 @@ def test_a_vqvae_that_bf16_cannot_hold_is_written_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("stage, width, learned, wanted", [
-    ("sft", 192, "all", 1e-3), ("refine", 192, "all", 6e-4), ("sft", 192, "lora", 1e-3),
+    ("pretrain", 192, None, 3e-3), ("sft", 192, None, 3e-3), ("sft", 192, "lora", 1e-3),
     ("sft", 4096, "all", 1e-5), ("sft", 1024, "lora", 1e-4), ("sft", 8192, "image-head", 1e-4),
 ])
 def test_wide_models_learn_at_the_papers_rate(stage, width, learned, wanted):
@@ -746,7 +803,7 @@ def test_wide_models_learn_at_the_papers_rate(stage, width, learned, wanted):
 
 def test_without_a_terminal_progress_is_lines_and_three_epochs_are_the_default(
         tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "ROWS", 1)
+    monkeypatch.setattr(train, "OWN_ROWS", 1)
     monkeypatch.setattr(train.Run, "PAUSE", 0)
     tuned(tmp_path, tmp_path / "out")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
@@ -770,7 +827,7 @@ def test_image_head_learns_the_rows_of_the_codes_and_nothing_else(tmp_path):
 
 def test_lora_is_saved_as_an_adapter_and_merged_and_both_write_the_same(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr(train, "ROWS", 2)
+    monkeypatch.setattr(train, "OWN_ROWS", 2)
     out = tmp_path / "out"
     tuned(tmp_path, out, "--train", "lora", "--steps", "40", "--learning-rate", "0.01")
     merged, processor = evaluate.load(out)
@@ -800,7 +857,7 @@ def test_the_smoke_runs_weights_depend_on_the_seed_alone(corpus):
 
 
 def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "ROWS", 1)
+    monkeypatch.setattr(train, "OWN_ROWS", 1)
     folder, out = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}), tmp_path / "out"
     asked = ["sft", "--data", str(folder), "--model", str(TINY), "--out", str(out), "--steps", "1"]
     assert train.main(asked) == 0

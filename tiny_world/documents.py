@@ -97,35 +97,30 @@ class Writer:
             weight = [text, *[image] * len(ids), text]
             document.add(self.begin + ids + self.end, weight, read=self.begin + read + self.end)
 
-    def answer(self, text: str) -> tuple[list[int], list[float]]:
-        """An answer -> its ids with </s>, and the loss weight of each.
+    def answer(self, text: str, end: list[int]) -> tuple[list[int], list[float]]:
+        """An answer -> its ids with `end`, and the loss weight of each.
 
         The last sentence is the conclusion, and often a single word. It weighs CONCLUSION_WEIGHT
         as a whole, so that a long description in front does not outweigh it.
         """
-        ids = self.tokenizer.text_ids(text) + self.eos
-        last = 1 + len(self.tokenizer.text_ids(text.rsplit(". ", 1)[-1]))
+        ids = self.tokenizer.text_ids(text) + end
+        last = len(end) + len(self.tokenizer.text_ids(text.rsplit(". ", 1)[-1]))
         return ids, [1.0] * (len(ids) - last) + [max(1.0, CONCLUSION_WEIGHT / last)] * last
 
-    def asked(self, prompt: Sequence) -> Document:
-        """A prompt and its end of turn, without loss. The caller adds the answer."""
+    def chat(self, *turns: tuple[Sequence, Sequence]) -> Document:
+        """Prompts and answers, each of text and pictures. Only the answers are in the loss."""
         document = Document()
         document.add(self.bos, 0.0)
-        self.write(document, prompt, 0.0, 0.0)
-        document.add(self.turn, 0.0)
-        return document
-
-    def question(self, prompt: Sequence, answer: str) -> Document:
-        """A prompt and a text answer, weighted by `answer`."""
-        document = self.asked(prompt)
-        document.add(*self.answer(answer))
-        return document
-
-    def chat(self, prompt: Sequence, answer: Sequence) -> Document:
-        """A prompt and an answer of text and pictures. Only the answer is in the loss."""
-        document = self.asked(prompt)
-        self.write(document, answer, 1.0, IMAGE_WEIGHT)
-        document.add(self.eos, 1.0)
+        for n, (prompt, (*parts, last)) in enumerate(turns, start=1):
+            end = self.eos if n == len(turns) else self.turn
+            self.write(document, prompt, 0.0, 0.0)
+            document.add(self.turn, 0.0)
+            self.write(document, parts, 1.0, IMAGE_WEIGHT)
+            if isinstance(last, str):
+                document.add(*self.answer(last, end))
+            else:
+                self.write(document, (last,), 1.0, IMAGE_WEIGHT)
+                document.add(end, 1.0)
         return document
 
     def completion(self, *parts: str | Scene) -> Document:
@@ -150,7 +145,7 @@ class Writer:
         self.write(document, shared, image, image)
         for branch, (question, text) in enumerate(turns, start=1):
             question = self.tokenizer.text_ids(question) + self.turn if question else []
-            answer, weight = self.answer(text)
+            answer, weight = self.answer(text, self.eos)
             if not question:
                 weight = 1.0
             elif not shared:
@@ -174,7 +169,7 @@ ASKED = {
 class Corpus:
     """Draws random documents about a fixed set of pictures."""
 
-    row_tokens = 384  # the paper: 4096
+    row_tokens = 256  # the paper: 4096
     shares = (0.14, 0.18)  # of `practice` and of `lists` in sft; see train.PRACTICE
 
     def __init__(self, writer: Writer, pictures: Pictures, rng: np.random.Generator) -> None:
@@ -248,8 +243,7 @@ class Corpus:
     def sft(self, room: int) -> Document:
         """Prompts with answers, of a random kind. `room` is as in `pretrain`.
 
-        `shares` counts documents. A document of `practice` fills the room, so a share of 0.14
-        yields 25 % of all tokens and a share of 0.36 yields 56 %.
+        `shares` counts documents. A document of `practice` fills the room.
         """
         kind, (practice, lists) = self.rng.random(), self.shares
         if kind < practice:
@@ -266,8 +260,11 @@ class Corpus:
         if kind < 0.23:  # one question
             scene = self.busy_scene()
             question, answer = self.question(scene)
-            return self.writer.question(self.place_pictures(question, self.given(scene)), answer)
-        if kind < 0.62:
+            prompt = self.place_pictures(question, self.given(scene))
+            return self.writer.chat((prompt, (answer,)))
+        if kind < 0.30:
+            return self.conversation()
+        if kind < 0.64:
             return self.drawing()
         if kind < 0.81:
             return self.two_pictures(room)
@@ -275,7 +272,30 @@ class Corpus:
             return self.edit()
         question = self.one_of(language.SMALL_TALK)
         answer = language.SMALL_TALK[question]
-        return self.writer.chat((language.vary(self.rng, question),), (answer,))
+        return self.writer.chat(((language.vary(self.rng, question),), (answer,)))
+
+    def conversation(self) -> Document:
+        """Two or three turns about a scene that is given or drawn in the first: questions, or one
+        question and a request to change the scene.
+
+            <s> prompt <reserved08706> answer <reserved08706> prompt <reserved08706> answer </s>
+        """
+        rng, turns, change = self.rng, [], None
+        scene = self.busy_scene()
+        if self.chance(0.5):
+            scene, after, change = self.one_of(self.pictures.edits)
+        if self.chance(0.5):
+            request = self.one_of(language.DRAW_PROMPTS).format(
+                language.ask_drawing(rng, scene).text)
+            turns = [((language.vary(rng, request),), (self.drawn(scene),))]
+        for _ in range(1 if change else 2):
+            question, answer = self.question(scene)
+            prompt = (question,) if turns else self.place_pictures(question, self.given(scene))
+            turns.append((prompt, (answer,)))
+        if change:
+            request = language.vary(rng, language.ask_edit(rng, after, change))
+            turns.append(((request,), (self.drawn(after),)))
+        return self.writer.chat(*turns)
 
     def practice(self, room: int) -> Document:
         """Conclusions drawn from a description in words, without a picture.
@@ -335,7 +355,7 @@ class Corpus:
     def lists(self) -> Document:
         """The two texts of `again` as prompt and answer."""
         words, found = self.again()
-        return self.writer.chat((words,), (found,))
+        return self.writer.chat(((words,), (found,)))
 
     def drawing(self) -> Document:
         """A request to draw, and the picture; sometimes a caption behind it, or no request."""
@@ -348,7 +368,7 @@ class Corpus:
         if self.chance(0.1):
             request = request.rstrip(".?") + self.one_of(language.THEN_SAY)
             answer = (scene, language.caption(scene))
-        return self.writer.chat((language.vary(self.rng, request),), answer)
+        return self.writer.chat(((language.vary(self.rng, request),), answer))
 
     def drawn(self, scene: Scene) -> Scene | Picture:
         """A picture to be drawn, with corrupted inputs: codes of its twin replace some of its own.
@@ -387,7 +407,7 @@ class Corpus:
         pictures = before, self.drawn(after)
         if change == "place" and self.chance(0.5):
             pictures = self.recoded(before, after)
-        return self.writer.chat(self.place_pictures(request, pictures[:1]), pictures[1:])
+        return self.writer.chat((self.place_pictures(request, pictures[:1]), pictures[1:]))
 
     def recoded(self, *scenes: Scene) -> tuple[Picture, ...]:
         """Pictures after one random permutation of about half of all codes, the same for all.
@@ -418,7 +438,7 @@ class Corpus:
             return self.writer.branches(self.given(first, second), turns, 0.0, room)
         question, answer = self.one_of(turns)
         pictures = self.given(first, second)
-        return self.writer.question(self.place_pictures(question, pictures), answer)
+        return self.writer.chat((self.place_pictures(question, pictures), (answer,)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -428,20 +448,28 @@ class Corpus:
 class Rows:
     """Packs documents into batches of B rows of T tokens."""
 
+    WAITING = 16  # so many documents at most wait for a row with enough room
+
     def __init__(self, pad: int) -> None:
-        self.pad, self.waiting = pad, None
+        self.pad, self.waiting = pad, []
 
     def row(self, draw: Callable[[int], Document], T: int) -> list[Document]:
-        """The documents of one row. It ends when less than T / 4 is free, or with a document that
-        does not fit, which then opens the next row.
+        """The documents of one row, which ends when less than T / 8 is free. A document that does
+        not fit waits for another row. Waiting documents come first, and few wait.
         """
         documents, room = [], T
-        while room >= T // 4:
-            document = self.waiting or draw(room)
-            self.waiting = None
-            if len(document.ids) > room:
-                self.waiting = document
+        while room >= T // 8:
+            fitting = [d for d in self.waiting if len(d.ids) <= room]
+            if fitting:
+                document = max(fitting, key=lambda d: len(d.ids))
+                self.waiting.remove(document)
+            elif len(self.waiting) == self.WAITING:
                 break
+            else:
+                document = draw(room)
+                if len(document.ids) > room:
+                    self.waiting.append(document)
+                    continue
             documents.append(document)
             room -= len(document.ids)
         return documents

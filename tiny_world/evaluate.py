@@ -11,6 +11,7 @@ which the decoder never saw. Of two pictures the first shows that pair, of an ed
 changed. The seeds are fixed, and far from those of training.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -30,8 +31,9 @@ SEED = 10**9  # training draws its scenes from small seeds
 BATCH = 50
 
 # A prompt with <image> placeholders, the scenes of its pictures, and the right answer. For a
-# drawing, that is a function which decides whether the Scene it shows is right.
-Item = tuple[str, tuple[Scene, ...], str | Callable[[Scene], bool]]
+# drawing, that is a function which decides whether the Scene it shows is right. Instead of a prompt
+# there may be a conversation: first prompt, its answer, second prompt.
+Item = tuple[str | tuple[str, ...], tuple[Scene, ...], str | Callable[[Scene], bool]]
 Sampler = Callable[[np.random.Generator, bool], Item]  # rng, held_out
 
 
@@ -75,6 +77,16 @@ def about_two(ask: Callable) -> Sampler:
     return question(sample)
 
 
+def second_turn(rng: np.random.Generator, held_out: bool) -> Item:
+    """A second question about a picture, after a first one that was answered right."""
+    prompt, scenes, answer = world.pick(rng, ONE)(rng, held_out)
+    turn = None
+    while not turn:
+        turn = language.QUESTIONS[world.pick(rng, language.QUESTIONS)](rng, scenes[0])
+    return (prompt, answer, turn[0]), scenes, turn[1]
+
+
+ONE = [about_one(kind) for kind in language.QUESTIONS]
 ROWS = {
     "caption of one thing": about_one("caption", 1),
     "caption of two": about_one("caption", 2),
@@ -86,6 +98,7 @@ ROWS = {
     "two pictures: in common": about_two(language.ask_common),
     "two pictures: difference": about_two(language.ask_difference),
     "two pictures: which": about_two(language.ask_which),
+    "second turn": second_turn,
 }  # fmt: skip
 
 
@@ -122,7 +135,7 @@ def load(folder: Path, device: str = "cpu"):
 
 
 def batches(table: dict[str, Sampler], row: str, questions: int, held_out: bool
-            ) -> Iterator[tuple[list[str], list[Image.Image], list]]:
+            ) -> Iterator[tuple[list, list[Image.Image], list]]:
     """The items of one row of a table, in batches -> prompts, pictures, right answers."""
     rng = np.random.default_rng((SEED, list(table).index(row), held_out))
     items = [table[row](rng, held_out) for _ in range(questions)]
@@ -132,9 +145,27 @@ def batches(table: dict[str, Sampler], row: str, questions: int, held_out: bool
         yield list(prompts), pictures, list(right)
 
 
-def answer(model, processor, prompts: list[str], pictures: list[Image.Image]) -> list[str]:
-    """Greedy answers to a batch of prompts. Pictures are in the order of their placeholders."""
-    inputs = processor(text=prompts, images=pictures or None, padding=True).to(model.device)
+def read(processor, prompts: list, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+    """A batch of prompts, or of conversations -> what the model takes. Pictures are in the order of
+    their placeholders.
+    """
+    if isinstance(prompts[0], str):
+        return processor(text=prompts, images=pictures or None, padding=True)
+    rest = iter(pictures)
+
+    def content(turn: str) -> list[dict]:
+        return [{"type": "image", "image": next(rest)} if part == "<image>"
+                else {"type": "text", "text": part}
+                for part in re.split("(<image>)", turn) if part]
+
+    conversations = [[{"role": ("user", "assistant")[n % 2], "content": content(turn)}
+                      for n, turn in enumerate(turns)] for turns in prompts]
+    return processor.apply_chat_template(conversations, padding=True)
+
+
+def answer(model, processor, prompts: list, pictures: list[Image.Image]) -> list[str]:
+    """Greedy answers to a batch, see `read`."""
+    inputs = read(processor, prompts, pictures).to(model.device)
     with torch.inference_mode():  # the longest answer: three things, then two of them again
         ids = generate(model, **inputs, max_new_tokens=96)  # (B, T + new)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :],
@@ -178,7 +209,7 @@ def drawn_right(
     right = 0
     found = batches(DRAWINGS, row, questions, held_out)
     for seed, (prompts, pictures, checks) in zip(range(0, questions, BATCH), found):
-        inputs = processor(text=prompts, images=pictures or None, padding=True).to(model.device)
+        inputs = read(processor, prompts, pictures).to(model.device)
         tried = [draw(model, inputs, seed + n * questions, guidance) for n in range(tries)]
         best = torch.stack([logp for _, logp in tried]).argmax(0)  # (B,)
         ids = torch.stack([tried[n][0][b] for b, n in enumerate(best.tolist())])  # (B, S)
@@ -206,18 +237,21 @@ def survival(vq, pictures: int, held_out: bool = False) -> tuple[float, int]:
 
 
 def table(folder: Path, questions: int, device: str = "cpu") -> None:
-    """Prints the table, row by row as it is measured."""
+    """Prints the table, row by row as it is measured. A guided row costs twelve plain ones, so it
+    has a quarter of the questions.
+    """
     model, processor = load(folder, device)
 
     def show(name: str, measure: Callable[[bool], float]) -> None:
         print(f"| {name} | {measure(False):.1%} | {measure(True):.1%} |", flush=True)
 
-    print(f"| {questions} questions each | ordinary | held-out |\n|---|---|---|")
+    guided = -(-questions // 4)
+    print(f"| {questions} questions each (guided: {guided}) | ordinary | held-out |\n|---|---|---|")
     show("codes: colour and shape survive",
          lambda held_out: survival(model.model.vqmodel, questions, held_out)[0])
     for row in ROWS:
         show(row, partial(accuracy, model, processor, row, questions))
     for row in DRAWINGS:
-        measure = partial(drawn_right, model, processor, row, questions)
-        show(row, measure)
-        show(f"{row}, guided, best of 4", partial(measure, guidance=1.5, tries=4))
+        show(row, partial(drawn_right, model, processor, row, questions))
+        show(f"{row}, guided, best of 4",
+             partial(drawn_right, model, processor, row, guided, guidance=1.5, tries=4))

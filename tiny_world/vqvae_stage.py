@@ -37,7 +37,7 @@ VQ = ChameleonVQVAEConfig(
     attn_type="none",  # "vanilla"; without attention a code depends on its surroundings only
 )
 BATCH = 6  # pictures a step
-STEPS = 6000
+STEPS = 4000
 LEARNING_RATE, WARM_UP, BETAS, CLIP = 1e-3, 100, (0.9, 0.99), 1.0
 AUTO_ENCODER = 0.08  # share of the steps before the codebook starts
 FROZEN = 0.9  # share of the steps after which the codebook no longer changes
