@@ -219,11 +219,13 @@ class Terminal:
                 f"{self.conversation.processor.image_seq_length + 2}: /reset begins anew")
 
     def keep(self, picture: Image.Image) -> Path:
-        """Saves a drawing under the first free name."""
-        names = (Path("picture.png" if n == 1 else f"picture-{n}.png") for n in count(1))
-        path = next(name for name in names if not os.path.lexists(name))
-        save_picture(picture, path)
-        return path
+        """Saves a drawing under the first free name, made at once: others may draw, too."""
+        for n in count(1):
+            path = Path("picture.png" if n == 1 else f"picture-{n}.png")
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+                save_picture(picture, path)
+                return path
 
     def image(self, names: str) -> None:
         whole = os.path.exists(os.path.expanduser(names))  # a name with blanks
@@ -242,7 +244,7 @@ class Terminal:
     def save(self, name: str) -> None:
         if not name or not self.conversation.parts:
             raise ValueError("/save needs the name of a folder, and a conversation")
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))  # an unknown ~user stays as it is
         check_folder(folder)
         write_document(folder, self.conversation.parts)
         say(str(folder / "document.html"))

@@ -74,7 +74,7 @@ def read_line(where: str, data: object) -> Asked:
 def answered(out: Path, asked: list[Asked]) -> int:
     """How many of the prompts --out has answered already; a last line cut short is removed.
 
-    ValueError for a file with other lines, which is left as it is.
+    ValueError for a file with anything else in it, which is left as it is.
     """
     if out.exists() and not out.is_file():
         raise ValueError(f"--out {out} is a directory, a pipe or a device: name a file")
@@ -88,7 +88,10 @@ def answered(out: Path, asked: list[Asked]) -> int:
             known = False
         if not known:
             raise ValueError(f"--out {out} line {n + 1} answers no such prompt: name another file")
-    if len(whole) < len(content):
+    if rest := content[len(whole) :]:  # the beginning of the next line, or nothing of ours
+        begin = asked[len(lines)].line("")[:-2].encode() if len(lines) < len(asked) else b""
+        if not begin or not (rest.startswith(begin) or begin.startswith(rest)):
+            raise ValueError(f"--out {out} holds something else: name another file")
         with open(out, "rb+") as file:
             file.truncate(len(whole))
     return len(lines)

@@ -273,3 +273,12 @@ def test_a_chat_whose_reader_has_gone_ends():
     done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True,
                           timeout=120)
     assert done.stdout.count("\n") == 1 and "Errno" not in done.stderr
+
+
+def test_a_drawing_never_replaces_one_that_another_chat_made_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    terminal = chat.Terminal.__new__(chat.Terminal)
+    monkeypatch.setattr(chat, "save_picture", lambda picture, path: path.write_text(picture))
+    monkeypatch.setattr(os.path, "lexists", lambda path: False)  # looked before the other made it
+    assert [str(terminal.keep(word)) for word in "ab"] == ["picture.png", "picture-2.png"]
+    assert (tmp_path / "picture.png").read_text() == "a"

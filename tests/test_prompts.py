@@ -100,6 +100,14 @@ def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
     assert (tmp_path / "other.jsonl").read_text() == '{"prompt": "b", "answer": "c"}\n'
 
 
+@pytest.mark.parametrize("content", [b"my note", b'{"prompt": "other", "ans', b'{"prompt": "\xc3'])
+def test_a_file_of_something_else_stays_as_it_is(run, tmp_path, content):
+    (tmp_path / "note.txt").write_bytes(content)
+    code, _, err = run("asked.txt", "--out", "note.txt")
+    assert code == 2 and "something else" in err and err.count("\n") == 1
+    assert (tmp_path / "note.txt").read_bytes() == content
+
+
 def test_answers_are_examples_for_training(run, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("red.png", "asked.jsonl"):
