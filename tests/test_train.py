@@ -461,6 +461,26 @@ def test_muon_moves_the_matrices_of_the_layers_in_all_directions_alike(small_mod
     assert sizes.min() > 0.6 and sizes.max() < 1.3
 
 
+@pytest.mark.parametrize("bf16, tolerance", [(True, 0), (False, 1e-3)])
+def test_muon_equals_the_one_of_torch(bf16, tolerance, monkeypatch):
+    """In bf16 bit for bit, and in fp32 to the rounding error of bf16."""
+    monkeypatch.setattr(train, "fast_bf16", lambda device: bf16)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 24), (40, 16), (16, 40)]
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [
+        train.Muon(ours, {"lr": 1e-2, "weight_decay": 0.1}),
+        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = b.grad = torch.randn(a.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("stage", train.STEPS)
 def test_the_learning_rate_warms_up_and_never_grows_again(stage):
     rates = [train.rate(stage, step, 1000) for step in range(1000)]
