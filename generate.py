@@ -50,6 +50,7 @@ from tokenizer import Tokenizer, VocabularyMap, check_ids
 from vqvae import Flag, check_fields, real, whole
 
 MODES = ("text", "image", "interleaved")
+NO_ID = -1  # in place of an id: argmax would choose a logit that is nan
 CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes are compiled
 
 # ---------------------------------------------------------------------------------------------
@@ -57,6 +58,7 @@ CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes 
 
 Mode = Annotated[str, f"one of {', '.join(MODES)}", lambda x: x in list(MODES)]
 Number = Annotated[int, "a whole number, at least 1", whole(1, 2**62)]
+Rows = Annotated[int, "a whole number from 1 to 65536", whole(1, 2**16)]
 Temperature = Annotated[float, "0 (greedy) or at least 0.0001",
                         lambda x: x == 0 or real(1e-4, 1e300)(x)]
 NumberOr0 = Annotated[int, "a whole number, 0 for no limit", whole(0, 2**62)]
@@ -82,7 +84,7 @@ class Options:
     image_top_p: TopP = 1.0
     guidance_text: Guidance = 1.0
     guidance_image: Guidance = 1.0
-    num_return_sequences: Number = 1  # so many rows of each prompt, one after the other
+    num_return_sequences: Rows = 1  # so many rows of each prompt, one after the other
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -122,6 +124,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     probs = ordered.softmax(-1)
     # The sum BEFORE an id decides, so the id with which the sum crosses p is kept.
     out = probs.cumsum(-1) - probs >= p
+    out[..., 0] = False  # fp32 has no p below 1e-45
     return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
 
 
@@ -322,10 +325,9 @@ class Contexts:
         """The columns whose ids an earlier call has read come from its cache, and only the rest is
         new. The last id is always new, because its hidden state is not in a cache.
         """
-        if past.ids is None:
-            return  # no call has used it
-        n = min(past.length, past.ids.shape[1], self.new.shape[1] - 1)
-        same = (past.ids[:, :n] == self.new[:, :n]).all(0)  # (n,)
+        ids = self.new if past.ids is None else past.ids  # None: only forward has filled it
+        n = min(past.length, ids.shape[1], self.new.shape[1] - 1)
+        same = (ids[:, :n] == self.new[:, :n]).all(0)  # (n,)
         n = int(same.cumprod(0).sum())
         for ours, theirs in zip(self.cache.k + self.cache.v, past.k + past.v):
             ours[:, :, :n] = theirs[:, :, :n]
@@ -407,21 +409,11 @@ class Picker:
         if decoder:
             self.head = decoder.product(self.head)
             self.code_head = decoder.product(self.code_head)
-        self.first = True  # until the first step is over, since `checked` costs a synchronization
-
-    def checked(self, x: Tensor) -> Tensor:
-        """x (..., D, V or K) -> x. ValueError for inf and nan, which argmax would choose.
-
-        To look is a GPU synchronization, so only the first step looks.
-        """
-        if self.first and not x.isfinite().all():
-            raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
-                             "for this dtype")
-        return x
 
     def __call__(self, hidden: Tensor, seen: Tensor, places: list[int | None],
                  room: int) -> Tensor:
-        """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,)
+        """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,), NO_ID for a row
+        whose logits are inf or nan.
 
         Rows in text need the whole head. Rows in a picture need only the head's K rows for codes,
         since no other id is allowed there. A batch with both computes both for all rows, and takes
@@ -439,7 +431,7 @@ class Picker:
     def next_text(self, hidden: Tensor, seen: Tensor, places: list[int | None], room: int,
                   inside: list[bool]) -> Tensor:
         """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
-        logits = self.checked(self.head(hidden)).float()  # (B, V)
+        logits = computed = self.head(hidden).float()  # (B, V)
         logits = penalize_repetition(logits, seen, self.options.repetition_penalty)
         allowed = self.grammar.allowed(places, room)  # (B, V)
         if room > self.may_end and self.grammar.mode != "image":
@@ -449,24 +441,30 @@ class Picker:
         logits = logits.masked_fill(~allowed, float("-inf"))
         generators = [None if codes else g for g, codes in zip(self.generators, inside)]
         o = self.options
-        return choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)
+        ids = choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)  # (B,)
+        return ids.masked_fill(~computed.isfinite().all(-1), NO_ID)
 
     def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
         """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
         logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
         o = self.options
-        logits = guide(self.checked(logits), o.guidance_text, o.guidance_image).float()  # (B, K)
+        logits = guide(logits, o.guidance_text, o.guidance_image).float()  # (B, K)
         generators = [g if codes else None for g, codes in zip(self.generators, inside)]
         codes = choose(logits, generators, o.image_temperature, o.image_top_k, o.image_top_p)
-        return self.code_to_id[codes]  # (B,)
+        return self.code_to_id[codes].masked_fill(~logits.isfinite().all(-1), NO_ID)  # (B,)
 
 
 def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
-    """Passes the ids (B,) on, up to the step with which the last row has ended."""
+    """Passes the ids (B,) on, up to the step with which the last row has ended. ValueError: NO_ID.
+    """
     ended, ends = False, torch.tensor(stops, dtype=torch.long)
     for ids in steps:
+        here = ids.cpu()
+        if (here == NO_ID).any():
+            raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
+                             "for this dtype")
         yield ids
-        ended = ended | torch.isin(ids.cpu(), ends)  # (B,)
+        ended = ended | torch.isin(here, ends)  # (B,)
         if ended.all():
             return
 
@@ -514,11 +512,10 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
         for room in range(steps, 0, -1):
             with evaluating(model):
                 hidden = contexts.hidden()  # (G, B, D)
-            chosen = pick(pick.checked(hidden), seen, places, room)  # (B,)
-            pick.first = False
-            chosen = chosen.masked_fill(ended, pad)
+            chosen = pick(hidden, seen, places, room).masked_fill(ended, pad)  # (B,)
             yield chosen
             if room > 1:
+                chosen = chosen.clamp(min=0)  # who reads NO_ID stops the loop
                 ended = ended | (chosen[:, None] == ends).any(1)
                 places = pick.grammar.advance(places, chosen, room)
                 seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
@@ -585,6 +582,9 @@ def check_past(config: ChameleonConfig, past: KVCache, rows: int, real: Tensor) 
     past.check_batch(rows)
     if not real.all():
         raise ValueError("past_key_values is for rows of one length, without padding")
+    if past.ids is None and past.length >= real.shape[1]:
+        raise ValueError(f"past_key_values holds {past.length} columns, the prompt {real.shape[1]} "
+                         "ids: pass all ids from the beginning, also those that it has read")
 
 
 def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:

@@ -271,6 +271,12 @@ class Tokenizer:
             self._names.get(i) for i in (self.bos_token_id, self.eos_token_id, self.pad_token_id,
                                          self.unk_token_id, self.sep_token_id))
         self.image_token = self._names.get(self.image_token_id)
+        controls = {self.bos_token_id, self.pad_token_id, self.eos_token_id, self.unk_token_id,
+                    self.vocabulary.begin_image_id, self.vocabulary.end_image_id, self.sep_token_id,
+                    self.image_token_id, *self.vocabulary.code_to_id.tolist()} - {None}
+        if open_ids := controls - self.special_ids:
+            raise ValueError(f"{path}: a text could become {self._names[min(open_ids)]}, which is "
+                             "a control token: take the tokenizer that came with the weights")
 
     def text_ids(self, text: str) -> list[int]:
         """Text -> ids, without <s> and without any control id. ValueError for broken unicode.

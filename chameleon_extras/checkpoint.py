@@ -66,7 +66,7 @@ from tokenizer import read_json
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 OWN_FILES = re.compile(
-    r"model(\.int[48]|\.nf4)?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    r"model(?:\.(int[48]|nf4))?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 PICKLE = "pytorch_model.bin"  # the file of older checkpoints
 QUANTIZED = "quantized_weights"  # in config.json: one of KINDS; absent where weights are plain
 
@@ -143,8 +143,12 @@ def open_checkpoint(
             else:
                 tensors |= open_safetensors(path, device, apart or kind is not None)
         tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-        if config.tie_word_embeddings and not kind:
-            tensors.pop("lm_head.weight", None)  # some writers store the tied matrix twice
+        head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if config.tie_word_embeddings and not kind and head and table:
+            del tensors["lm_head.weight"]  # some writers store the tied matrix twice
+            if not torch.equal(head.read(), table.read()):
+                raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight and "
+                                 "model.embed_tokens.weight differ: take the weights' config.json")
         if "embed_tokens.weight" in tensors:  # a ChameleonModel's folder, without a head
             tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         tensors = pairs_to_halves(config, tensors)
@@ -192,6 +196,13 @@ def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stor
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{folder}: the weights do not fit the config: "
                          f"{'; '.join(problems[:8])}{more}".replace("torch.", ""))
+
+
+def check_numbers(folder: Path, state: dict[str, Tensor]) -> None:
+    """ValueError for a weight that is inf or nan: not every kernel would carry it to the answer."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{folder}: {name} holds inf or nan: download the checkpoint again")
 
 
 class WithoutInit(TorchFunctionMode):
@@ -275,6 +286,7 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
         if not want.dtype.is_floating_point or name.endswith(".scale"):
             to = want.dtype
         state[name] = tensors[name].read().to(device=device, dtype=to)
+    check_numbers(folder, state)
     model.load_state_dict(state, strict=False, assign=True)  # check_tensors was strict
     if isinstance(model.lm_head, nn.Linear):
         model.tie_weights()
@@ -314,6 +326,10 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     from tqdm import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
+    found = [match for old in folder.iterdir() if (match := OWN_FILES.fullmatch(old.name))]
+    if kind and (plain := [match[0] for match in found if match[1] is None]):
+        raise ValueError(f"{folder} holds the weights before quantization, {plain[0]}: name "
+                         "another folder")
     shards, room = [[]], max_shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
@@ -351,10 +367,8 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     for file, document in documents.items():
         text = json.dumps(document, indent=2) + "\n"
         write_atomically(folder / file, partial(Path.write_text, data=text, encoding="utf-8"))
-    for old in folder.iterdir():
-        stale = old.name not in files and old.name not in documents
-        if stale and OWN_FILES.fullmatch(old.name):
-            old.unlink()  # of an earlier save
+    for old in {match[0] for match in found} - {*files, *documents}:  # of an earlier save
+        (folder / old).unlink()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -376,5 +390,6 @@ def load_vqvae(cls: type, folder: Path) -> ChameleonVQVAE:
         model = cls(config, with_decoder=any(name.startswith("decoder.") for name in tensors))
     check_tensors(folder, model.state_dict(), tensors)
     state = {name: tensor.read().float() for name, tensor in tensors.items()}
+    check_numbers(folder, state)
     model.load_state_dict(state, assign=True)
     return model.eval()

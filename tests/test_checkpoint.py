@@ -13,6 +13,7 @@ from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from chameleon_extras import convert
 from chameleon_extras.checkpoint import load_checkpoint, read_config
 from chameleon_extras.quantize import KINDS, kind_of, pack, quantize_model
+from vqvae import ChameleonVQVAE
 
 load = ChameleonForConditionalGeneration.from_pretrained
 
@@ -304,6 +305,35 @@ def test_saving_plain_weights_over_quantized_ones_leaves_only_the_new(tmp_path):
     small_model().save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert kind_of(load(tmp_path)) is None
+
+
+def test_quantized_weights_never_replace_those_they_were_made_from(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="before quantization, model.safetensors: name another"):
+        quantize_model(load(folder), "int8").save_pretrained(folder)
+    assert (folder / "model.safetensors").read_bytes() == before and kind_of(load(folder)) is None
+
+
+@pytest.mark.parametrize("name", [
+    "lm_head.weight", "model.norm.weight", "model.vqmodel.quantize.embedding.weight",
+    "model.layers.1.mlp.up_proj.weight", "model.vqmodel.decoder.conv_in.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named(folder, name, value):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} holds inf or nan"):
+        load(folder)
+    if "vqmodel" in name:
+        with pytest.raises(ValueError, match="holds inf or nan"):
+            ChameleonVQVAE.from_pretrained(folder)
+
+
+def test_a_head_that_is_called_tied_but_is_another_matrix_is_refused(folder):
+    change_config(tie_word_embeddings=True)(folder)
+    with pytest.raises(ValueError, match="lm_head.weight and model.embed_tokens.weight differ"):
+        load(folder)
 
 
 def change_config(**values):

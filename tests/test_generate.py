@@ -206,6 +206,45 @@ def test_a_model_that_computes_nan_does_not_answer():
         next(stream(model, PROMPT))
 
 
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_a_model_that_computes_nan_later_stops_there(mode):
+    """Its ids so far are given; the row of the next one is nan, whichever id it is."""
+    model = copy.deepcopy(MODEL)
+    options = dict(mode=mode, max_new_tokens=80)
+    ids = torch.cat(list(stream(model, PROMPT, **options)))
+    later = next(i for i, id in enumerate(ids.tolist()) if i > 2 and id not in ids[:i])
+    model.model.embed_tokens.weight.data[ids[later]] = float("nan")
+    steps, given = stream(model, PROMPT, **options), []
+    with pytest.raises(ValueError, match="inf or nan"):
+        given.extend(steps)
+    assert torch.cat(given).tolist() == ids[: later + 1].tolist()
+
+
+def test_the_smallest_top_p_keeps_the_highest_logit():
+    """fp32 has no number below 1e-45 but 0."""
+    options = dict(do_sample=True, top_p=1e-46, image_top_p=1e-46)
+    for mode in ("text", "image"):
+        sampled = generate(MODEL, PROMPT, mode=mode, max_new_tokens=12, **options)
+        greedy = generate(MODEL, PROMPT, mode=mode, max_new_tokens=12, image_temperature=0)
+        assert torch.equal(sampled, greedy)
+
+
+def test_a_cache_that_forward_has_filled_is_continued():
+    """Its columns are not read again: with other keys and values the answer is another."""
+    first = torch.tensor([[0, 80, 90, 100]])
+    with torch.no_grad():
+        cache = MODEL(first[:, :3]).past_key_values
+    for column in cache.k + cache.v:
+        column.add_(3.0)
+    plain = generate(MODEL, first, max_new_tokens=8)
+    assert not torch.equal(generate(MODEL, first, max_new_tokens=8, past_key_values=cache), plain)
+    with torch.no_grad():
+        cache = MODEL(first[:, :3]).past_key_values
+    with pytest.raises(ValueError, match="holds 3 columns, the prompt 1 ids: pass all ids"):
+        generate(MODEL, first[:, 3:], past_key_values=cache)
+    assert torch.equal(generate(MODEL, first, max_new_tokens=8, past_key_values=cache), plain)
+
+
 def test_what_cannot_work_is_said_before_the_first_id_is_asked_for():
     with pytest.raises(ValueError, match="mode"):
         stream(MODEL, PROMPT, mode="video")

@@ -29,7 +29,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 855, "generate.py": 815, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_240, 32
+ALL_LINES, ALL_FILES = 11_280, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:

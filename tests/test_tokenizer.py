@@ -312,6 +312,24 @@ def test_no_text_becomes_a_control_id(bpe, sentencepiece_tokenizer, data):
         assert not tokenizer.special_ids & set(tokenizer.text_ids(text))
 
 
+def test_a_file_whose_texts_could_become_a_control_id_is_refused(tmp_path):
+    """A merge that ends in the name of a code; a mark that sentencepiece finds in texts."""
+    path = write_synthetic_tokenizer(tmp_path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"]["vocab"] |= {"IMGIMGB": data["model"]["vocab"]["<unk>"] + 10_000}
+    data["model"]["merges"].append(["IMGIMGB", "Z"])
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match="a text could become IMGIMGBZ"):
+        ByteLevelBPE(path)
+    path = write_small_sentencepiece(tmp_path)
+    proto, piece = path.read_bytes(), b"\n\x06<eoss>"
+    at = proto.index(piece) + len(piece) + 5  # behind the score, 5 bytes: the type, 3 for control
+    assert proto[at : at + 2] == b"\x18\x03"
+    path.write_bytes(proto[: at + 1] + b"\x04" + proto[at + 2 :])  # 4: user-defined
+    with pytest.raises(ValueError, match="a text could become <eoss>"):
+        SentencePieceTokenizer(path)
+
+
 def test_the_names_of_control_tokens_are_special_and_those_of_text_are_not(either):
     special = {name for name, token_id in either.vocab.items() if token_id in either.special_ids}
     assert {"<s>", "<pad>", "</s>", "<unk>", "<eoss>", "<racm3:break>", "<image>"} < special
