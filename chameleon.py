@@ -625,6 +625,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
         # Frozen: no gradient passes the nearest code. VectorQuantizer.forward trains one by itself.
         self.vqmodel = ChameleonVQVAE(config.vq_config, with_vq_decoder).requires_grad_(False)
         self.vocabulary = VocabularyMap(config.vocabulary_map)  # codes <-> ids, by name
+        n, K = self.vocabulary.num_codes, config.vq_config.num_embeddings
+        if n not in (0, K):
+            raise ValueError(f"vocabulary_map names {n} image codes, but vq_config has {K}")
         self.embed_tokens.apply(self.init_weights)
         self.layers.apply(self.init_weights)
 
@@ -655,10 +658,13 @@ class ChameleonModel(ChameleonPreTrainedModel):
         Pictures (N, 3, height, width) fill the placeholders in order, row after row. Feeding the
         result is the same as feeding pictures. ValueError if there are not exactly N * S
         placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
-        synchronizations, so a single token is not checked, nor anything while torch.compile traces.
+        synchronizations, so a GPU's single token is not checked, nor what torch.compile traces.
         """
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+            raise ValueError("input_ids must be a tensor (B, T), as the processor returns it")
         placeholder, V = self.vocabulary.image_token_id, self.config.vocab_size
-        checks = not torch.compiler.is_compiling() and input_ids.shape[1] > 1
+        checks = not torch.compiler.is_compiling() and (
+            input_ids.shape[1] > 1 or input_ids.device.type == "cpu")
         if checks and ((input_ids < 0) | (input_ids >= V)).any():
             raise ValueError(f"input_ids hold {int(input_ids.min())}..{int(input_ids.max())}, but "
                              f"the ids of this model are 0 to {V - 1}")
@@ -722,9 +728,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
             assert inputs_embeds is not None
             x = self.embed_pictures(inputs_embeds, pixel_values)  # (B, T, D)
         recomputes = self.gradient_checkpointing and self.training
-        if recomputes:
-            cache = None  # a layer that is computed twice would write its columns twice
-        elif cache is None and use_cache:
+        if recomputes and cache is not None:
+            raise ValueError("gradient checkpointing computes a layer twice: past_key_values=None")
+        if cache is None and use_cache and not recomputes:
             cache = KVCache(c, len(x), dtype=x.dtype, device=x.device)
         past, T = 0, x.shape[1]
         if cache is not None:
@@ -834,9 +840,11 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         if masked and torch.isin(labels, self.model.vocabulary.code_to_id).any():
             raise ValueError("labels contain image codes, whose logits are masked: call the model "
                              "with mask_image_logits=False to train on pictures")
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
-        )
+        targets = labels[:, 1:].flatten()
+        total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE,
+                                reduction="sum")
+        # DIFFERS: 0, where transformers returns nan, if no label counts.
+        return total / (targets != IGNORE).sum().clamp(min=1)
 
 
 # ---------------------------------------------------------------------------------------------

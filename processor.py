@@ -501,6 +501,13 @@ def parts_of(turn: dict) -> list[str | Picture]:
     return parts
 
 
+def check_keywords(image_options: dict) -> None:
+    """TypeError for a keyword that ChameleonImageProcessor does not know."""
+    for name in image_options.keys() - ChameleonImageProcessor.DEFAULTS.keys():
+        if name not in ("data_format", "input_data_format"):
+            raise TypeError(f"ChameleonProcessor does not know the keyword {name!r}")
+
+
 class ChameleonProcessor:
     """Prompts and their pictures -> the model's arguments: transformers' class of that name.
 
@@ -549,9 +556,7 @@ class ChameleonProcessor:
                 images = value
             else:
                 raise TypeError("more than one text, or more than one value for images")
-        for name in image_options.keys() - ChameleonImageProcessor.DEFAULTS.keys():
-            if name not in ("data_format", "input_data_format"):
-                raise TypeError(f"ChameleonProcessor does not know the keyword {name!r}")
+        check_keywords(image_options)
         if not is_text(text):
             raise ValueError("the prompt is missing: text must be a string or a list of strings")
         prompts = [text] if isinstance(text, str) else text
@@ -662,7 +667,9 @@ class ChameleonProcessor:
         if not (tokenize and return_dict and add_generation_prompt):
             raise ValueError("apply_chat_template gives ids: leave tokenize, return_dict and "
                              "add_generation_prompt at True")
-        many = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError(f"a conversation is a list of messages, not {conversation!r:.80}")
+        many = isinstance(conversation[0], (list, tuple))
         rows, pictures = [], []
         for turns in conversation if many else [conversation]:
             ids = [self.tokenizer.bos_token_id]
@@ -677,6 +684,7 @@ class ChameleonProcessor:
             rows.append(ids)
         batch = {name: options.pop(name, None) for name in (
             "padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of")}
+        check_keywords(options)
         data = self.tokenizer.batch(rows, **batch, return_tensors=return_tensors)
         if pictures:
             data |= self.image_processor(pictures, return_tensors=return_tensors, **options)

@@ -35,6 +35,7 @@ import io
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ from chameleon import (
     ChameleonForConditionalGeneration,
     ChameleonSwinDecoderLayer,
 )
-from chameleon_extras.files import OneLineParser, exit_code, write_atomically
+from chameleon_extras.files import OneLineParser, exit_code, hold, write_atomically
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import language, world
 from tiny_world.code_rows import add_code_rows, bake, has_code_rows
@@ -364,6 +365,7 @@ def train_decoder(stage: str, run: Run) -> None:
         model.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        run.check_gradient(stage, step, grad_norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(stage, step, steps)
@@ -379,7 +381,7 @@ def train_decoder(stage: str, run: Run) -> None:
 def trained_vqvae(run: Run) -> ChameleonVQVAE:
     """The first stage's VQ-VAE, rounded to bf16 like the export, so that both give equal codes."""
     vq = ChameleonVQVAE(VQ)
-    vq.load_state_dict(run.load("vqvae")["model"])
+    run.take_over("vqvae", vq)
     for weight in vq.parameters():
         weight.data = weight.data.bfloat16().float()
     return vq.eval()
@@ -501,24 +503,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.data and options.stage != "sft":
         parser.error("--data belongs to the stage sft")
-    if not options.out.name:
+    if options.out.name in ("", ".."):
         parser.error("--out must be the name of a folder")
     if options.data and options.out.resolve() == options.model.resolve():
         parser.error(f"--out {options.out} would replace the --model: name another folder")
-    if options.steps is not None and not 1 <= options.steps <= 10**9:
-        parser.error(f"--steps must be from 1 to 10^9, got {options.steps}")
-    if options.threads is not None and not 1 <= options.threads <= 1024:
-        parser.error(f"--threads must be from 1 to 1024, got {options.threads}")
+    for name, low, high in (("steps", 1, 10**9), ("threads", 1, 1024), ("epochs", 1, 10**6),
+                            ("questions", 1, 10**6), ("seed", 0, 2**63 - 1)):
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} must be from {low} to {high}, got {value}")
     if options.questions is None:
         options.questions = min(200, options.steps or 200)
     if options.train != "all" and not options.data:
         parser.error(f"--train {options.train} needs --data")
-    if options.epochs < 1:
-        parser.error(f"--epochs must be at least 1, got {options.epochs}")
-    if options.questions < 1:
-        parser.error(f"--questions must be at least 1, got {options.questions}")
-    if options.seed < 0:
-        parser.error(f"--seed must be at least 0, got {options.seed}")
     if not 0 <= options.dropout < 1:
         parser.error(f"--dropout must be from 0 to below 1, got {options.dropout}")
     if options.learning_rate is not None and not 0 < options.learning_rate < 1:
@@ -548,13 +545,14 @@ def run_stages(options: argparse.Namespace) -> None:
     run = Run(options)
     if run.world_size > 1:
         torch.distributed.init_process_group()
-    for stage in STAGES if options.stage == "all" else [options.stage]:
-        torch.manual_seed(options.seed)
-        # vqvae, tokenizer and evaluate run on rank 0 alone; the other ranks wait for the files.
-        if run.rank == 0 or stage in STEPS:
-            STAGES[stage](run)
-        if run.world_size > 1:
-            torch.distributed.barrier()
+    with nullcontext() if run.rank or options.stage == "evaluate" else hold(run.state):
+        for stage in STAGES if options.stage == "all" else [options.stage]:
+            torch.manual_seed(options.seed)
+            # vqvae, tokenizer and evaluate run on rank 0 alone; the other ranks wait for the files.
+            if run.rank == 0 or stage in STEPS:
+                STAGES[stage](run)
+            if run.world_size > 1:
+                torch.distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def keeping_others(cls: type[Config]) -> type[Config]:
         fields = get_type_hints(cls)
         init(self, *values, **{name: named[name] for name in named if name in fields})
         vars(self).update({name: value for name, value in named.items() if not (
-            name in fields or name in cls.OF_WEIGHTS or name[0] == "_" or hasattr(cls, name))})
+            name in fields or name in cls.OF_WEIGHTS or not name or name[0] == "_"
+            or hasattr(cls, name))})
 
     cls.__init__ = __init__
     return cls

@@ -233,9 +233,9 @@ def check_output(options: argparse.Namespace) -> None:
             raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
         if options.prompts and ranks() > 1:
             raise ValueError("--prompts is for one process: leave torchrun out")
-        if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
-            raise ValueError(f"--out {options.out} cannot be written: name a file in a folder "
-                             "that exists")
+        out = options.out
+        if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
+            raise ValueError(f"--out {out} is no file in a folder that exists: name one")
         return
     if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
         raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
@@ -303,7 +303,7 @@ def numbered_names(options: argparse.Namespace) -> list[Path]:
 
 def check_writable(options: argparse.Namespace) -> None:
     """Tries to write at --out, as the last check before the weights are read. ValueError."""
-    out = options.out
+    out, claimed = options.out, []  # claimed: made at once, so that no other process takes them
     if out is None or own_rank() > 0:
         return
     if options.unnamed:
@@ -313,6 +313,7 @@ def check_writable(options: argparse.Namespace) -> None:
             out.mkdir(parents=True)
             options.reserved = [out]
         out = out / "document.html"
+        claimed = [out]
     elif not options.explain:
         kind = picture_format(out)
         try:
@@ -320,9 +321,13 @@ def check_writable(options: argparse.Namespace) -> None:
         except (OSError, ValueError, KeyError) as e:
             raise ValueError(f"--out {out}: pictures are not written as {kind} ({e}): name it "
                              ".png") from None
-        out = [out, *numbered_names(options)][-1]
+        claimed = numbered_names(options)
+        out = [out, *claimed][-1]
     try:
         write_atomically(out, lambda part: part.touch(), keep=False)
+        for path in claimed:
+            path.touch(exist_ok=False)
+            options.reserved.insert(0, path)
     except OSError as e:
         raise ValueError(f"--out {options.out} cannot be written: {e.strerror}") from None
 

@@ -119,6 +119,25 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: bool = T
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Inside, no other process can hold this file or folder. ValueError if one does."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)  # flock, unlike a file of our own, ends with the process
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process writes to {path}: name another") from None
+        yield
+    finally:
+        os.close(handle)
+
+
 def json_lines(file: Path) -> Iterator[tuple[str, object]]:
     """Each line of a .jsonl file that is not blank -> (file and line, its value). ValueError for
     what is no JSON.

@@ -35,7 +35,7 @@ import torch
 import torch.nn as nn
 
 from chameleon import ChameleonForConditionalGeneration
-from chameleon_extras.files import ranks
+from chameleon_extras.files import own_rank, ranks
 from chameleon_extras.quantize import KINDS, TORCHAO, group_size, kind_of
 
 COLUMNS = ("o_proj", "down_proj")  # layers of which a rank has columns; of all others it has rows
@@ -59,7 +59,7 @@ def check_ranks(config, N: int, quantize: str | None = None) -> None:
 
 def join(device: torch.device) -> torch.device:
     """Joins torchrun's process group -> this rank's device. Only rank 0 still prints."""
-    rank = int(os.environ["LOCAL_RANK"])
+    rank = int(os.environ.get("LOCAL_RANK", own_rank()))
     if device.type == "cuda":
         if rank >= torch.cuda.device_count():
             raise ValueError(f"{ranks()} processes for {torch.cuda.device_count()} CUDA devices: "

@@ -12,12 +12,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from chameleon import ChameleonConfig
 from chameleon_extras.command import OF_TEXT, check_pair, load_model, place_images
 from chameleon_extras.decoding import Decoder
-from chameleon_extras.files import json_lines, say
+from chameleon_extras.files import hold, json_lines, say
 from generate import generate, room_behind
 from processor import ChameleonProcessor, load_image
 
@@ -76,9 +76,7 @@ def answered(out: Path, asked: list[Asked]) -> int:
 
     ValueError for a file with anything else in it, which is left as it is.
     """
-    if out.exists() and not out.is_file():
-        raise ValueError(f"--out {out} is a directory, a pipe or a device: name a file")
-    content = out.read_bytes() if out.exists() else b""
+    content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.decode(errors="replace").split("\n")[:-1]
     for n, line in enumerate(lines):
@@ -100,8 +98,6 @@ def answered(out: Path, asked: list[Asked]) -> int:
 def answer_all(options: argparse.Namespace, config: ChameleonConfig,
                processor: ChameleonProcessor) -> None:
     """--prompts. Checks all lines before the weights are read."""
-    from tqdm import tqdm
-
     asked = read_prompts(options.prompts)
     files = [[options.prompts.parent / name for name in one.images] for one in asked]
     for one, pictures in zip(asked, files):
@@ -111,31 +107,35 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
                 load_image(file)
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
-    done = answered(options.out, asked) if options.out else 0
     check_pair(config, processor, {})
+    if not options.out:
+        return answer_rest(options, processor, asked, files, 0, sys.stdout)
+    options.out.touch()
+    with hold(options.out), open(options.out, "a", encoding="utf-8", newline="\n") as file:
+        done = answered(options.out, asked)
+        answer_rest(options, processor, asked, files, done, file)
+        say(f"{options.out}: {len(asked)} answer(s), {done} of them from before")
+
+
+def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, asked: list[Asked],
+                files: list[list[Path]], done: int, file: TextIO) -> None:
+    """Writes the answers after the first `done` to `file`. files: the pictures of each prompt."""
+    from tqdm import tqdm
+
     model = load_model(options)
     decoder = Decoder(model, options.compile, options.attention)
     sampling = {name: getattr(options, name) for name in (*OF_TEXT, "max_new_tokens")}
-    file = sys.stdout
-    if options.out:
-        file = open(options.out, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
-    try:
-        with tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar:
-            for start in range(done, len(asked), options.batch):
-                rows = range(start, min(start + options.batch, len(asked)))
-                pictures = [picture for n in rows for picture in files[n]]
-                inputs = processor(text=[asked[n].prompt for n in rows], images=pictures or None,
-                                   padding=True, return_for_text_completion=options.completion)
-                ids = generate(model, **inputs.to(model.device), **sampling, decoder=decoder,
-                               seed=[options.seed + n for n in rows],
-                               do_sample=options.temperature > 0)
-                new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)
-                for n, answer in zip(rows, processor.batch_decode(new, skip_special_tokens=True)):
-                    file.write(asked[n].line(answer) + "\n")
-                file.flush()
-                bar.update(len(rows))
-    finally:
-        if options.out:
-            file.close()
-    if options.out:
-        say(f"{options.out}: {len(asked)} answer(s), {done} of them from before")
+    with tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar:
+        for start in range(done, len(asked), options.batch):
+            rows = range(start, min(start + options.batch, len(asked)))
+            pictures = [picture for n in rows for picture in files[n]]
+            inputs = processor(text=[asked[n].prompt for n in rows], images=pictures or None,
+                               padding=True, return_for_text_completion=options.completion)
+            ids = generate(model, **inputs.to(model.device), **sampling, decoder=decoder,
+                           seed=[options.seed + n for n in rows],
+                           do_sample=options.temperature > 0)
+            new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)
+            for n, answer in zip(rows, processor.batch_decode(new, skip_special_tokens=True)):
+                file.write(asked[n].line(answer) + "\n")
+            file.flush()
+            bar.update(len(rows))

@@ -384,6 +384,21 @@ def test_names_are_reserved_before_the_weights_are_read_and_given_back(run, tmp_
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+def test_the_other_files_of_a_named_output_are_reserved_too(run, tmp_path, monkeypatch):
+    def meanwhile(*_):  # another process with the same --out
+        monkeypatch.setattr(command, "load_checkpoint", lambda *_: 1 / 0)
+        code, _, err = run("--prompt", "a", "--mode", mode, *words)
+        assert code == 2 and err.count("\n") == 1
+        raise ValueError("broken weights")
+
+    before = sorted(tmp_path.iterdir())
+    for mode, words in (("image", ("--out", "a.png", "--count", "2")),
+                        ("interleaved", ("--out", "d"))):
+        monkeypatch.setattr(command, "load_checkpoint", meanwhile)
+        assert "broken weights" in run("--prompt", "a", "--mode", mode, *words)[2]
+        assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_second_ctrl_c_loses_no_picture(run, tmp_path, monkeypatch):
     def stopped(steps):
         yield from itertools.islice(steps, 9)

@@ -7,6 +7,7 @@ from PIL import Image
 
 import generate as module
 from chameleon_extras import prompts
+from chameleon_extras.files import hold
 from chameleon_extras.prompts import read_prompts
 from tiny_world.own_data import read_examples
 
@@ -89,7 +90,7 @@ def test_a_wrong_file_is_one_line_before_the_weights_are_read(
     (("--mode", "image"), "in text: leave --mode out"),
     (("--out", "missing/a.jsonl"), "a folder that exists"),
     (("--out", "other.jsonl"), "line 1 answers no such prompt"),
-    (("--out", "/dev/full"), "a pipe or a device: name a file"),
+    (("--out", "/dev/full"), "is no file in a folder that exists"),
     (("--out", "deep.jsonl"), "line 1 answers no such prompt"),
 ])
 def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
@@ -98,6 +99,13 @@ def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
     code, out, err = run("asked.txt", *options)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
     assert (tmp_path / "other.jsonl").read_text() == '{"prompt": "b", "answer": "c"}\n'
+
+
+def test_two_never_write_one_file(run, tmp_path):
+    (tmp_path / "both.jsonl").touch()
+    with hold(tmp_path / "both.jsonl"):
+        code, out, err = run("asked.txt", "--out", "both.jsonl")
+    assert code == 2 and "another process writes to both.jsonl" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("content", [b"my note", b'{"prompt": "other", "ans', b'{"prompt": "\xc3'])

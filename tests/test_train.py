@@ -19,6 +19,7 @@ from small import VQ as SMALL_VQ
 
 import train
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon_extras.files import hold
 from processor import ChameleonProcessor
 from tiny_world import documents, evaluate, own_data, vqvae_stage, world
 from tiny_world.code_rows import has_code_rows
@@ -589,6 +590,11 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
     (["sft", "--out", "x", "--epochs", "0"], "--epochs"),
     (["sft", "--out", "x", "--device", "abacus"], "abacus"),
     (["sft", "--out", "x", "--state", "file"], "file"),
+    (["sft", "--out", ".."], "--out must be the name"),
+    (["sft", "--out", "x", "--seed", str(2**63)], "--seed must be from 0"),
+    (["sft", "--out", "x", "--epochs", str(10**9)], "--epochs must be from 1 to 1000000"),
+    (["vqvae", "--out", "x", "--state", str(TINY)], "is a checkpoint: name another folder"),
+    (["vqvae", "--out", str(TINY), "--state", "y"], "not trained from y: name another --out"),
 ])
 def test_options_that_cannot_work_are_one_line(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
@@ -608,6 +614,30 @@ def test_a_damaged_state_is_named(tmp_path, capsys, content):
     assert train.main(arguments) == 2
     message = capsys.readouterr().err
     assert "vqvae.pt is damaged" in message and message.count("\n") == 1
+    vq = ChameleonVQVAE(vqvae_stage.VQ)
+    torch.save({"model": vq.state_dict(), "step": 2}, tmp_path / "vqvae.pt")
+    assert train.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "vqvae.pt is damaged" in message and message.count("\n") == 1
+
+
+def test_two_runs_never_share_a_state(tmp_path, capsys):
+    arguments = ["vqvae", "--steps", "1", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
+    with hold(tmp_path):
+        assert train.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert f"another process writes to {tmp_path}" in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "sft"])
+def test_a_gradient_that_is_no_number_is_not_learned(tmp_path, monkeypatch, capsys, stage):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"})
+    data = ["--data", str(tmp_path)] if stage == "sft" else []
+    out = tmp_path / "o"
+    assert train.main([stage, "--steps", "2", "--out", str(out), "--model", str(TINY), *data]) == 2
+    message = capsys.readouterr().err
+    assert f"{stage}: the gradient of step 0 is inf or nan" in message and not out.exists()
 
 
 def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):

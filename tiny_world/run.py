@@ -14,6 +14,7 @@ and each takes its own rows of it. So two processes together compute what one al
 import argparse
 import csv
 import hashlib
+import math
 import pickle
 import platform
 import sys
@@ -41,12 +42,18 @@ class Run:
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
     PAUSE = 20  # seconds between two lines of progress
+    SAVED = ("step", "model", "optimizer", "rng", "torch_rng")  # what `save` always writes
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.state = options, options.out, options.state
         self.device = pick_device(options.device)
         self.rank, self.world_size = own_rank(), ranks()
         if options.stage != "evaluate":
+            if (self.state / "config.json").exists():
+                raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
+            if (self.out / "config.json").exists() and not any(self.state.glob("*.pt")):
+                raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
+                                 f"{self.state}: name another --out")
             self.state.mkdir(parents=True, exist_ok=True)
         self.began, self.curves = time.monotonic(), {}
         self.made_by = {"--seed": options.seed}  # a saved state is for these options and data only
@@ -108,14 +115,14 @@ class Run:
         if self.rank == 0:
             write_atomically(self.file(stage), lambda part: torch.save(data, part))
 
-    def load(self, stage: str) -> dict:
-        """What `save` wrote. ValueError if the file is missing or damaged."""
+    def load(self, stage: str, names: tuple[str, ...] = ("model",)) -> dict:
+        """What `save` wrote. ValueError if the file is missing, damaged, or lacks one of names."""
         path = self.file(stage)
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-            return {"model": data["model"]} | data
+            return {name: data[name] for name in names} | data
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
 
@@ -126,7 +133,8 @@ class Run:
         """
         from torch.distributed.checkpoint import state_dict as dcp
 
-        data, how = self.load(stage), dcp.StateDictOptions(full_state_dict=True)
+        data = self.load(stage, ("model",) if optimizer is None else self.SAVED)
+        how = dcp.StateDictOptions(full_state_dict=True)
         try:
             dcp.set_model_state_dict(model, data["model"], options=how)
             if optimizer is not None:
@@ -156,6 +164,13 @@ class Run:
             codebook.load_state_dict(data["codebook"])
         self.say(f"{stage}: goes on at step {data['step']}")
         return data["step"]
+
+    @staticmethod
+    def check_gradient(stage: str, step: int, norm: Tensor | float) -> None:
+        """ValueError for the norm of a gradient that would spoil the weights."""
+        if not math.isfinite(float(whole(norm))):
+            raise ValueError(f"{stage}: the gradient of step {step} is inf or nan: lower "
+                             "--learning-rate; the last save is as it was")
 
     def logs(self, step: int) -> bool:
         return step % self.EVERY == 0

@@ -225,6 +225,7 @@ def train_vqvae(run: Run) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         curves["grad_norm"] = nn.utils.clip_grad_norm_(weights, CLIP).item()
+        run.check_gradient("vqvae", step, curves["grad_norm"])
         optimizer.step()
         if patches and step < FROZEN * steps:
             codebook.update(*patches)
