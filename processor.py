@@ -112,13 +112,15 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"picture {str(path)!r} is broken: {type(error).__name__}") from None
     if not all(image.size):
         raise ValueError(f"picture {str(path)!r} is empty: it has no pixels")
+    if image.mode == "F" or image.mode[0] == "I":  # no viewer agrees with another on their range
+        raise ValueError(f"picture {str(path)!r} has pixels of 32 bits: save it with 8 or 16")
     return image
 
 
 def as_shown(image: Image.Image) -> Image.Image:
     """A loaded picture file -> PIL picture upright, with 8 bits, and with its transparency."""
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] == "I":  # grey, 16 bits; level = value / 257, rounded
+    if image.mode[0] == "I" and image.getextrema()[1] < 2**16:  # grey, 16 bits
         clear = image.info.pop("transparency", None)
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
         image.info |= {} if clear is None else {"transparency": round(clear / 257)}

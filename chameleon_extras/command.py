@@ -9,6 +9,7 @@ generate.py instead. Answers go to stdout, everything else to stderr.
 import argparse
 import importlib.metadata
 import io
+import math
 import os
 import re
 import sys
@@ -63,6 +64,7 @@ OF_TEXT = ("temperature", "top_k", "top_p", "repetition_penalty")
 OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text",
                "guidance_image")
 MAX_COUNT = 1000
+MAX_SHEET = 500_000_000  # pixels
 # The options that --reconstruct and --explain read.
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
 RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
@@ -422,6 +424,9 @@ def answer(options: argparse.Namespace) -> None:
     inputs = processor(text=prompts, images=options.image or None, padding=True,
                        return_for_text_completion=options.completion)
     check_pair(config, processor, inputs)
+    side = math.ceil((options.count * len(prompts)) ** 0.5) * (options.scale or 1)  # in pictures
+    if options.mode == "image" and (side * config.vq_config.resolution) ** 2 > MAX_SHEET:
+        raise ValueError("the sheet would have more than 500 megapixels: lower --scale or --count")
     room_behind(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
     if options.mode == "text" and not options.explain and any(map(ASKS_TO_DRAW.match, prompts)):
@@ -575,9 +580,9 @@ def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor) -> N
     pixels = processor.image_processor(options.image, return_tensors="pt").pixel_values
     check_writable(options)
     model = load_model(options)
-    sheet, side, psnr = there_and_back(model, pixels.to(model.device), 512)
+    sheet, (h, w), psnr = there_and_back(model, pixels.to(model.device), 512)
     save_picture(sheet, options.out)
-    say(f"{options.out}: {len(pixels)} picture(s), {side} x {side} codes each, PSNR {psnr:.1f} dB")
+    say(f"{options.out}: {len(pixels)} picture(s), {h} x {w} codes each, PSNR {psnr:.1f} dB")
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -40,7 +40,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
-    """Calls `run` -> 0; 2 after a ValueError or OSError, printed as one line; 130 after Ctrl-C."""
+    """Calls `run` -> 0; 2 after a ValueError, an OSError or too little memory, printed as one line;
+    130 after Ctrl-C.
+    """
     code, sys.stderr = 0, sys.stderr or open(os.devnull, "w")  # noqa: SIM115, closed by 2>&-
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # it may be ASCII
@@ -52,6 +54,11 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
         pass
     except (ValueError, OSError) as e:
         say(f"{command}: {e}")
+        code = 2
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", str(e)):
+            raise
+        say(f"{command}: the memory is not enough: ask for less at a time, or fewer bits a weight")
         code = 2
     except KeyboardInterrupt:
         say(stopped)

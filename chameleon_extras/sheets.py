@@ -57,20 +57,21 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -
 
 
 def there_and_back(model, pixels: torch.Tensor, side: int,
-                   columns: int = 3) -> tuple[Image.Image, int, float]:
-    """pixels (N, 3, H, W) -> a sheet; codes a side; PSNR in dB.
+                   columns: int = 3) -> tuple[Image.Image, tuple[int, int], float]:
+    """pixels (N, 3, H, W) -> a sheet; rows and columns of codes; PSNR in dB.
 
     The sheet shows each picture, its codes and their decoding, each at most `side` pixels wide.
     """
+    shape = tuple(side // model.config.vq_config.downsampling for side in pixels.shape[2:])
     codes = model.model.vqmodel.encode(pixels)  # (N, S)
-    decoded = model.model.vqmodel.decode(codes)  # (N, 3, H, W)
+    decoded = model.model.vqmodel.decode(codes, shape)  # (N, 3, H, W)
     seen, again = map(ChameleonImageProcessor.postprocess, (pixels, decoded))
-    edge, panels = math.isqrt(codes.shape[1]), []
-    for original, grid, picture in zip(seen, codes.view(-1, edge, edge).tolist(), again):
+    panels = []
+    for original, grid, picture in zip(seen, codes.view(-1, *shape).tolist(), again):
         original, picture = enlarge(original, side), enlarge(picture, side)
         panels += [original, code_grid(grid, original.width).resize(original.size), picture]
     error = (pixels.clamp(-1, 1) - decoded.clamp(-1, 1)).square().mean()
-    return contact_sheet(panels, columns), edge, 10 * math.log10(4 / error.item())
+    return contact_sheet(panels, columns), shape, 10 * math.log10(4 / error.item())
 
 
 def code_colour(code: int) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -196,10 +197,31 @@ def test_stats_are_one_line_on_stderr_and_change_no_answer(run, mode):
     assert steps == 18 if mode == "image" else steps > 1
 
 
-def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path):
+def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path, untrained_folder):
     code, _, err = run("--reconstruct", "--image", "red.png", "--out", "r.png")
     assert code == 0 and "4 x 4 codes each, PSNR" in err
     assert Image.open(tmp_path / "r.png").size == (3 * 516 + 4, 520)
+    wide = shutil.copytree(untrained_folder, tmp_path / "wide") / "preprocessor_config.json"
+    values = json.loads(wide.read_text()) | {"crop_size": {"height": 8, "width": 16}}
+    wide.write_text(json.dumps(values))
+    code, _, err = run("--reconstruct", "--image", "red.png", model=wide.parent)
+    assert code == 0 and "2 x 4 codes each, PSNR" in err
+
+
+@pytest.mark.parametrize("error, known", [
+    (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to"), True), (RuntimeError("other"), False)])
+def test_too_little_memory_is_one_line(run, monkeypatch, capsys, error, known):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(command, "load_checkpoint", load)
+    if known:
+        code, _, err = run("--prompt", "a")
+        assert code == 2 and "memory is not enough" in err and err.count("\n") == 1
+    else:
+        with pytest.raises(RuntimeError, match="other"):
+            run("--prompt", "a")
 
 
 def interrupted(steps, after: int):
@@ -284,6 +306,8 @@ BAD = {
     "less than no picture": (("--prompt", "a", "--mode", "image", "--count", "-1"), "1 to 1000"),
     "a pipe as picture": ((*ASK, "pipe.png"), "a pipe"),
     "a photograph of a telephone": ((*ASK, "photo.HEIC"), "pip install pillow-heif"),
+    "a wall of pictures": (("--prompt", "a", "--mode", "image", "--count", "999", "--scale", "64",
+                            "--out", "a.png"), "more than 500 megapixels"),
     "count of text": (("--prompt", "a", "--count", "2"), "--mode image"),
     "reconstruct nothing": (("--reconstruct",), "--image"),
     "a kernel of another device": (("--prompt", "a", "--attention", "efficient"),

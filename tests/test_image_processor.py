@@ -363,6 +363,13 @@ def test_a_file_that_is_no_whole_picture_is_a_one_line_error(tmp_path, name, con
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["float32", "int32"])
+def test_a_file_with_pixels_of_no_known_range_is_a_one_line_error(tmp_path, kind):
+    Image.fromarray(np.arange(12).reshape(3, 4).astype(kind) * 10**6).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="has pixels of 32 bits: save it with 8 or 16"):
+        load_image(tmp_path / "a.tif")
+
+
 def test_a_missing_file_a_folder_and_an_impossible_name_are_one_line_errors(tmp_path):
     for path, message in ((tmp_path / "none.png", "No such file"), (tmp_path, "directory"),
                           ("a\0b", "broken"), ("", "No such file")):
