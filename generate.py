@@ -34,7 +34,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Annotated, NamedTuple
 
@@ -364,9 +364,10 @@ class Contexts:
             hidden = self.decoder(self.new, self.mask if self.padded else None, positions,
                                   self.cache)  # (GB, D)
         else:  # only the last place is used: logits of all places would be 1 GiB at 4096 x 65536
-            hidden = self.model.model(
-                self.new, attention_mask=mask, position_ids=positions, past_key_values=self.cache,
-                return_dict=True).last_hidden_state[:, -1]  # (GB, D)
+            with self.decoder.kernels(self.new.numel(), False) if self.decoder else nullcontext():
+                hidden = self.model.model(
+                    self.new, attention_mask=mask, position_ids=positions,
+                    past_key_values=self.cache, return_dict=True).last_hidden_state[:, -1]  # (GB,D)
         return hidden.unflatten(0, (-1, self.B))  # (G, B, D)
 
     def feed(self, chosen: Tensor) -> None:

@@ -21,6 +21,7 @@ changing shapes       A cache that grows has another shape in each step, and wou
                       each size; the compiled code is the same for all sizes.
 attention             Fused kernels are made for many queries. For one query on a CPU, the two
                       products of softmax(q k^T) v are faster one by one.
+a prompt in bf16      A CPU without instructions for bf16 multiplies in fp32 (`InFp32`).
 matrix times vector   Libraries for matrix products are made for many rows. For a few rows (one, or
                       those of a guided picture), a plain loop over the weights is twice as fast.
                       torch.compile writes it, for float and for int8 weights. Some CPUs have
@@ -58,6 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from chameleon import (
     ChameleonConfig,
@@ -97,6 +99,7 @@ CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the fo
 MEASURED = 512  # columns of a cache from which on a measurement pays
 LARGE = 2**19  # numbers in a matrix from which on it does: smaller ones stay in the CPU's caches
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
+MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
 MANY_CODES = 256  # of a picture from which on a measurement pays
 FASTER = 0.8  # so much of fp32's time may bf16 take for a picture to be decoded in it
 MEASUREMENTS: list[str] = []  # all of this process, for tests/benchmark.py to print
@@ -173,6 +176,38 @@ def form_of(layer: nn.Module, rows: int, dtype: torch.dtype, compiled: bool) -> 
     if not (forms and weight.device.type == "cpu" and rows <= FEW and weight.numel() >= LARGE):
         return "loop" if compiled else "oneDNN"
     return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, forms, weight.dtype)
+
+
+def share_of_fp32(what: str, run: Callable[[bool], object]) -> float:
+    """The time of run(True), which computes in bf16, divided by that of run(False), in fp32."""
+    seconds = {}
+    for bf16 in (False, True) * 3:
+        start = time.thread_time()  # not the wall's: other programs may run, too
+        run(bf16)
+        took = max(time.thread_time() - start, 1e-9)
+        seconds[bf16] = min(took, seconds.get(bf16, took))
+    share = seconds[True] / seconds[False]
+    MEASUREMENTS.append(f"{what}: bf16 takes {share:.2f} of fp32's time")
+    return share
+
+
+@cache
+def emulates_bf16() -> bool:
+    """Does this CPU multiply many rows sooner if bf16 is converted to fp32 first? 0.1 s, once."""
+    x, weight = torch.ones(4 * MANY, WIDTH).bfloat16(), torch.ones(WIDTH, WIDTH).bfloat16()
+    return share_of_fp32(f"{len(x)} rows times a matrix", lambda bf16: F.linear(x, weight) if bf16
+                         else F.linear(x.float(), weight.float()).bfloat16()) > 1
+
+
+class InFp32(TorchFunctionMode):
+    """Inside, linear layers multiply bf16 numbers in fp32, which converts one matrix at a time. A
+    CPU without instructions for bf16 reads a prompt six times as fast like this.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and args[1].dtype == torch.bfloat16 and args[1].numel() >= LARGE:
+            return F.linear(*(x if x is None else x.float() for x in args)).bfloat16()
+        return function(*args, **(kwargs or {}))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -377,17 +412,14 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
 @cache
 def bf16_convolves_faster(channels: int) -> bool:
     """Does a block of the VQ-VAE's decoder take less time in bf16 on this CPU? 0.2 s, once."""
-    block, seconds = ResBlock(channels, channels, 0.0).requires_grad_(False), {}
+    block = ResBlock(channels, channels, 0.0).requires_grad_(False)
     x = torch.ones(1, channels, 48, 48).contiguous(memory_format=torch.channels_last)
-    for bf16 in (False, True) * 3:
+
+    def run(bf16: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            start = time.thread_time()
             block(x)
-            took = max(time.thread_time() - start, 1e-9)
-        seconds[bf16] = min(took, seconds.get(bf16, took))
-    share = seconds[True] / seconds[False]
-    MEASUREMENTS.append(f"a block of {channels} channels: bf16 takes {share:.2f} of fp32's time")
-    return share < FASTER
+
+    return share_of_fp32(f"a block of {channels} channels", run) < FASTER
 
 
 def decode_codes(vq: ChameleonVQVAE, codes: Tensor) -> Tensor:
@@ -557,13 +589,16 @@ class Decoder:
             self.spare = cache
 
     @contextmanager
-    def kernels(self, rows: int) -> Iterator[None]:
+    def kernels(self, rows: int, compiled: bool) -> Iterator[None]:
         """The fastest kernels for so many rows, and room for every shape that comes."""
-        form = form_of(self.model.lm_head, rows, self.model.dtype, self.compiled)
+        weight = getattr(self.model.lm_head, "weight", torch.empty(0))
+        slow = (self.model.dtype == torch.bfloat16 and weight.device.type == "cpu" and rows >= MANY
+                and weight.numel() >= LARGE and not compiled and emulates_bf16())
+        form = form_of(self.model.lm_head, rows, self.model.dtype, compiled)
         enabled = torch.backends.mkldnn.enabled and form != "torch"
         # Not to be named where nothing is compiled: its import takes a second.
-        limit = torch._dynamo.config.patch(recompile_limit=64) if self.compiled else nullcontext()
-        with onednn(enabled), limit:
+        limit = torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext()
+        with onednn(enabled), limit, InFp32() if slow else nullcontext():
             yield
 
     def product(self, layer: nn.Module) -> Callable:
@@ -579,7 +614,7 @@ class Decoder:
             if not runs:
                 runs.append(layer)
                 return layer(x)
-            with self.kernels(len(x)):
+            with self.kernels(len(x), self.compiled):
                 if self.compiled and len(runs) == 1:
                     runs.append(partial(self.head, with_row_products(layer, len(x), x.dtype)))
                 return runs[-1](x)
@@ -594,7 +629,7 @@ class Decoder:
         skips it, 0 behind; `positions` (B, 1). Both None: nothing is padded.
         """
         self.cache = cache
-        with self.kernels(len(new)):
+        with self.kernels(len(new), self.compiled):
             if self.compiled:
                 cache.fill(new, mask, positions)
                 cache.length += 1

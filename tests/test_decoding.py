@@ -18,6 +18,7 @@ from chameleon_extras.decoding import (
     AT_ONCE,
     FEW,
     Decoder,
+    InFp32,
     RowProduct,
     auto_attention,
     check_attention,
@@ -396,6 +397,38 @@ def test_pictures_are_in_bf16_only_where_that_is_measured_to_be_faster(monkeypat
         decoding.bf16_convolves_faster.cache_clear()
         assert decoding.bf16_convolves_faster(32) == faster
     decoding.bf16_convolves_faster.cache_clear()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_products_in_fp32_are_rounded_once(quantized, monkeypatch):
+    """What a CPU without bf16 computes with converted numbers are the sums in fp32, rounded."""
+    layer = torch.nn.Linear(48, 32).bfloat16().requires_grad_(False)
+    layer = quantize_model(torch.nn.Sequential(layer), "int8")[0] if quantized else layer
+    x = torch.randn(20, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with InFp32():
+        assert torch.equal(layer(x), plain := layer(x))  # small: left as it is
+        monkeypatch.setattr(decoding, "LARGE", 0)
+        converted = layer(x)
+    weight = layer.unpacked() if quantized else layer.weight.float()
+    exact = x.float() @ weight.T + layer.bias.float()
+    torch.testing.assert_close(converted.float(), exact, rtol=2**-7, atol=2**-9)
+    torch.testing.assert_close(converted, plain, rtol=2**-6, atol=2**-7)
+
+
+def test_a_prompt_is_read_in_fp32_only_where_bf16_is_emulated(monkeypatch):
+    prompt = torch.randint(74, 160, (1, 20), generator=torch.Generator().manual_seed(0))
+    calls, asked = [], []
+    monkeypatch.setattr(decoding, "InFp32", lambda: calls.append(1) or nullcontext())
+    monkeypatch.setattr(decoding, "emulates_bf16", lambda: asked.append(1) or emulated)
+    for emulated, dtype, ids, large, wanted in (
+            (True, torch.bfloat16, prompt, 0, 1), (False, torch.bfloat16, prompt, 0, 0),
+            (True, torch.float32, prompt, 0, 0), (True, torch.bfloat16, prompt[:, :5], 0, 0),
+            (True, torch.bfloat16, prompt, 2**19, 0)):
+        monkeypatch.setattr(decoding, "LARGE", large)
+        calls.clear()
+        generate(small_model().to(dtype), ids, max_new_tokens=3)
+        assert len(calls) == wanted
+    assert len(asked) == 2  # a measurement, where it could matter
 
 
 # ---------------------------------------------------------------------------- reading one behind
