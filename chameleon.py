@@ -277,11 +277,13 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         V += -V % (pad_to_multiple_of or 1)
         replace(self.config, vocab_size=V)  # its checks
         table, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(head, nn.Linear | None):
+            raise ValueError("a quantized head cannot be resized: resize before quantizing")
         for layer in (table, head):
             if layer is not None:
-                old = layer.weight.data
-                mean = old.mean(0).expand(max(V - len(old), 0), -1)
-                layer.weight = nn.Parameter(torch.cat((old[:V], mean)))
+                old = layer.weight
+                mean = old.data.mean(0).expand(max(V - len(old), 0), -1)
+                layer.weight = nn.Parameter(torch.cat((old.data[:V], mean)), old.requires_grad)
         self.config.vocab_size = table.num_embeddings = V
         if head is not None:
             head.out_features = V
@@ -505,8 +507,8 @@ class KVCache:
         """
         if self.max_length is None:
             if self.length:
-                k = torch.cat((self.k[layer], k), dim=2)  # (B, Hkv, L, Dh)
-                v = torch.cat((self.v[layer], v), dim=2)  # (B, Hkv, L, Dh)
+                k = torch.cat((self.k[layer][:, :, : self.length], k), dim=2)  # (B, Hkv, L, Dh)
+                v = torch.cat((self.v[layer][:, :, : self.length], v), dim=2)  # (B, Hkv, L, Dh)
             self.k[layer], self.v[layer] = k, v
             return k, v
         end = self.length + k.shape[2]
@@ -627,7 +629,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         self.vocabulary = VocabularyMap(config.vocabulary_map)  # codes <-> ids, by name
         n, K = self.vocabulary.num_codes, config.vq_config.num_embeddings
         if n not in (0, K):
-            raise ValueError(f"vocabulary_map names {n} image codes, but vq_config has {K}")
+            raise ValueError(f"vocabulary_map names {n} image codes, but vq_config has {K}: take "
+                             "the config.json that came with the weights")
         self.embed_tokens.apply(self.init_weights)
         self.layers.apply(self.init_weights)
 
@@ -813,10 +816,13 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
                              f"{tuple(given.shape[:2])}: give each token a label")
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
+        mark = self.model.vocabulary.image_token_id
+        if inputs_embeds is not None and labels is not None and (labels == mark).any():
+            raise ValueError("labels hold <image>: with inputs_embeds, put the pictures' ids there")
         if labels is not None and pixel_values is not None and input_ids is not None:
             # DIFFERS: transformers leaves the placeholder as the label.
             filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
-            labels = torch.where(labels == self.model.vocabulary.image_token_id, filled, labels)
+            labels = torch.where(labels == mark, filled, labels)
             input_ids, pixel_values = filled, None
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,

@@ -537,8 +537,10 @@ def seeds_of(seed: int | list[int], rows: int) -> list[int]:
     seeds = [seed + b for b in range(rows)] if isinstance(seed, int) else seed
     if not isinstance(seeds, (list, tuple)):
         raise ValueError(f"seed {seeds!r:.40} is no whole number, and no list of them")
-    if len(seeds) != rows or not all(isinstance(s, int) and abs(s) < 2**63 for s in seeds):
-        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give a whole number below 2^63 each")
+    if len(seeds) != rows:
+        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give each row one")
+    if not all(isinstance(s, int) and abs(s) < 2**63 for s in seeds):
+        raise ValueError("seeds are whole numbers below 2^63, and row b adds b: take a smaller one")
     return list(seeds)
 
 
@@ -578,7 +580,8 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
 
 def check_past(config: ChameleonConfig, past: KVCache, rows: int, real: Tensor) -> None:
     """ValueError for a cache that these rows, `real` (B, T) where no padding, cannot go on from."""
-    if not isinstance(past, KVCache) or len(past.k) != config.num_hidden_layers:
+    shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    if not isinstance(past, KVCache) or (len(past.k), *past.k[0].shape[1::2]) != shape:
         raise ValueError("past_key_values is no cache of this model: begin with KVCache(config)")
     past.check_batch(rows)
     if not real.all():
@@ -699,10 +702,11 @@ def generate(
         options["max_new_tokens"] = max_length - input_ids.shape[-1]
     steps = stream(model, input_ids, attention_mask, pixel_values, **options)
     if stop_strings:
-        if tokenizer is None:
+        if not isinstance(tokenizer, Tokenizer):
             raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
         words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        steps = until_said(steps, words, tokenizer)
+        pad = options.get("pad_token_id")
+        steps = until_said(steps, words, tokenizer, tokenizer.pad_token_id if pad is None else pad)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     new = []
@@ -717,14 +721,13 @@ def generate(
     return torch.cat((prompts, new), dim=1)  # (B, T + new)
 
 
-def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer
+def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer, pad: int
                ) -> Iterator[Tensor]:
     """Passes the ids (B,) on; a row ends with the id whose text completes one of `words`."""
     rows = None
     for ids in steps:
         rows = rows or [[tokenizer.stream_decoder(), "", False] for _ in ids]
-        yield torch.where(torch.tensor([ended for *_, ended in rows]), tokenizer.pad_token_id,
-                          ids.cpu())
+        yield torch.where(torch.tensor([ended for *_, ended in rows]), pad, ids.cpu())
         for row, i in zip(rows, ids.tolist()):
             row[1] += row[0].feed(i)
             row[2] = row[2] or any(word in row[1] for word in words)

@@ -45,6 +45,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeGuard
 
@@ -79,7 +80,7 @@ def load_image(path: str | Path) -> Image.Image:
 
     ValueError, in one line, if the file is missing, damaged, too large or no picture.
     """
-    if re.match(r"\w\w+://", str(path)):
+    if re.search(r"(^|/)\w\w+:/", str(path)):  # Path makes one / of two
         raise ValueError(f"picture {str(path)!r} is an address, and nothing is fetched from the "
                          "network: download it and name the file")
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
@@ -119,7 +120,8 @@ def load_image(path: str | Path) -> Image.Image:
 
 def as_shown(image: Image.Image) -> Image.Image:
     """A loaded picture file -> PIL picture upright, with 8 bits, and with its transparency."""
-    ImageOps.exif_transpose(image, in_place=True)
+    with suppress(Exception):  # of many kinds: a viewer shows what has broken EXIF data, too
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] == "I" and image.getextrema()[1] < 2**16:  # grey, 16 bits
         clear = image.info.pop("transparency", None)
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
@@ -208,7 +210,7 @@ def on_white(array: np.ndarray) -> np.ndarray:
         return np.repeat(array, 3, axis=2)  # (H, W, 3)
     if array.shape[2] != 4:
         raise ValueError(f"{array.shape[2]} channels are not grey, RGB or RGBA")
-    white = 1.0 if array.dtype.kind == "f" else 255
+    white = 1.0 if array.dtype.kind == "f" and array.max() <= 1 else 255
     blended = np.empty((*array.shape[:2], 3), array.dtype)
     for rows in strips(*array.shape[:2]):
         rgb, alpha = array[rows, :, :3], array[rows, :, 3:] / white  # (h, W, 3), (h, W, 1)
@@ -675,6 +677,8 @@ class ChameleonProcessor:
         rows, pictures = [], []
         for turns in conversation if many else [conversation]:
             ids = [self.tokenizer.bos_token_id]
+            if not turns:
+                raise ValueError("a conversation is empty: give it a message")
             for turn in turns:
                 for part in parts_of(turn):
                     if isinstance(part, str):
@@ -686,6 +690,7 @@ class ChameleonProcessor:
             rows.append(ids)
         batch = {name: options.pop(name, None) for name in (
             "padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of")}
+        batch["return_attention_mask"] = options.pop("return_attention_mask", True)
         check_keywords(options)
         data = self.tokenizer.batch(rows, **batch, return_tensors=return_tensors)
         if pictures:

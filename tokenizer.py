@@ -300,6 +300,8 @@ class Tokenizer:
         or with return_tensors. Options are those of transformers' tokenizers.
         """
         texts = text if isinstance(text, (list, tuple)) else [text]
+        if not texts:
+            raise ValueError("there is no text: give one, or a list of them")
         rows = [self.encode(one, add_special_tokens) for one in texts]
         data = self.batch(rows, padding, truncation, max_length, padding_side, pad_to_multiple_of,
                           return_tensors, return_attention_mask)
@@ -364,7 +366,7 @@ class Tokenizer:
         """Ids (T,), or one id -> text. Bytes that are not utf-8 become U+FFFD. ValueError for
         unknown ids, and with clean_up_tokenization_spaces, which would alter the text.
         """
-        ids = [ids] if isinstance(ids, int) else ids
+        ids = [int(ids)] if isinstance(ids, int) or getattr(ids, "ndim", 1) == 0 else ids
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
         shape = tuple(getattr(ids, "shape", (0,)))  # a list has no shape
@@ -615,7 +617,8 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor  # the release does not need it
 
         try:
-            self._model = model = SentencePieceProcessor(model_proto=Path(path).read_bytes())
+            content = Path(path).read_bytes() or b"empty"  # which sentencepiece logs and accepts
+            self._model = model = SentencePieceProcessor(model_proto=content)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
         except RuntimeError:

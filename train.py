@@ -201,8 +201,10 @@ def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.opti
             groups["others" if not matrix else "layers" if ".layers." in name else "tables"] += [p]
     layers = groups.pop("layers") if kind == "muon" else []
     adamw = [{"params": parameters, "weight_decay": 0.0 if name == "others" else WEIGHT_DECAY}
-             for name, parameters in groups.items()]
-    optimizers = [torch.optim.AdamW(adamw, lr=rate, betas=BETAS, eps=EPS, fused=True)]
+             for name, parameters in groups.items() if parameters]
+    optimizers = []
+    if adamw:
+        optimizers += [torch.optim.AdamW(adamw, lr=rate, betas=BETAS, eps=EPS, fused=True)]
     if layers:
         optimizers += [Muon(layers, {"lr": rate, "weight_decay": WEIGHT_DECAY})]
     return optimizers
@@ -522,6 +524,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--learning-rate must be between 0 and 1, got {options.learning_rate}")
     options.optimizer = options.optimizer or ("adamw" if options.data else "muon")
     options.state = options.state or options.out.with_name(options.out.name + ".train")
+    if options.state.resolve() == options.out.resolve():
+        parser.error(f"--state {options.state} is --out, too: name another folder")
     return options
 
 
@@ -533,7 +537,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # CPUs compute with numbers below 1e-38 slowly
     try:
         return exit_code("train.py", lambda: run_stages(options),
-                         "interrupted: the same command goes on from the last save")
+                         f"interrupted: the same command goes on from the last save, which is made "
+                         f"every {Run.SAVE} steps and after the last")
     finally:
         torch.set_flush_denormal(False)  # it is global, and main() may have a caller
         if torch.distributed.is_initialized():

@@ -154,6 +154,8 @@ class Terminal:
             import readline  # noqa: F401, edits and remembers the lines of `input`
         if sys.stdin is None:
             raise ValueError("--chat reads lines from standard input, which is closed")
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a turn with such bytes is refused
         on_terminal = sys.stdin.isatty()
         while True:
             try:

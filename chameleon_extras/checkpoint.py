@@ -380,7 +380,8 @@ def load_vqvae(cls: type, folder: Path) -> ChameleonVQVAE:
     values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if values.get("model_type") == "chameleon_vqgan":
         config = ChameleonVQVAEConfig.from_dict(values)
-        tensors = open_safetensors(folder / "model.safetensors", "cpu")
+        tensors = {name: tensor for path in checkpoint_files(folder, None)
+                   for name, tensor in open_safetensors(path, "cpu").items()}
     else:
         whole, _, tensors = open_checkpoint(folder, "cpu")
         config = whole.vq_config

@@ -9,7 +9,6 @@ generate.py instead. Answers go to stdout, everything else to stderr.
 import argparse
 import importlib.metadata
 import io
-import math
 import os
 import re
 import sys
@@ -45,6 +44,7 @@ from chameleon_extras.parallel import check_ranks, join, shard
 from chameleon_extras.quantize import CHOICES
 from chameleon_extras.release import load_processor
 from chameleon_extras.sheets import (
+    check_sheet,
     contact_sheet,
     enlarge,
     picture_format,
@@ -64,7 +64,7 @@ OF_TEXT = ("temperature", "top_k", "top_p", "repetition_penalty")
 OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text",
                "guidance_image")
 MAX_COUNT = 1000
-MAX_SHEET = 500_000_000  # pixels
+MAX_STDIN = 10**7  # characters of --prompt -
 # The options that --reconstruct and --explain read.
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
 RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
@@ -73,6 +73,7 @@ CHAT = {"context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
         *OF_PICTURES} - {"image", "out"}
 PROMPTS = {"prompts", "batch", "completion", "max_new_tokens", "seed", "compile", *OF_WEIGHTS,
            *OF_TEXT} - {"image"}
+RECONSTRUCTED = 512  # pixels of a picture's longer side on the sheet of --reconstruct
 DRAWN = 144  # pixels of a picture's longer side on a contact sheet, at most, unless it has more
 ASKS_TO_DRAW = re.compile(r"\s*(please\s+|can you\s+)*(draw|paint|sketch)\b", re.IGNORECASE)
 
@@ -356,16 +357,23 @@ def check_pair(config: ChameleonConfig, processor: ChameleonProcessor, inputs: d
         if ours.get(name, i) != i:
             raise ValueError(f"tokenizer and model do not belong together: {name} is {i} in the "
                              f"tokenizer and {ours[name]} in the config's vocabulary_map")
+    if not set(picture_ids(processor.tokenizer.vocabulary)) <= set(ours.values()):
+        raise ValueError("the config's vocabulary_map lacks image tokens of the tokenizer: "
+                         "take the config.json that came with the weights")
+    vq, images = config.vq_config, processor.image_processor
     if "pixel_values" in inputs:
-        if not set(picture_ids(processor.tokenizer.vocabulary)) <= set(ours.values()):
-            raise ValueError("the config's vocabulary_map lacks image tokens of the tokenizer: "
-                             "take the config.json that came with the weights")
-        vq, (_, channels, H, W) = config.vq_config, inputs["pixel_values"].shape
-        codes, S = (H // vq.downsampling) * (W // vq.downsampling), processor.image_seq_length
-        if codes != S or channels != vq.in_channels:
-            raise ValueError(f"pictures of {channels} x {H} x {W} pixels are {codes} codes of this "
-                             f"model, but image_seq_length of the processor is {S}: take "
-                             "preprocessor_config.json and processor_config.json of its folder")
+        channels, H, W = inputs["pixel_values"].shape[1:]
+    elif images.do_center_crop and processor.tokenizer.vocabulary.num_codes:
+        channels, H, W = 3, images.crop_size["height"], images.crop_size["width"]
+    else:
+        return
+    h, w, side = H // vq.downsampling, W // vq.downsampling, vq.resolution // vq.downsampling
+    if (h, w, h * w, channels) != (side, side, processor.image_seq_length, vq.in_channels):
+        raise ValueError(f"pictures of {channels} x {H} x {W} pixels are {h} x {w} codes of this "
+                         f"model, image_seq_length of the processor is "
+                         f"{processor.image_seq_length}, and the model draws {side} x {side} codes "
+                         f"from {vq.in_channels} channels: take config.json, preprocessor_config"
+                         ".json and processor_config.json of one folder")
 
 
 def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
@@ -421,12 +429,16 @@ def answer(options: argparse.Namespace) -> None:
         raise ValueError("give a --prompt, or --chat for a conversation (see --help)")
     options.prompt = [read_stdin() if prompt == "-" else prompt for prompt in options.prompt]
     prompts = place_images(options.prompt, len(options.image))
+    longest = max(map(len, processor.tokenizer.vocab))  # characters of a token, at most
+    pictures = len(options.image) // len(prompts) * processor.image_seq_length
+    room_behind(config, pictures + max(map(len, prompts)) // longest, options.mode)
     inputs = processor(text=prompts, images=options.image or None, padding=True,
                        return_for_text_completion=options.completion)
     check_pair(config, processor, inputs)
-    side = math.ceil((options.count * len(prompts)) ** 0.5) * (options.scale or 1)  # in pictures
-    if options.mode == "image" and (side * config.vq_config.resolution) ** 2 > MAX_SHEET:
-        raise ValueError("the sheet would have more than 500 megapixels: lower --scale or --count")
+    if options.mode == "image":
+        count = options.count * len(prompts)
+        side = config.vq_config.resolution * (options.scale or 1)
+        check_sheet(options.out, count, side if options.scale or count == 1 else max(side, DRAWN))
     room_behind(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
     if options.mode == "text" and not options.explain and any(map(ASKS_TO_DRAW.match, prompts)):
@@ -476,7 +488,7 @@ def converse(options: argparse.Namespace, processor: ChameleonProcessor) -> None
 def read_stdin() -> str:
     """What `--prompt -` stands for. ValueError if it is no text."""
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.read(MAX_STDIN).removesuffix("\n")
     except (UnicodeDecodeError, AttributeError):  # of a closed stdin, which is None
         raise ValueError("--prompt - reads standard input, which is closed or no text") from None
 
@@ -577,10 +589,11 @@ def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs)
 
 def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor) -> None:
     """A sheet to --out: each picture as the model sees it, its codes, and their decoding."""
+    check_sheet(options.out, 3 * len(options.image), RECONSTRUCTED, columns=3)
     pixels = processor.image_processor(options.image, return_tensors="pt").pixel_values
     check_writable(options)
     model = load_model(options)
-    sheet, (h, w), psnr = there_and_back(model, pixels.to(model.device), 512)
+    sheet, (h, w), psnr = there_and_back(model, pixels.to(model.device), RECONSTRUCTED)
     save_picture(sheet, options.out)
     say(f"{options.out}: {len(pixels)} picture(s), {h} x {w} codes each, PSNR {psnr:.1f} dB")
 

@@ -22,6 +22,7 @@ One rule cannot be expressed there. In transformers, the name of a control token
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -142,7 +143,7 @@ def convert(source: Path, target: Path, vqgan: Path | None = None,
             max_shard_bytes: int = 5 * 10**9, quantize: str | None = None) -> None:
     """Writes the folder `target`, as a whole or not at all. ValueError if it cannot."""
     part = target.with_name(target.name + ".part")
-    if target.exists():
+    if os.path.lexists(target):  # a link to nowhere, too
         raise ValueError(f"{target} exists already: name a folder that does not")
     if part.exists():
         raise ValueError(f"{part} is what an interrupted conversion left: remove it first")

@@ -36,7 +36,16 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: {one_line(message)} (see --help)\n")
+
+
+def one_line(error: object) -> str:
+    """The text of an error as one line of at most 1000 characters, without control characters."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-250:]}"
 
 
 def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
@@ -53,7 +62,7 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
     except BrokenPipeError:  # the reader of stdout has ended, as in `| head`
         pass
     except (ValueError, OSError) as e:
-        say(f"{command}: {e}")
+        say(f"{command}: {one_line(e)}")
         code = 2
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", str(e)):
@@ -118,6 +127,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: bool = T
         write(part)
         if keep:
             os.replace(part, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     except Exception as e:
         if type(e).__name__ not in ("RuntimeError", "SafetensorError"):  # torch's, safetensors'
             raise

@@ -18,7 +18,7 @@ from chameleon import ChameleonConfig
 from chameleon_extras.command import OF_TEXT, check_pair, load_model, place_images
 from chameleon_extras.decoding import Decoder
 from chameleon_extras.files import hold, json_lines, say
-from generate import generate, room_behind
+from generate import generate, room_behind, seeds_of
 from processor import ChameleonProcessor, load_image
 
 
@@ -41,7 +41,7 @@ def read_prompts(file: Path) -> list[Asked]:
     """
     if not file.is_file():
         raise ValueError(f"--prompts {file} is no file: write one prompt a line into it")
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         asked = [read_line(where, data) for where, data in json_lines(file)]
     else:
         try:
@@ -108,6 +108,7 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
     check_pair(config, processor, {})
+    seeds_of(options.seed, len(asked))
     if not options.out:
         return answer_rest(options, processor, asked, files, 0, sys.stdout)
     options.out.touch()

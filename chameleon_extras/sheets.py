@@ -21,6 +21,9 @@ from processor import ChameleonImageProcessor
 
 SIDE = 216  # pixels of a picture's longer side in a document, at most, unless it has more
 GAP = 4  # pixels between pictures of a sheet
+LARGEST = 500_000_000  # pixels of a sheet
+LONGEST = {"WEBP": 16383, "ICO": 256, "ICNS": 1024}  # pixels of a side, by format
+MOST = 65500  # of other formats, as JPEG
 GOLDEN_ANGLE = 137.508  # degrees between the hues of code k and k + 1; few codes look alike
 
 
@@ -41,6 +44,19 @@ def picture_format(path: Path) -> str:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name a file")
     return kind
+
+
+def check_sheet(path: Path, pictures: int, side: int, columns: int | None = None) -> None:
+    """ValueError if so many pictures of this side are a `contact_sheet` too large for the file."""
+    columns = columns or math.ceil(math.sqrt(pictures))
+    kind, rows = picture_format(path), math.ceil(pictures / columns)
+    longest = max(columns, rows) * (side + GAP)
+    if longest > LONGEST.get(kind, MOST):
+        raise ValueError(f"{path} would be {longest} pixels long, and {kind} holds "
+                         f"{LONGEST.get(kind, MOST)}: ask for fewer or smaller ones, or for .png")
+    if columns * rows * side**2 > LARGEST:
+        raise ValueError(f"{path} would have more than 500 megapixels: ask for fewer pictures, or "
+                         "for smaller ones")
 
 
 def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from small import SIZES, VQ, K, S, V, batch_with_pictures, randomize, scrambled_vocabulary
 
 from chameleon import (
+    IGNORE,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
     KVCache,
@@ -15,6 +16,8 @@ from chameleon import (
     rotate,
 )
 from chameleon_extras.decoding import set_attention
+from chameleon_extras.quantize import quantize_model
+from tokenizer import image_token_name
 
 TEXT = 74  # ids from here on are text in the scrambled vocabulary
 
@@ -146,6 +149,67 @@ def test_eager_attention_equals_sdpa(seed, past, T, pad, heads):
             logits[name] = model(ids[:, past:], attention_mask=mask, past_key_values=cache).logits
     real = mask[:, past:].bool()
     close(logits["eager"][real], logits["sdpa"][real])
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_a_cache_is_what_its_length_says(size):
+    """Also after it was made shorter, and after a pass that was interrupted between two layers."""
+    ids, cache = text_ids(1, 8), KVCache(MODEL.config, 1, size)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        full = MODEL(ids).logits
+        MODEL(ids[:, :6], past_key_values=cache)
+        cache.length = 4
+        hook = MODEL.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            MODEL(ids[:, 4:], past_key_values=cache)
+        hook.remove()
+        torch.testing.assert_close(MODEL(ids[:, 4:], past_key_values=cache).logits, full[:, 4:],
+                                   rtol=1e-4, atol=3e-5)
+
+
+def test_labels_that_count_for_nothing_give_no_loss():
+    ids = text_ids(1, 5)
+    loss = MODEL(ids, labels=torch.full_like(ids, IGNORE)).loss
+    loss.backward()
+    assert loss == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (lambda ids: dict(input_ids=ids[0]), "must be a tensor \\(B, T\\)"),
+    (lambda ids: dict(input_ids=ids.tolist()), "must be a tensor \\(B, T\\)"),
+    (lambda ids: dict(input_ids=ids[:, :1] + 10**6), "the ids of this model are 0 to"),
+    (lambda ids: dict(inputs_embeds=MODEL.get_input_embeddings()(ids),
+                      labels=ids * 0 + MODEL.model.vocabulary.image_token_id), "hold <image>"),
+])
+def test_what_forward_cannot_take_is_one_clear_line(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MODEL(**arguments(text_ids(1, 5)))
+
+
+def test_gradient_checkpointing_takes_no_cache():
+    model = small_model().train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="past_key_values=None"):
+        model(text_ids(1, 5), past_key_values=KVCache(model.config, 1))
+
+
+def test_a_vocabulary_with_other_codes_than_the_codebook_is_refused():
+    names = scrambled_vocabulary()
+    del names[image_token_name(63)]
+    with pytest.raises(ValueError, match="names 63 image codes, but vq_config has 64"):
+        small_model(vocabulary_map=names)
+
+
+def test_resizing_keeps_frozen_what_is_frozen():
+    model = small_model().requires_grad_(False)
+    model.resize_token_embeddings(V + 8)
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="resize before quantizing"):
+        quantize_model(small_model(), "int8").resize_token_embeddings(V + 8)
 
 
 def test_a_mask_of_the_wrong_width_and_a_full_cache_are_refused():

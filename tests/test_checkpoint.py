@@ -330,6 +330,13 @@ def test_a_weight_that_is_no_number_is_named(folder, name, value):
             ChameleonVQVAE.from_pretrained(folder)
 
 
+def test_the_vqvae_comes_back_from_several_files(folder, tmp_path):
+    vq = ChameleonVQVAE.from_pretrained(folder)
+    vq.save_pretrained(tmp_path / "vq", max_shard_size="50KB")
+    assert len(list((tmp_path / "vq").glob("*.safetensors"))) > 1
+    assert bits_equal(ChameleonVQVAE.from_pretrained(tmp_path / "vq"), vq)
+
+
 def test_a_head_that_is_called_tied_but_is_another_matrix_is_refused(folder):
     change_config(tie_word_embeddings=True)(folder)
     with pytest.raises(ValueError, match="lm_head.weight and model.embed_tokens.weight differ"):

@@ -208,6 +208,24 @@ def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path, untrained_fold
     assert code == 0 and "2 x 4 codes each, PSNR" in err
 
 
+@pytest.mark.parametrize("words", [("--prompt", "Hi"), ("--prompts", "asked.jsonl"), ("--chat",),
+                                   ("--prompt", "Draw", "--mode", "image")])
+@pytest.mark.parametrize("file, change, message", [
+    ("config.json", {"vocabulary_map": {}}, "lacks image tokens"),
+    ("processor_config.json", {"image_seq_length": 15}, "image_seq_length of the processor is 15"),
+    ("preprocessor_config.json", {"crop_size": {"height": 8, "width": 32}}, "are 2 x 8 codes"),
+])
+def test_files_that_do_not_fit_each_other_are_refused_before_weights_are_read(
+        run, tmp_path, untrained_folder, monkeypatch, words, file, change, message):
+    folder = Path(shutil.copytree(untrained_folder, tmp_path / "other"))
+    values = json.loads((folder / file).read_text()) | change
+    (folder / file).write_text(json.dumps(values))
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "Hi"}\n')
+    monkeypatch.setattr(command, "load_checkpoint", None)
+    code, out, err = run(*words, model=folder)
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("error, known", [
     (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to"), True), (RuntimeError("other"), False)])
@@ -306,6 +324,12 @@ BAD = {
     "less than no picture": (("--prompt", "a", "--mode", "image", "--count", "-1"), "1 to 1000"),
     "a pipe as picture": ((*ASK, "pipe.png"), "a pipe"),
     "a photograph of a telephone": ((*ASK, "photo.HEIC"), "pip install pillow-heif"),
+    "a seed too large for the rows": (("--prompt", "a", "--prompt", "b", "--seed", str(2**63 - 1)),
+                                      "row b adds b"),
+    "a sheet too large for its format": (("--prompt", "a", "--mode", "image", "--count", "99",
+                                          "--out", "a.ico"), "ICO holds 256"),
+    "more pictures than fit": ((*ASK, *["red.png"] * 99), "context holds 256"),
+    "a line break in a name": (("--prompt", "a", "--model", "a\nb\x1b[31m"), "no model folder a b"),
     "a wall of pictures": (("--prompt", "a", "--mode", "image", "--count", "999", "--scale", "64",
                             "--out", "a.png"), "more than 500 megapixels"),
     "count of text": (("--prompt", "a", "--count", "2"), "--mode image"),

@@ -419,12 +419,12 @@ def test_a_prompt_is_read_in_fp32_only_where_bf16_is_emulated(monkeypatch):
     prompt = torch.randint(74, 160, (1, 20), generator=torch.Generator().manual_seed(0))
     calls, asked = [], []
     monkeypatch.setattr(decoding, "InFp32", lambda: calls.append(1) or nullcontext())
-    monkeypatch.setattr(decoding, "emulates_bf16", lambda: asked.append(1) or emulated)
-    for emulated, dtype, ids, large, wanted in (
+    for emulates, dtype, ids, large, wanted in (
             (True, torch.bfloat16, prompt, 0, 1), (False, torch.bfloat16, prompt, 0, 0),
             (True, torch.float32, prompt, 0, 0), (True, torch.bfloat16, prompt[:, :5], 0, 0),
             (True, torch.bfloat16, prompt, 2**19, 0)):
         monkeypatch.setattr(decoding, "LARGE", large)
+        monkeypatch.setattr(decoding, "emulates_bf16", lambda x=emulates: asked.append(1) or x)
         calls.clear()
         generate(small_model().to(dtype), ids, max_new_tokens=3)
         assert len(calls) == wanted

@@ -37,7 +37,7 @@ from generate import (
     sample,
     stream,
 )
-from tokenizer import image_token_name
+from tokenizer import Tokenizer, image_token_name
 
 MODEL = small_model()
 logits_strategy = st.lists(st.floats(-20, 20), min_size=2, max_size=30)
@@ -227,6 +227,34 @@ def test_the_smallest_top_p_keeps_the_highest_logit():
         sampled = generate(MODEL, PROMPT, mode=mode, max_new_tokens=12, **options)
         greedy = generate(MODEL, PROMPT, mode=mode, max_new_tokens=12, image_temperature=0)
         assert torch.equal(sampled, greedy)
+
+
+def test_rows_that_stop_strings_end_are_filled_with_the_pad_id_asked_for():
+    class Letters(Tokenizer):
+        def __init__(self):
+            self.pad_token_id = 1
+
+        def stream_decoder(self, skip_special_tokens=True):
+            return self
+
+        def feed(self, token_id):
+            return f"{token_id}."
+
+    prompts, options = torch.tensor([[0, 80], [0, 90]]), dict(max_new_tokens=12, pad_token_id=5)
+    plain = generate(MODEL, prompts, **options)[:, 2:].tolist()
+    word = next(f"{i}." for i in plain[0][1:] if i not in plain[1])
+    ids = generate(MODEL, prompts, **options, stop_strings=word,
+                   tokenizer=Letters())[:, 2:].tolist()
+    end = plain[0].index(int(word[:-1])) + 1
+    assert ids[0] == plain[0][:end] + [5] * (12 - end) and ids[1] == plain[1]
+    with pytest.raises(ValueError, match="tokenizer=processor.tokenizer"):
+        generate(MODEL, PROMPT, stop_strings=word, tokenizer="letters")
+
+
+def test_a_cache_of_a_model_with_other_heads_is_refused():
+    other = KVCache(ChameleonConfig(**(SIZES | dict(num_key_value_heads=2))))
+    with pytest.raises(ValueError, match="is no cache of this model"):
+        generate(MODEL, PROMPT, past_key_values=other)
 
 
 def test_a_cache_that_forward_has_filled_is_continued():

@@ -398,6 +398,24 @@ def test_a_file_is_seen_as_a_viewer_shows_it(tmp_path):
     assert seen(Image.open(path)) == [[[0] * 3, [255] * 3, [255] * 3]]
 
 
+def test_levels_with_transparency_may_be_floats():
+    levels = np.full((4, 4, 4), 200, np.uint8)
+    seen = [ChameleonImageProcessor(do_resize=False, do_center_crop=False)(
+        levels.astype(kind), return_tensors="pt").pixel_values for kind in (np.uint8, np.float32)]
+    torch.testing.assert_close(*seen, atol=0.0078, rtol=0)  # a level: the blend is truncated
+
+
+def test_a_picture_with_broken_exif_data_is_shown(tmp_path):
+    picture("RGB", 30, 20).save(tmp_path / "a.png", exif=b"Exif\0\0junkjunk")
+    assert load_image(tmp_path / "a.png").size == (30, 20)
+
+
+@pytest.mark.parametrize("name", ["http://a/b.png", Path("folder") / "https://a/b.png"])
+def test_an_address_is_named_as_one(name):
+    with pytest.raises(ValueError, match="nothing is fetched"):
+        load_image(name)
+
+
 def test_a_large_photograph_is_read_at_half_its_size(tmp_path, monkeypatch):
     picture("RGB", 640, 480).save(tmp_path / "a.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)

@@ -330,6 +330,13 @@ def test_a_file_whose_texts_could_become_a_control_id_is_refused(tmp_path):
         SentencePieceTokenizer(path)
 
 
+def test_an_empty_file_is_no_sentencepiece_model(tmp_path, capfd):
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match="not a sentencepiece model"):
+        load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
+
+
 def test_the_names_of_control_tokens_are_special_and_those_of_text_are_not(either):
     special = {name for name, token_id in either.vocab.items() if token_id in either.special_ids}
     assert {"<s>", "<pad>", "</s>", "<unk>", "<eoss>", "<racm3:break>", "<image>"} < special

@@ -593,6 +593,7 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
     (["sft", "--out", ".."], "--out must be the name"),
     (["sft", "--out", "x", "--seed", str(2**63)], "--seed must be from 0"),
     (["sft", "--out", "x", "--epochs", str(10**9)], "--epochs must be from 1 to 1000000"),
+    (["vqvae", "--out", "x", "--state", "x"], "is --out, too: name another folder"),
     (["vqvae", "--out", "x", "--state", str(TINY)], "is a checkpoint: name another folder"),
     (["vqvae", "--out", str(TINY), "--state", "y"], "not trained from y: name another --out"),
 ])
@@ -906,6 +907,37 @@ def test_the_smoke_runs_weights_depend_on_the_seed_alone(corpus):
     assert first(1) == first(1) != first(2)
 
 
+@pytest.mark.parametrize("kind", ["all", "lora", "image-head"])
+def test_what_learns_in_part_is_resumed_too(tmp_path, kind, monkeypatch, capsys):
+    """Two steps and two more give the weights of four."""
+    monkeypatch.setattr(train, "OWN_ROWS", 1)
+    pytest.importorskip("peft")
+    Image.new("RGB", (36, 36), "red").save(tmp_path / "a.png")
+    data = ["--data", str(own_folder(tmp_path, {"prompt": "Hi", "answer": "<image>",
+                                                "images": ["a.png"]}))]
+    monkeypatch.setattr(train, "rate", lambda *_: 1.0)
+    for out, steps in (("a", 2), ("a", 4), ("b", 4)):
+        assert train.main(["sft", *data, "--model", str(TINY), "--out", str(tmp_path / out),
+                           "--train", kind, "--steps", str(steps), "--seed", "3"]) == 0
+    assert "goes on at step 2" in capsys.readouterr().err
+    a, b, tiny = (ChameleonForConditionalGeneration.from_pretrained(folder).state_dict()
+                  for folder in (tmp_path / "a", tmp_path / "b", TINY))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], tiny[name]) for name in a)
+
+
+def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "OWN_ROWS", 1)
+    folder = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"})
+    shutil.copytree(TINY, tmp_path / "mine")
+    ask = ["sft", "--data", str(folder), "--model", str(TINY), "--steps", "1", "--out"]
+    assert train.main([*ask, str(tmp_path / "a")]) == 0
+    before = (tmp_path / "mine" / "model.safetensors").read_bytes()
+    assert train.main([*ask, str(tmp_path / "mine"), "--state", str(tmp_path / "a.train")]) == 2
+    assert "mine is a checkpoint that was not trained from" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
+
+
 def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "OWN_ROWS", 1)
     folder, out = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}), tmp_path / "out"
@@ -936,7 +968,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_state_before(tmp_path, monkeypat
     assert train.main(arguments) == 2
     message = capsys.readouterr().err
     assert "vqvae.pt cannot be written, is the disk full?" in message and message.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"curves.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.csv", "out.txt"}
 
 
 def test_own_lines_are_those_of_the_file_not_those_of_unicode(tmp_path):

@@ -95,7 +95,10 @@ class OwnData:
 
         limit = model.config.max_position_embeddings
         for where, prompt, answer, paths in examples:
-            batch = processor(text=prompt, answers=answer, images=paths or None)
+            try:
+                batch = processor(text=prompt, answers=answer, images=paths or None)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
             ids, labels = batch["input_ids"][0], batch["labels"][0]  # (T,), (T,)
             weight = torch.where(labels == mark, IMAGE_WEIGHT, (labels != IGNORE).float())  # (T,)
             if paths:

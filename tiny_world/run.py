@@ -36,8 +36,8 @@ COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log
 class Run:
     """One training run on one rank.
 
-    `out` is the checkpoint folder. `state` holds what is needed to resume, and curves.csv. Only
-    rank 0 writes.
+    `out` is the checkpoint folder. `state` holds what is needed to resume, curves.csv, and in
+    out.txt which checkpoint is made from it. Only rank 0 writes.
     """
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
@@ -51,10 +51,14 @@ class Run:
         if options.stage != "evaluate":
             if (self.state / "config.json").exists():
                 raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
-            if (self.out / "config.json").exists() and not any(self.state.glob("*.pt")):
+            known, out = self.state / "out.txt", f"{self.out.resolve()}\n"
+            if (self.out / "config.json").exists() and (
+                    not known.is_file() or known.read_text(encoding="utf-8") != out):
                 raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
                                  f"{self.state}: name another --out")
             self.state.mkdir(parents=True, exist_ok=True)
+            if self.rank == 0:
+                known.write_text(out, encoding="utf-8")
         self.began, self.curves = time.monotonic(), {}
         self.made_by = {"--seed": options.seed}  # a saved state is for these options and data only
 
