@@ -661,13 +661,12 @@ class ChameleonModel(ChameleonPreTrainedModel):
         Pictures (N, 3, height, width) fill the placeholders in order, row after row. Feeding the
         result is the same as feeding pictures. ValueError if there are not exactly N * S
         placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
-        synchronizations, so a GPU's single token is not checked, nor what torch.compile traces.
+        synchronizations, so a single token is not checked, nor anything while torch.compile traces.
         """
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError("input_ids must be a tensor (B, T), as the processor returns it")
         placeholder, V = self.vocabulary.image_token_id, self.config.vocab_size
-        checks = not torch.compiler.is_compiling() and (
-            input_ids.shape[1] > 1 or input_ids.device.type == "cpu")
+        checks = not torch.compiler.is_compiling() and input_ids.shape[1] > 1
         if checks and ((input_ids < 0) | (input_ids >= V)).any():
             raise ValueError(f"input_ids hold {int(input_ids.min())}..{int(input_ids.max())}, but "
                              f"the ids of this model are 0 to {V - 1}")

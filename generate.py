@@ -456,8 +456,7 @@ class Picker:
 
 
 def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
-    """Passes the ids (B,) on, up to the step with which the last row has ended. ValueError: NO_ID.
-    """
+    """Passes the ids (B,) on until the last row has ended. ValueError for NO_ID."""
     ended, ends = False, torch.tensor(stops, dtype=torch.long)
     for ids in steps:
         here = ids.cpu()

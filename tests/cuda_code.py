@@ -8,6 +8,7 @@ It shows which kernels there are, not how fast they are. CUDA is pretended: the 
 and what torch asks about a card is answered here. It needs g++.
 """
 
+import argparse
 import ctypes
 import os
 import re
@@ -20,13 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
-import torch._dynamo.device_interface as interfaces  # noqa: E402
-import torch._inductor.fx_passes.fuse_attention as fuse_attention  # noqa: E402
-import torch._inductor.fx_passes.misc_patterns as misc_patterns  # noqa: E402
-import torch._inductor.fx_passes.pad_mm as pad_mm  # noqa: E402
 import torch.nn as nn  # noqa: E402
-from torch._inductor.graph import GraphLowering  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+
+from chameleon_extras.files import OneLineParser, exit_code  # noqa: E402
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -64,8 +61,15 @@ def register_guard() -> None:
 
 def pretend_cuda() -> None:
     """Answers all that torch and Triton ask about the card."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+    import torch._dynamo.device_interface as interfaces
+    from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
+    from torch._inductor.graph import GraphLowering
+
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+    except ImportError:
+        raise ValueError("this needs Triton: pip install triton") from None
 
     register_guard()
     for module, answers in (
@@ -123,6 +127,8 @@ def int8_twin(layer: nn.Linear) -> nn.Module:
 
 def code(kind: str, B: int) -> str:
     """The code that torch.compile writes for a layer and B rows. kind: "bf16" or "int8"."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
     from chameleon import ChameleonConfig, ChameleonDecoderLayer
     from chameleon_extras import decoding
 
@@ -163,6 +169,19 @@ def launches(code: str) -> list[str]:
     return re.findall(r"^ *((?:\w+\.run|extern_kernels\.\w+)\(.*)$", call, re.MULTILINE)
 
 
-if __name__ == "__main__":
+def show(options: argparse.Namespace) -> None:
     pretend_cuda()
-    print("\n".join(launches(code(sys.argv[1], int(sys.argv[2])))))
+    print("\n".join(launches(code(options.weights, options.rows))))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = OneLineParser("cuda_code.py", description="What a layer launches on CUDA, a line each")
+    parser.add_argument("weights", choices=("bf16", "int8"))
+    parser.add_argument("rows", type=int, choices=range(1, 65), metavar="ROWS",
+                        help="of the batch, guidance streams included: 1 to 64")
+    options = parser.parse_args(arguments)
+    return exit_code("cuda_code.py", lambda: show(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # when it is run as a script
 
 import benchmark  # noqa: E402
+import cuda_code  # noqa: E402
 import cuda_report  # noqa: E402
 import image_head  # noqa: E402
 
@@ -106,6 +107,7 @@ PROGRAMS = {
     "generate.py": module.main, "train.py": train.main, "-m chameleon_extras.convert": convert.main,
     "-m tiny_world.figures": figures.main, "tests/benchmark.py": benchmark.main,
     "tests/cuda_report.py": cuda_report.main, "tests/image_head.py": image_head.main,
+    "tests/cuda_code.py": cuda_code.main,
 }  # fmt: skip
 
 
