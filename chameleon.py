@@ -424,7 +424,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
     """
     L = past + T
     if attention_mask is not None and (
-            attention_mask.shape[-1] != L or attention_mask.ndim not in (2, 3, 4)):
+            attention_mask.shape[-1] != L or attention_mask.ndim not in (2, 3, 4)
+            or attention_mask.ndim > 2 and attention_mask.shape[-2] != T):
         raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but there are {L} "
                          f"tokens ({past} cached + {T} new): see allowed_keys")
     j = torch.arange(L, device=device)  # (L,)

@@ -202,7 +202,8 @@ def check_numbers(folder: Path, state: dict[str, Tensor]) -> None:
     """ValueError for a weight that is inf or nan: not every kernel would carry it to the answer."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise ValueError(f"{folder}: {name} holds inf or nan: download the checkpoint again")
+            raise ValueError(f"{folder}: {name} holds inf or nan in {tensor.dtype}: download the "
+                             "checkpoint again, or take another dtype".replace("torch.", ""))
 
 
 class WithoutInit(TorchFunctionMode):
@@ -285,7 +286,10 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
         to = torch.float32 if name.startswith("model.vqmodel.") else dtype
         if not want.dtype.is_floating_point or name.endswith(".scale"):
             to = want.dtype
-        state[name] = tensors[name].read().to(device=device, dtype=to)
+        try:
+            state[name] = tensors[name].read().to(device=device, dtype=to)
+        except ValueError as e:  # of `pack`
+            raise ValueError(f"{folder}: {name}: {e}") from None
     check_numbers(folder, state)
     model.load_state_dict(state, strict=False, assign=True)  # check_tensors was strict
     if isinstance(model.lm_head, nn.Linear):

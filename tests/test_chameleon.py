@@ -213,7 +213,7 @@ def test_resizing_keeps_frozen_what_is_frozen():
 
 
 def test_a_mask_of_the_wrong_width_and_a_full_cache_are_refused():
-    for mask in ([[0, 1, 1]], [[1, 1, 1]]):
+    for mask in ([[0, 1, 1]], [[1, 1, 1]], [[[1] * 5] * 3], [[[[1] * 5] * 3]]):
         with pytest.raises(ValueError, match="attention_mask is"):
             MODEL(text_ids(1, 5), attention_mask=torch.tensor(mask))
     with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
