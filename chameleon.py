@@ -817,7 +817,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         if labels is not None and logits_to_keep:
             raise ValueError("labels need all logits: leave logits_to_keep at 0")
         mark = self.model.vocabulary.image_token_id
-        if inputs_embeds is not None and labels is not None and (labels == mark).any():
+        looks = labels is not None and mark is not None and not torch.compiler.is_compiling()
+        if looks and input_ids is None and (labels == mark).any():
             raise ValueError("labels hold <image>: with inputs_embeds, put the pictures' ids there")
         if labels is not None and pixel_values is not None and input_ids is not None:
             # DIFFERS: transformers leaves the placeholder as the label.

@@ -443,7 +443,7 @@ class Picker:
         generators = [None if codes else g for g, codes in zip(self.generators, inside)]
         o = self.options
         ids = choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)  # (B,)
-        return ids.masked_fill(~computed.isfinite().all(-1), NO_ID)
+        return ids.masked_fill(~computed.sum(-1).isfinite(), NO_ID)
 
     def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
         """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
@@ -452,7 +452,7 @@ class Picker:
         logits = guide(logits, o.guidance_text, o.guidance_image).float()  # (B, K)
         generators = [g if codes else None for g, codes in zip(self.generators, inside)]
         codes = choose(logits, generators, o.image_temperature, o.image_top_k, o.image_top_p)
-        return self.code_to_id[codes].masked_fill(~logits.isfinite().all(-1), NO_ID)  # (B,)
+        return self.code_to_id[codes].masked_fill(~logits.sum(-1).isfinite(), NO_ID)  # (B,)
 
 
 def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
