@@ -78,7 +78,8 @@ def load_image(path: str | Path) -> Image.Image:
     DIFFERS: the picture is what a viewer shows. Meta and transformers ignore EXIF orientation and
     the transparent colour of an RGB file, and clip 16-bit grey to white.
 
-    ValueError, in one line, if the file is missing, damaged, too large or no picture.
+    ValueError, in one line, if the file is missing, damaged, too large or no picture, or if its
+    pixels have 32 bits.
     """
     if re.search(r"(^|/)\w\w+:/", str(path)):  # Path makes one / of two
         raise ValueError(f"picture {str(path)!r} is an address, and nothing is fetched from the "
@@ -124,6 +125,7 @@ def as_shown(image: Image.Image) -> Image.Image:
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] == "I" and image.getextrema()[1] < 2**16:  # grey, 16 bits
         clear = image.info.pop("transparency", None)
+        # level = value / 257, rounded
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
         image.info |= {} if clear is None else {"transparency": round(clear / 257)}
     return image.convert("RGBA") if "transparency" in image.info else image

@@ -212,11 +212,11 @@ def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.opti
 
 class Muon(torch.optim.Optimizer):
     """Equals torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which computes in bf16 only. A
-    CPU that emulates bf16 spent three quarters of a training step on it.
+    CPU that emulates bf16 would spend three quarters of a training step on it.
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # torch.distributed.checkpoint passes closure
         (group,) = self.param_groups
         for p in (p for p in group["params"] if p.grad is not None):
             mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -537,7 +537,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # CPUs compute with numbers below 1e-38 slowly
     try:
         return exit_code("train.py", lambda: run_stages(options),
-                         f"interrupted: the same command goes on from the last save, which is made "
+                         "interrupted: the same command goes on from the last save, which is made "
                          f"every {Run.SAVE} steps and after the last")
     finally:
         torch.set_flush_denormal(False)  # it is global, and main() may have a caller

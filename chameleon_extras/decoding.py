@@ -6,7 +6,8 @@
 
 Who needs it: whoever wants long answers, pictures or large models sooner. `generate` takes its
 uncompiled steps without being asked, its compiled ones by `compile=True` (`--compile`). The ids are
-those of a plain step, which is `generate(model, ..., decoder=False)`.
+those of a plain step, which is `generate(model, ..., decoder=False)`. In bf16 another kernel may
+round otherwise, and an id change where two logits are almost equal.
 
 A step at batch 1 reads each weight once and does two operations with it. So it takes at least
 (bytes of weights and cache) / (bandwidth of the memory). What keeps a plain step from that:

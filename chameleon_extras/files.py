@@ -65,7 +65,8 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
         say(f"{command}: {one_line(e)}")
         code = 2
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", str(e)):
+        known = re.search("(out of|allocate|enough) memory", str(e)) or isinstance(e, MemoryError)
+        if not known:
             raise
         say(f"{command}: the memory is not enough: ask for less at a time, or fewer bits a weight")
         code = 2

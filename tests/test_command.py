@@ -227,7 +227,8 @@ def test_files_that_do_not_fit_each_other_are_refused_before_weights_are_read(
 
 
 @pytest.mark.parametrize("error, known", [
-    (MemoryError(), True), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+    (MemoryError(), True), (RuntimeError("not enough memory: you tried"), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to"), True), (RuntimeError("other"), False)])
 def test_too_little_memory_is_one_line(run, monkeypatch, capsys, error, known):
     def load(*_):
