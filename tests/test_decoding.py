@@ -10,6 +10,7 @@ from PIL import Image
 from small import S as BIG_S
 from small import batch_with_pictures, left_padded, small_model
 from test_generate import SMALL_S, with_any_logits
+from torch.overrides import TorchFunctionMode
 
 import generate as module
 from chameleon import ChameleonForConditionalGeneration, KVCache, eager_attention, sdpa_attention
@@ -403,13 +404,21 @@ def test_pictures_are_in_bf16_only_where_that_is_measured_to_be_faster(monkeypat
 @pytest.mark.parametrize("quantized", [False, True])
 def test_products_in_fp32_are_rounded_once(quantized, monkeypatch):
     """What a CPU without bf16 computes with converted numbers are the sums in fp32, rounded."""
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.nn.functional.linear:
+                dtypes.append({x.dtype for x in args if x is not None})
+            return function(*args, **(kwargs or {}))
+
+    dtypes = []
     layer = torch.nn.Linear(48, 32).bfloat16().requires_grad_(False)
     layer = quantize_model(torch.nn.Sequential(layer), "int8")[0] if quantized else layer
     x = torch.randn(20, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
-    with InFp32():
-        assert torch.equal(layer(x), plain := layer(x))  # small: left as it is
+    with Watch(), InFp32():
+        plain = layer(x)  # small: left as it is
         monkeypatch.setattr(decoding, "LARGE", 0)
         converted = layer(x)
+    assert dtypes == [{torch.bfloat16}, {torch.float32}]
     weight = layer.unpacked() if quantized else layer.weight.float()
     exact = x.float() @ weight.T + layer.bias.float()
     torch.testing.assert_close(converted.float(), exact, rtol=2**-7, atol=2**-9)
