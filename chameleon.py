@@ -422,28 +422,23 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
     is padding, the host waits for the device (a GPU synchronization). That is not done for a single
     query, nor while torch.compile traces.
     """
-    L = past + T
-    if attention_mask is not None and (
-            attention_mask.shape[-1] != L or attention_mask.ndim not in (2, 3, 4)
-            or attention_mask.ndim > 2 and attention_mask.shape[-2] != T):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but there are {L} "
-                         f"tokens ({past} cached + {T} new): see allowed_keys")
+    L, mask = past + T, attention_mask
     j = torch.arange(L, device=device)  # (L,)
     q = torch.arange(past, L, device=device)[:, None]  # (T, 1)
-    if attention_mask is not None and attention_mask.ndim == 4:
-        additive = attention_mask.is_floating_point()
-        return (attention_mask == 0 if additive else attention_mask.bool()) | (j == q)
-    looks = T > 1 and not torch.compiler.is_compiling()
-    if looks and attention_mask is not None and attention_mask.ndim == 2 and attention_mask.all():
-        attention_mask = None  # the processor always sends a mask; most often nothing is padded
-    if attention_mask is None and (T == 1 or past == 0):
-        return None
-    allowed = (j <= q)[None]  # (1, T, L)
-    if attention_mask is not None:
-        real = attention_mask.bool()
-        real = real if real.ndim == 3 else real[:, None]  # (B, T or 1, L)
-        allowed = allowed & real | (j == q)  # (B, T, L)
-    return allowed[:, None]  # (B or 1, 1, T, L)
+    if mask is not None:
+        wrong = mask.ndim > 2 and mask.shape[-2] != T
+        if mask.ndim not in (2, 3, 4) or mask.shape[-1] != L or wrong:
+            raise ValueError(f"attention_mask is {tuple(mask.shape)}, but there are {L} tokens "
+                             f"({past} cached + {T} new): see allowed_keys")
+        if mask.ndim == 4:
+            return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
+        looks = mask.ndim == 2 and T > 1 and not torch.compiler.is_compiling()
+        if looks and mask.all():
+            mask = None  # the processor always sends a mask; most often nothing is padded
+    if mask is None:
+        return None if T == 1 or past == 0 else (j <= q)[None, None]  # (1, 1, T, L)
+    real = mask.bool() if mask.ndim == 3 else mask.bool()[:, None]  # (B, T or 1, L)
+    return ((j <= q) & real | (j == q))[:, None]  # (B, 1, T, L)
 
 
 def eager_attention(
@@ -810,21 +805,24 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         released text models and transformers do; drawing and training need it off.
         Raises ValueError if labels contain image codes while it is on.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if labels is not None and given is not None and labels.shape != given.shape[:2]:
-            raise ValueError(f"labels are {tuple(labels.shape)}, the tokens "
-                             f"{tuple(given.shape[:2])}: give each token a label")
-        if labels is not None and logits_to_keep:
-            raise ValueError("labels need all logits: leave logits_to_keep at 0")
-        mark = self.model.vocabulary.image_token_id
-        looks = labels is not None and mark is not None and not torch.compiler.is_compiling()
-        if looks and input_ids is None and (labels == mark).any():
-            raise ValueError("labels hold <image>: with inputs_embeds, put the pictures' ids there")
-        if labels is not None and pixel_values is not None and input_ids is not None:
-            # DIFFERS: transformers leaves the placeholder as the label.
-            filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
-            labels = torch.where(labels == mark, filled, labels)
-            input_ids, pixel_values = filled, None
+        if labels is not None:
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            if given is not None and labels.shape != given.shape[:2]:
+                raise ValueError(f"labels are {tuple(labels.shape)}, the tokens "
+                                 f"{tuple(given.shape[:2])}: give each token a label")
+            if logits_to_keep:
+                raise ValueError("labels need all logits: leave logits_to_keep at 0")
+            mark = self.model.vocabulary.image_token_id
+            if input_ids is None:
+                looks = mark is not None and not torch.compiler.is_compiling()
+                if looks and (labels == mark).any():
+                    raise ValueError("labels hold <image>: with inputs_embeds, put the pictures' "
+                                     "ids there")
+            elif pixel_values is not None:
+                # DIFFERS: transformers leaves the placeholder as the label.
+                filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
+                labels = torch.where(labels == mark, filled, labels)
+                input_ids, pixel_values = filled, None
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache, output_attentions, output_hidden_states, True, cache_position)

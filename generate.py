@@ -178,7 +178,9 @@ class Grammar:
         vocabulary, V = model.model.vocabulary, model.config.vocab_size
         self.begin, self.end = vocabulary.begin_image_id, vocabulary.end_image_id
         if mode != "text":
-            check_can_draw(model)
+            if None in (self.begin, self.end) or not vocabulary.num_codes:
+                raise ValueError("this vocabulary has no image tokens, so the model cannot draw")
+            model.model.vqmodel.needed_decoder()
 
         def only(ids: Sequence[int | None]) -> Tensor:
             mask = torch.zeros(V, dtype=torch.bool)  # filled on the CPU: one copy to the device
@@ -187,7 +189,8 @@ class Grammar:
 
         self.codes = only(vocabulary.code_to_id.tolist())
         self.end_only = only([self.end])
-        self.text = ~only(picture_ids(vocabulary)) if mode != "image" else only([])
+        self.pictures = only(picture_ids(vocabulary))
+        self.text = ~self.pictures if mode != "image" else only([])
         self.text_or_begin = self.text if mode == "text" else self.text | only([self.begin])
 
     def fits(self, room: int) -> bool:
@@ -237,14 +240,6 @@ class Grammar:
             else:
                 rows.append(self.end_only)  # forced: a model may not lengthen a picture
         return torch.stack(rows)  # (B, V)
-
-
-def check_can_draw(model: ChameleonForConditionalGeneration) -> None:
-    """ValueError if the weights or the vocabulary lack what a picture needs."""
-    vocabulary = model.model.vocabulary
-    if None in (vocabulary.begin_image_id, vocabulary.end_image_id) or not vocabulary.num_codes:
-        raise ValueError("this vocabulary has no image tokens, so the model cannot draw")
-    model.model.vqmodel.needed_decoder()
 
 
 def picture_ids(vocabulary: VocabularyMap) -> list[int]:
@@ -298,26 +293,22 @@ class Contexts:
     a picture and back, and nothing of its past is computed again.
     """
 
-    def __init__(self, model: ChameleonForConditionalGeneration, rows: list[Tensor],
-                 streams: list[str], steps: int, decoder=None, past: KVCache | None = None) -> None:
+    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
+                 rows: list[Tensor], streams: list[str], steps: int, decoder=None,
+                 past: KVCache | None = None) -> None:
         self.model, self.streams, self.B, self.decoder = model, streams, len(rows), decoder
-        V, device = model.config.vocab_size, model.device
-        self.is_picture = torch.zeros(V, dtype=torch.bool, device=device)
-        self.is_picture[picture_ids(model.model.vocabulary)] = True  # (V,)
-        self.begin = model.model.vocabulary.begin_image_id
-        self.end = model.model.vocabulary.end_image_id
+        self.is_picture, self.begin, self.end = grammar.pictures, grammar.begin, grammar.end
         rows = [self.version(row, name) for name in streams for row in rows]  # G * B times (n,)
         T = max(map(len, rows))
         self.new = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (GB, T)
         size = -(-(T + steps) // CACHE_STEP) * CACHE_STEP  # rounded up
-        self.mask = torch.zeros(len(rows), size, dtype=torch.long, device=device)
-        for mask, row in zip(self.mask, rows):
-            mask[T - len(row) : T] = 1
+        self.mask = torch.stack([F.pad(torch.ones_like(row), (T - len(row), size - T))
+                                 for row in rows])  # (GB, size)
         self.padded = len(streams) > 1 or not bool(self.mask[:, :T].all())
         if decoder:  # which may have one, with what was recorded for it
             self.cache = decoder.new_cache(len(rows), size)
         else:
-            self.cache = KVCache(model.config, len(rows), size, model.dtype, device)
+            self.cache = KVCache(model.config, len(rows), size, model.dtype, model.device)
         if past is not None and len(streams) == 1:
             self.take_over(past)
 
@@ -360,7 +351,7 @@ class Contexts:
         if self.padded:
             mask = self.mask[:, :L]
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (GB, T)
-        if self.decoder and past and self.new.shape[1] == 1:  # a step, by faster means
+        if self.decoder and self.decoder.compiled and past and self.new.shape[1] == 1:  # a step
             hidden = self.decoder(self.new, self.mask if self.padded else None, positions,
                                   self.cache)  # (GB, D)
         else:  # only the last place is used: logits of all places would be 1 GiB at 4096 x 65536
@@ -373,8 +364,7 @@ class Contexts:
     def feed(self, chosen: Tensor) -> None:
         """The rows' next ids (B,) become the next column of all streams."""
         column = self.cache.length
-        for g, stream in enumerate(self.streams):
-            mask = self.mask[g * self.B : (g + 1) * self.B]  # (B, size), a view
+        for stream, mask in zip(self.streams, self.mask.split(self.B)):  # views (B, size)
             mask[:, column] = 1 if stream == "full" else self.is_picture[chosen].long()
             if stream == "nothing":  # a new picture forgets the one before; <s> stays
                 forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, size)
@@ -501,7 +491,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
     rows = [ids[here] for ids, here in zip(input_ids, real)]
     has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
     streams = guidance_streams(o.guidance_text, o.guidance_image, o.mode, has_pictures)
-    contexts = Contexts(model, rows, streams, steps, decoder, past)
+    contexts = Contexts(model, pick.grammar, rows, streams, steps, decoder, past)
     # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
     # id, which is in the row anyway.
     seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)

@@ -44,10 +44,12 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import MISSING, dataclass, field, fields, replace
+from inspect import signature
 from pathlib import Path
-from typing import TypeGuard
+from typing import Annotated, TypeGuard
 
 import numpy as np
 import torch
@@ -61,6 +63,7 @@ from tokenizer import (
     stack,
     write_json,
 )
+from vqvae import Flag, check_fields, real, whole
 
 Loaded = Image.Image | np.ndarray | torch.Tensor
 Picture = Loaded | str | Path  # the last two: a file
@@ -257,91 +260,63 @@ def center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
 # All steps: pictures -> pixel_values, and back
 
 
+# Types of options, as in vqvae.py: what an error message calls them, and the check.
+def sides(*keys: set[str]) -> Callable[[object], bool]:
+    return lambda v: isinstance(v, dict) and set(v) in keys and all(map(whole(1, 4096), v.values()))
+
+
+def numbers(v: object, least: float = 0.0) -> bool:
+    """Beyond these limits float32 would make 0 or infinity of a number."""
+    values = v if type(v) in (list, tuple) else [v]
+    return all(real(-1e9, 1e9)(x) and abs(x) >= least for x in values)
+
+
+EDGES = {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"}
+Edges = Annotated[dict, "shortest_edge, both edges, or height and width, 1 to 4096", sides(*EDGES)]
+Sides = Annotated[dict, "height and width, 1 to 4096", sides({"height", "width"})]
+Filter = Annotated[int, "a filter of PIL, 0 to 5 (1 is Lanczos)", lambda x: type(x) in (
+    int, Image.Resampling) and x in list(Image.Resampling)]
+Factor = Annotated[float, "a finite number", real(-1e9, 1e9)]
+Means = Annotated[list, "finite numbers", numbers]
+Divisors = Annotated[list, "finite numbers other than 0", lambda v: numbers(v, 1e-9)]
+
+
+@dataclass(eq=False)
 class ChameleonImageProcessor:
     """Pictures -> pixel_values, and back: transformers' class of that name, with its options.
 
-    A call may override the options of the constructor. TypeError for an unknown option, ValueError
-    for an impossible value.
+    None is the default. A call may override the options of the constructor. TypeError for an
+    unknown option, ValueError for an impossible value.
     """
 
-    do_resize: bool
-    size: dict[str, int]
-    resample: int
-    do_center_crop: bool
-    crop_size: dict[str, int]
-    do_rescale: bool
-    rescale_factor: float
-    do_normalize: bool
-    image_mean: list[float]
-    image_std: list[float]
-    do_convert_rgb: bool
-
-    DEFAULTS = {  # in the order of positional arguments
-        "do_resize": True,
-        # longest_edge beside it limits the other edge. Or {height, width}, or an int: the shortest.
-        "size": {"shortest_edge": 512},
-        "resample": 1,  # the filter's number in PIL: Lanczos
-        "do_center_crop": True,
-        "crop_size": {"height": 512, "width": 512},  # or an int: a square
-        "do_rescale": True,
-        "rescale_factor": 0.0078,
-        "do_normalize": True,
-        "image_mean": [1.0, 1.0, 1.0],  # or one number for all channels
-        "image_std": [1.0, 1.0, 1.0],
-        "do_convert_rgb": True,
-    }
+    do_resize: Flag = True
+    # longest_edge beside it limits the other edge. Or {height, width}, or an int: the shortest.
+    size: Edges = field(default_factory=lambda: {"shortest_edge": 512})
+    resample: Filter = 1  # the filter's number in PIL: Lanczos
+    do_center_crop: Flag = True
+    crop_size: Sides = field(default_factory=lambda: {"height": 512, "width": 512})  # or an int
+    do_rescale: Flag = True
+    rescale_factor: Factor = 0.0078
+    do_normalize: Flag = True
+    image_mean: Means = field(default_factory=lambda: [1.0] * 3)  # or one number for all channels
+    image_std: Divisors = field(default_factory=lambda: [1.0] * 3)
+    do_convert_rgb: Flag = True
     # Without a limit, a picture of 1 x 100,000 would be resized to 79 GB before the crop.
     MAX_RESIZED_PIXELS = 2**26
-    MAX_SIDE = 4096  # of a picture after resizing or cropping
 
-    def __init__(self, *values, **options) -> None:
-        options = self.by_name(values, options)
-        for name, default in self.DEFAULTS.items():
-            value = options.get(name)
-            setattr(self, name, copy.deepcopy(default if value is None else value))
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None:
+                value = f.default if f.default_factory is MISSING else f.default_factory()
+            if isinstance(value, (np.ndarray, np.number)):
+                value = value.tolist()
+            setattr(self, f.name, copy.deepcopy(value))
         if type(self.size) is int:
             self.size = {"shortest_edge": self.size}
         if type(self.crop_size) is int:
             self.crop_size = {"height": self.crop_size, "width": self.crop_size}
-        self._check()
-
-    @classmethod
-    def by_name(cls, values: tuple, options: dict) -> dict:
-        """Options by position and by name -> by name. TypeError for one that does not exist."""
-        if len(values) > len(cls.DEFAULTS):
-            raise TypeError(f"{len(values)} options by position, at most {len(cls.DEFAULTS)}")
-        options = dict(zip(cls.DEFAULTS, values), **options)
-        if unknown := options.keys() - cls.DEFAULTS:
-            raise TypeError(f"unknown option {min(unknown)!r}, not one of {list(cls.DEFAULTS)}")
-        return options
-
-    def _check(self) -> None:
-        """ValueError for an option of the wrong type or range."""
-        for name, kinds in (("size", ({"shortest_edge"}, {"shortest_edge", "longest_edge"},
-                                      {"height", "width"})),
-                            ("crop_size", ({"height", "width"},))):
-            value = getattr(self, name)
-            if not isinstance(value, dict) or set(value) not in kinds or not all(
-                    type(n) is int and 0 < n <= self.MAX_SIDE for n in value.values()):
-                wanted = " or ".join(str(sorted(kind)) for kind in kinds)
-                raise ValueError(f"{name}={value!r:.80}: want {wanted}, whole numbers from 1 to "
-                                 f"{self.MAX_SIDE}")
-        if type(self.resample) not in (int, Image.Resampling) or (
-                self.resample not in list(Image.Resampling)):
-            raise ValueError(f"resample={self.resample!r:.80}: PIL's filters are 0..5, 1 is "
-                             "Lanczos")
-        for name in ("rescale_factor", "image_mean", "image_std"):
-            value = getattr(self, name)
-            many = isinstance(value, (list, tuple, np.ndarray)) and name != "rescale_factor"
-            for x in value if many else [value]:
-                # Beyond these limits float32 would make 0 or infinity of the number.
-                if isinstance(x, bool) or not isinstance(x, (int, float, np.number)) or not (
-                        abs(x) < 1e9 and (name != "image_std" or abs(x) > 1e-9)):
-                    raise ValueError(f"{name}={value!r:.80}: want finite numbers, for image_std "
-                                     "not 0")
-        for name, default in self.DEFAULTS.items():
-            if isinstance(default, bool) and not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: want True or False")
+        check_fields(self)
 
     def __call__(self, images: Pictures, *values, **options) -> BatchFeature:
         """The same as preprocess."""
@@ -356,9 +331,8 @@ class ChameleonImageProcessor:
         holds levels 0..255, or fractions 0..1 with do_rescale=False. data_format: "channels_first",
         "channels_last", or None for the layout of the input. ValueError for anything else.
         """
-        own, options = self.to_dict(), self.by_name(values, options)
-        given = {name: own.get(name) if v is None else v for name, v in options.items()}
-        settings = ChameleonImageProcessor(**{**own, **given})
+        given = signature(ChameleonImageProcessor).bind_partial(*values, **options).arguments
+        settings = replace(self, **{name: v for name, v in given.items() if v is not None})
         arrays = []
         for image in flat_pictures(images):
             image, layout = opened(image), input_data_format
@@ -437,16 +411,16 @@ class ChameleonImageProcessor:
 
     def to_dict(self) -> dict:
         """All options: ChameleonImageProcessor(**processor.to_dict()) is a copy."""
-        return {name: copy.deepcopy(getattr(self, name)) for name in self.DEFAULTS}
+        return copy.deepcopy(vars(self))
 
     @classmethod
     def from_dict(cls, values: dict, **changes) -> "ChameleonImageProcessor":
         """Reads what `to_dict` gives; other keys, such as image_processor_type, are ignored."""
-        return cls(**{name: value for name, value in values.items() if name in cls.DEFAULTS}
-                   | changes)
+        return cls(**{name: value for name, value in values.items()
+                      if name in cls.__dataclass_fields__} | changes)
 
     def to_json_string(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=list) + "\n"
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, folder: str | Path) -> list[str]:
         """Writes preprocessor_config.json, which transformers reads, too -> its path, in a list."""
@@ -507,11 +481,9 @@ def parts_of(turn: dict) -> list[str | Picture]:
     return parts
 
 
-def check_keywords(image_options: dict) -> None:
-    """TypeError for a keyword that ChameleonImageProcessor does not know."""
-    for name in image_options.keys() - ChameleonImageProcessor.DEFAULTS.keys():
-        if name not in ("data_format", "input_data_format"):
-            raise TypeError(f"ChameleonProcessor does not know the keyword {name!r}")
+LENGTHS = ("padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of",
+           "return_attention_mask")  # options of Tokenizer.batch
+IMAGE_OPTIONS = {*ChameleonImageProcessor.__dataclass_fields__, "data_format", "input_data_format"}
 
 
 class ChameleonProcessor:
@@ -538,22 +510,20 @@ class ChameleonProcessor:
 
     def __call__(self, *inputs, text: str | list[str] | None = None,
                  images: Pictures | None = None, answers: str | list[str] | None = None,
-                 padding: bool | str = False, truncation: bool | str = False,
-                 max_length: int | None = None, padding_side: str | None = None,
-                 pad_to_multiple_of: int | None = None, return_attention_mask: bool = True,
                  return_for_text_completion: bool = False, return_tensors: str | None = "pt",
-                 **image_options) -> BatchFeature:
+                 **options) -> BatchFeature:
         """-> input_ids (B, T), attention_mask (B, T) and, with pictures, pixel_values (N, 3, H, W).
 
         text and images may be positional, in either order: transformers changed it in 4.46.
-        images: a flat list for all prompts in order, or one list per prompt. padding: True or
-        "longest", "max_length", False. return_for_text_completion: without the end-of-turn id.
+        images: a flat list for all prompts in order, or one list per prompt.
+        return_for_text_completion: without the end-of-turn id.
         answers: one for each prompt, to learn from. Each row ends with its answer and </s>, and
         labels (B, T) are -100 on prompts and padding. Pictures of an answer follow those of its
         prompt; their labels are <image>, which the model replaces by their codes if it is called
         with mask_image_logits=False.
-        image_options: those of ChameleonImageProcessor. ValueError for an empty prompt, a wrong
-        number of pictures, unequal lengths without padding, or a max_length inside a picture.
+        options: those of `Tokenizer.batch`, such as padding=True, and of ChameleonImageProcessor.
+        ValueError for an empty prompt, a wrong number of pictures, unequal lengths without padding,
+        or a max_length inside a picture.
         """
         for value in inputs:
             if text is None and is_text(value):
@@ -562,7 +532,6 @@ class ChameleonProcessor:
                 images = value
             else:
                 raise TypeError("more than one text, or more than one value for images")
-        check_keywords(image_options)
         if not is_text(text):
             raise ValueError("the prompt is missing: text must be a string or a list of strings")
         prompts = [text] if isinstance(text, str) else text
@@ -570,15 +539,25 @@ class ChameleonProcessor:
         pictures = self.match(prompts, images, replies)
         rows = [self.layout(prompt, return_for_text_completion) for prompt in prompts]
         ends = [self.answer_ids(reply) for reply in replies]
-        shape = padding, truncation, max_length, padding_side, pad_to_multiple_of, return_tensors
-        data = self.tokenizer.batch([row + end for row, end in zip(rows, ends)], *shape,
-                                    return_attention_mask)
-        if answers is not None:
-            labels = [[IGNORE] * len(row) + end for row, end in zip(rows, ends)]
-            data["labels"] = self.tokenizer.batch(labels, *shape, pad_id=IGNORE)["input_ids"]
+        labels = [[IGNORE] * len(row) + end for row, end in zip(rows, ends)]
+        rows = [row + end for row, end in zip(rows, ends)]
+        return self.features(rows, pictures, return_tensors, options,
+                             None if answers is None else labels)
+
+    def features(self, rows: list[list[int]], pictures: list[Picture], return_tensors: str | None,
+                 options: dict, labels: list[list[int]] | None = None) -> BatchFeature:
+        """Rows of ids, and their pictures -> the model's arguments. TypeError for an option that is
+        neither one of LENGTHS nor one of ChameleonImageProcessor.
+        """
+        lengths = {name: options.pop(name) for name in LENGTHS if name in options}
+        if unknown := options.keys() - IMAGE_OPTIONS:
+            raise TypeError(f"ChameleonProcessor does not know the keyword {min(unknown)!r}")
+        data = self.tokenizer.batch(rows, return_tensors=return_tensors, **lengths)
+        if labels is not None:
+            data["labels"] = self.tokenizer.batch(
+                labels, return_tensors=return_tensors, pad_id=IGNORE, **lengths)["input_ids"]
         if pictures:
-            image_options["return_tensors"] = return_tensors
-            data |= self.image_processor(pictures, **image_options)  # (N, 3, H, W)
+            data |= self.image_processor(pictures, return_tensors=return_tensors, **options)
         return data
 
     def replies(self, prompts: list[str], answers: str | list[str] | None) -> list[str]:
@@ -690,14 +669,7 @@ class ChameleonProcessor:
                         pictures.append(part)
                 ids += self.end_of_turn()
             rows.append(ids)
-        batch = {name: options.pop(name, None) for name in (
-            "padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of")}
-        batch["return_attention_mask"] = options.pop("return_attention_mask", True)
-        check_keywords(options)
-        data = self.tokenizer.batch(rows, **batch, return_tensors=return_tensors)
-        if pictures:
-            data |= self.image_processor(pictures, return_tensors=return_tensors, **options)
-        return data
+        return self.features(rows, pictures, return_tensors, options)
 
     def decode(self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:

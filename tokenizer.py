@@ -232,13 +232,13 @@ def padded(rows: list[list[int]], padding: bool | str | None, max_length: int | 
     if padding not in lengths:
         raise ValueError(f"padding={padding!r}: True, 'longest', 'max_length' or False")
     length = -(-lengths[padding] // (multiple or 1)) * (multiple or 1)  # rounded up
-    data = {"input_ids": [], "attention_mask": []}
-    for row in rows:
-        for name, filler, content in (("input_ids", pad_id, row),
-                                      ("attention_mask", 0, [1] * len(row))):
-            fill = [filler] * (length - len(row))  # [] if that is negative
-            data[name].append(fill + content if side == "left" else content + fill)
-    return data
+
+    def pad(row: list[int], filler: int) -> list[int]:
+        fill = [filler] * (length - len(row))  # [] if that is negative
+        return fill + row if side == "left" else row + fill
+
+    return {"input_ids": [pad(row, pad_id) for row in rows],
+            "attention_mask": [pad([1] * len(row), 0) for row in rows]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -292,28 +292,27 @@ class Tokenizer:
         return [self.bos_token_id] * add_special_tokens + self.text_ids(text)
 
     def __call__(self, text: str | list[str], *, add_special_tokens: bool = True,
-                 padding: bool | str = False, truncation: bool | str = False,
-                 max_length: int | None = None, padding_side: str | None = None,
-                 pad_to_multiple_of: int | None = None, return_tensors: str | None = None,
-                 return_attention_mask: bool = True) -> BatchFeature:
+                 return_tensors: str | None = None, **options) -> BatchFeature:
         """One text or several -> input_ids and attention_mask: (T,) lists of one, (B, T) of several
-        or with return_tensors. Options are those of transformers' tokenizers.
+        or with return_tensors. options: those of `batch`.
         """
         texts = text if isinstance(text, (list, tuple)) else [text]
         if not texts:
             raise ValueError("there is no text: give one, or a list of them")
         rows = [self.encode(one, add_special_tokens) for one in texts]
-        data = self.batch(rows, padding, truncation, max_length, padding_side, pad_to_multiple_of,
-                          return_tensors, return_attention_mask)
+        data = self.batch(rows, return_tensors=return_tensors, **options)
         if isinstance(text, str) and return_tensors is None:
             return BatchFeature({name: rows[0] for name, rows in data.items()})
         return data
 
-    def batch(self, rows: list[list[int]], padding: bool | str, truncation: bool | str,
-              max_length: int | None, padding_side: str | None, pad_to_multiple_of: int | None,
-              return_tensors: str | None, return_attention_mask: bool = True,
+    def batch(self, rows: list[list[int]], *, padding: bool | str | None = False,
+              truncation: bool | str | None = False, max_length: int | None = None,
+              padding_side: str | None = None, pad_to_multiple_of: int | None = None,
+              return_tensors: str | None = None, return_attention_mask: bool = True,
               pad_id: int | None = None) -> BatchFeature:
-        """Rows of ids -> input_ids and attention_mask, (B, T) with return_tensors."""
+        """Rows of ids -> input_ids and attention_mask, (B, T) with return_tensors. The options are
+        those of transformers' tokenizers; padding is True or "longest", "max_length", or False.
+        """
         rows = truncated(rows, truncation, max_length, padding, self.vocabulary.end_image_id)
         data = padded(rows, padding, max_length, padding_side or self.padding_side,
                       self.pad_token_id if pad_id is None else pad_id, pad_to_multiple_of)
@@ -366,15 +365,14 @@ class Tokenizer:
         """Ids (T,), or one id -> text. Bytes that are not utf-8 become U+FFFD. ValueError for
         unknown ids, and with clean_up_tokenization_spaces, which would alter the text.
         """
-        ids = [int(ids)] if isinstance(ids, int) or getattr(ids, "ndim", 1) == 0 else ids
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
-        shape = tuple(getattr(ids, "shape", (0,)))  # a list has no shape
-        if len(shape) != 1:
-            raise ValueError(f"decode takes ids (T,), not {shape}: use batch_decode")
+        if isinstance(ids, (torch.Tensor, np.ndarray, np.integer)):
+            if ids.ndim > 1:
+                raise ValueError(f"decode takes ids (T,), not {tuple(ids.shape)}: use batch_decode")
+            ids = ids.tolist()  # one GPU synchronization
         decoder = self.stream_decoder(skip_special_tokens)
-        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids  # one GPU synchronization
-        return "".join(decoder.feed(token_id) for token_id in ids) + decoder.flush()
+        return "".join(map(decoder.feed, [ids] if isinstance(ids, int) else ids)) + decoder.flush()
 
     def batch_decode(self, batch: Iterable, skip_special_tokens: bool = False,
                      clean_up_tokenization_spaces: bool = False) -> list[str]:
@@ -466,20 +464,17 @@ class Shapes(dict):
     """
 
     def __missing__(self, code_point: int) -> str:
-        self[code_point] = self.classify(chr(code_point))
-        return self[code_point]
-
-    @staticmethod
-    def classify(character: str) -> str:
-        if character == " ":
-            return " "
-        if character in WHITE_SPACE:
-            return "_"
-        category = unicodedata.category(character)[0]
+        character = chr(code_point)
+        shape = unicodedata.category(character)[0]
+        if character == " " or character in WHITE_SPACE:
+            shape = " " if character == " " else "_"
         # The ASCII symbols $ + < = > ^ ` | ~ count as punctuation.
-        if (character.isascii() and category == "S") or character in FORMER_PUNCTUATION:
-            return "P"
-        return category if category in "LNP" and character not in NEWER_PUNCTUATION else "O"
+        elif (character.isascii() and shape == "S") or character in FORMER_PUNCTUATION:
+            shape = "P"
+        elif shape not in "LNP" or character in NEWER_PUNCTUATION:
+            shape = "O"
+        self[code_point] = shape
+        return shape
 
 
 SHAPES = Shapes()

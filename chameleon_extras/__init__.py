@@ -1,6 +1,9 @@
 """What surrounds the model and never changes it.
 
     command.py      what `python generate.py` does: options, checks, output
+    chat.py         `generate.py --chat`: a conversation on a terminal
+    demo.py         `generate.py --demo`: the same on a page
+    prompts.py      `generate.py --prompts`: many prompts, answered in batches
     sheets.py       pictures and pages to look at
     explain.py      `generate.py --explain`: one prompt's way through the model
     stats.py        `generate.py --stats`: speed, and what the memory would allow

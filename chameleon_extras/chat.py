@@ -20,7 +20,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -131,17 +131,6 @@ class Conversation:
 # On a terminal
 
 
-@contextmanager
-def told() -> Iterator[None]:
-    """Inside, a line that cannot work is told about, and the chat goes on."""
-    try:
-        yield
-    except BrokenPipeError:  # nobody reads the answers any more
-        raise
-    except (ValueError, OSError) as error:
-        say(str(error))
-
-
 class Terminal:
     """Reads lines and answers them until the end of input."""
 
@@ -162,8 +151,12 @@ class Terminal:
                 line = input("> " if on_terminal else "")  # OSError ends the chat: stdout is full
                 if line.strip() == "/quit":
                     return
-                with told():
+                try:
                     self.answer(line)
+                except BrokenPipeError:  # nobody reads the answers any more
+                    raise
+                except (ValueError, OSError) as error:  # the chat goes on
+                    say(str(error))
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -180,10 +173,7 @@ class Terminal:
         elif word == "/image":
             self.image(rest)
         elif word == "/seed":
-            try:
-                self.seed = seed(rest)
-            except Exception as error:  # argparse's
-                raise ValueError(str(error)) from None
+            self.seed = seed(rest)
         elif word == "/reset":
             self.conversation.reset()
             self.waiting = []

@@ -47,11 +47,9 @@ from chameleon_extras.files import (
 )
 from chameleon_extras.quantize import (
     KINDS,
-    TORCHAO,
     check_kind,
     kind_of,
     pack,
-    quantize_model,
     swap_layers,
 )
 from chameleon_extras.release import (
@@ -71,13 +69,10 @@ PICKLE = "pytorch_model.bin"  # the file of older checkpoints
 QUANTIZED = "quantized_weights"  # in config.json: one of KINDS; absent where weights are plain
 
 
-def read_config(folder: Path) -> ChameleonConfig:
-    """The config of a folder in Meta's or Hugging Face's layout. ValueError names what is wrong."""
-    return open_config(folder)[0]
-
-
 def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
-    """-> config, and how the weights are quantized: one of KINDS, or None."""
+    """A folder in Meta's or Hugging Face's layout -> config, and how the weights are quantized: one
+    of KINDS, or None. ValueError names what is wrong.
+    """
     release = find_release(folder)
     if release:
         return open_release(release)[0], None
@@ -277,10 +272,7 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     """
     if quantize:
         check_kind(quantize)
-    late = quantize == TORCHAO  # torchao quantizes whole layers
-    model, tensors = open_model(cls, folder, device, vqgan, None if late else quantize)
-    if late and kind_of(model):
-        raise ValueError(f"{folder} holds {kind_of(model)} weights: leave --quantize out")
+    model, tensors = open_model(cls, folder, device, vqgan, quantize)
     state = {}
     for name, want in tensors_of(model).items():
         to = torch.float32 if name.startswith("model.vqmodel.") else dtype
@@ -295,7 +287,6 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     if isinstance(model.lm_head, nn.Linear):
         model.tie_weights()
     model = model.to(device).eval()
-    model = quantize_model(model, TORCHAO) if late else model
     return model.model if cls is ChameleonModel else model
 
 
@@ -310,7 +301,7 @@ def byte_size(text: str | int) -> int:
 def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str) -> None:
     tensors = {}
     for name, tensor in tensors_of(model).items():
-        if type(tensor) is not Tensor:  # DTensor of parallel.py, torchao's
+        if type(tensor) is not Tensor:  # DTensor of parallel.py
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
         tensors[name] = Stored.of(tensor)

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from chameleon_extras.checkpoint import load_checkpoint, open_config, read_config
+from chameleon_extras.checkpoint import load_checkpoint, open_config
 from chameleon_extras.decoding import (
     ATTENTIONS,
     Decoder,
@@ -41,7 +41,7 @@ from chameleon_extras.files import (
     write_atomically,
 )
 from chameleon_extras.parallel import check_ranks, join, shard
-from chameleon_extras.quantize import CHOICES
+from chameleon_extras.quantize import KINDS
 from chameleon_extras.release import load_processor
 from chameleon_extras.sheets import (
     check_sheet,
@@ -143,7 +143,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="X", help="above 0, to 1 (default 1)")
     add("--repetition-penalty", type=float, default=1.0, metavar="X",
         help="0.01 to 100 (default 1: none)")
-    add("--seed", type=seed, default=0, metavar="N",
+    add("--seed", default="0", metavar="N",
         help="of all random draws, a whole number (default 0) or the word random; row b of a batch "
         "adds b")
     add = parser.add_argument_group("how pictures are chosen").add_argument
@@ -163,7 +163,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
-    add("--quantize", choices=CHOICES, help="weights in 8 or 4 bits, packed while they are read")
+    add("--quantize", choices=KINDS, help="weights in 8 or 4 bits, packed while they are read")
     add("--compile", action="store_true",
         help="faster steps, after some seconds of compiling: for long answers and large models")
     add("--attention", default="auto", choices=ATTENTIONS,
@@ -174,6 +174,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def sampling(options: argparse.Namespace) -> dict:
+    """The options of `stream` that the command has under the same names, and do_sample."""
+    names = (*OF_TEXT, *OF_PICTURES, "max_new_tokens")
+    return {n: getattr(options, n) for n in names} | {"do_sample": options.temperature > 0}
+
+
 def seed(text: str) -> int:
     """The value of --seed -> the seed."""
     if text == "random" and ranks() == 1:  # under torchrun, all ranks need the same
@@ -181,8 +187,8 @@ def seed(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number, nor the word random "
-                                         "without torchrun") from None
+        raise ValueError(f"seed {text[:40]!r} is no whole number, nor the word random without "
+                         "torchrun") from None
 
 
 def check_unused(options: argparse.Namespace) -> None:
@@ -231,15 +237,14 @@ def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
     if options.explain:
         return check_page(options)
-    if options.prompts or options.chat or options.demo:
-        if options.prompts and not 1 <= options.batch <= 1024:
+    if options.chat or options.demo:
+        return None  # they have no --out
+    if options.prompts:
+        if not 1 <= options.batch <= 1024:
             raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
-        if options.prompts and ranks() > 1:
+        if ranks() > 1:
             raise ValueError("--prompts is for one process: leave torchrun out")
-        out = options.out
-        if out and (out.exists() and not out.is_file() or not out.parent.is_dir()):
-            raise ValueError(f"--out {out} is no file in a folder that exists: name one")
-        return
+        return check_file(options.out)
     if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
         raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
     if not 0 <= options.scale <= 64 or (options.scale and options.mode == "interleaved"):
@@ -260,6 +265,12 @@ def check_output(options: argparse.Namespace) -> None:
         if others:
             raise ValueError(f"--out {options.out} would replace {others[0]}, too: name another "
                              "file")
+
+
+def check_file(path: Path | None) -> None:
+    """ValueError for an --out that is no file in a folder that exists."""
+    if path and (path.exists() and not path.is_file() or not path.parent.is_dir()):
+        raise ValueError(f"--out {path} is no file in a folder that exists: name one")
 
 
 def check_folder(folder: Path) -> None:
@@ -343,9 +354,7 @@ def check_page(options: argparse.Namespace) -> None:
         raise ValueError("--explain walks one prompt: give one --prompt")
     if options.out is not None and options.out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--explain draws a page: name --out {options.out.with_suffix('.html')}")
-    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
-        raise ValueError(f"--out {options.out} cannot be written: name a file in a folder "
-                         "that exists")
+    check_file(options.out)
 
 
 def check_pair(config: ChameleonConfig, processor: ChameleonProcessor, inputs: dict) -> None:
@@ -402,8 +411,8 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
 
 def answer(options: argparse.Namespace) -> None:
     """Checks all input before the weights are read, which takes long. Then computes and writes."""
-    sampling = {name: getattr(options, name) for name in OF_TEXT + OF_PICTURES}
-    Options(max_new_tokens=options.max_new_tokens, **sampling)  # checks them
+    options.seed = seed(options.seed)
+    Options(**sampling(options))  # checks them
     check_unused(options)
     check_output(options)
     seeds_of(options.seed, options.count * len(options.prompt))
@@ -413,14 +422,14 @@ def answer(options: argparse.Namespace) -> None:
         raise ValueError("the checkpoint tiny/ comes with a clone of the repository, not with an "
                          "installed package: run this in a clone, or name a --model")
     options.model = find_folder(options.model)
-    config = read_config(options.model)
+    config, _ = open_config(options.model)
     processor = load_processor(options.model)
     if options.reconstruct:
         if not options.image:
             raise ValueError("--reconstruct needs an --image")
         return reconstruct(options, processor)
     if options.chat or options.demo:
-        return converse(options, processor)
+        return converse(options, config, processor)
     if options.prompts:
         from chameleon_extras.prompts import answer_all  # which imports this file
 
@@ -448,9 +457,8 @@ def answer(options: argparse.Namespace) -> None:
     if options.explain:
         return write_walk(options, model, processor.tokenizer, inputs)
     decoder = Decoder(model, options.compile, options.attention)
-    steps = stream(model, **inputs, mode=options.mode, max_new_tokens=options.max_new_tokens,
-                   do_sample=options.temperature > 0, seed=options.seed, decoder=decoder,
-                   num_return_sequences=options.count, **sampling)
+    steps = stream(model, **inputs, mode=options.mode, seed=options.seed, decoder=decoder,
+                   num_return_sequences=options.count, **sampling(options))
     stats = Stats(model)
     make = {"text": write_text, "image": write_pictures, "interleaved": write_interleaved}
     try:
@@ -460,7 +468,8 @@ def answer(options: argparse.Namespace) -> None:
             say(stats.report(decoder.cache))
 
 
-def converse(options: argparse.Namespace, processor: ChameleonProcessor) -> None:
+def converse(options: argparse.Namespace, config: ChameleonConfig,
+             processor: ChameleonProcessor) -> None:
     """--chat and --demo"""
     # Only here, because these files import this one.
     from chameleon_extras.chat import Conversation, chat
@@ -470,19 +479,17 @@ def converse(options: argparse.Namespace, processor: ChameleonProcessor) -> None
         raise ValueError("--chat and --demo are for one process: leave torchrun out")
     if options.demo:
         check_gradio()
-    check_pair(read_config(options.model), processor, {})
+    check_pair(config, processor, {})
     model = load_model(options)
     whole = options.context == "whole" or (options.context is None and options.model != TINY)
     decoder = Decoder(model, options.compile, options.attention)
-    sampling = {name: getattr(options, name) for name in (*OF_TEXT, *OF_PICTURES, "max_new_tokens")}
-    sampling["do_sample"] = options.temperature > 0
 
     def start() -> Conversation:
         return Conversation(model, processor, decoder, whole)
 
     if options.demo:
-        return serve(start, options.seed, sampling)
-    chat(start(), options.seed, sampling)
+        return serve(start, options.seed, sampling(options))
+    chat(start(), options.seed, sampling(options))
 
 
 def read_stdin() -> str:

@@ -20,7 +20,6 @@ One rule cannot be expressed there. In transformers, the name of a control token
 "<s>", becomes that token. In tokenizer.py a text never becomes a control token.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from pathlib import Path
 
 from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras.checkpoint import byte_size, open_model, write_checkpoint
-from chameleon_extras.files import OneLineParser, exit_code
+from chameleon_extras.files import OneLineParser, exit_code, say
 from chameleon_extras.quantize import KINDS, kind_of
 from chameleon_extras.release import find_release, load_processor
 from tokenizer import (
@@ -164,37 +163,23 @@ def convert(source: Path, target: Path, vqgan: Path | None = None,
         raise
 
 
-def shard_size(text: str) -> int:
-    try:
-        return byte_size(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(e) from None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """-> exit code, see `files.exit_code`."""
-    from safetensors import SafetensorError
-
     parser = OneLineParser(
         "convert", description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.")
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
     parser.add_argument("--vqgan", type=Path, metavar="FILE",
                         help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
-    parser.add_argument("--shard-size", type=shard_size, default="5GB", metavar="SIZE",
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE",
                         help="largest file, and so the memory that is needed (default: 5GB)")
     parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
     options = parser.parse_args(arguments)
 
     def run() -> None:
-        if not options.target.name:
-            raise ValueError("DST must be the name of a folder that is not there yet")
-        try:
-            convert(options.source, options.target, options.vqgan, options.shard_size,
-                    options.quantize)
-        except SafetensorError as e:
-            raise ValueError(e) from None
-        print(f"{options.target}: written", file=sys.stderr)
+        convert(options.source, options.target, options.vqgan, byte_size(options.shard_size),
+                options.quantize)
+        say(f"{options.target}: written")
 
     return exit_code("convert", run)
 

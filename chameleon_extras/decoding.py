@@ -70,8 +70,9 @@ from chameleon import (
     rotary_table,
     sdpa_attention,
 )
+from chameleon_extras.files import fast_bf16
 from chameleon_extras.quantize import Int8Linear, kind_of
-from vqvae import ChameleonVQVAE, ResBlock
+from vqvae import ChameleonVQVAE
 
 FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
 VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
@@ -101,8 +102,7 @@ MEASURED = 512  # columns of a cache from which on a measurement pays
 LARGE = 2**19  # numbers in a matrix from which on it does: smaller ones stay in the CPU's caches
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
-MANY_CODES = 256  # of a picture from which on a measurement pays
-FASTER = 0.8  # so much of fp32's time may bf16 take for a picture to be decoded in it
+MANY_CODES = 256  # of a picture from which on bf16 pays; smaller ones are fp32 on every machine
 MEASUREMENTS: list[str] = []  # all of this process, for tests/benchmark.py to print
 READ = 2**26  # bytes that one measurement reads, more than the caches hold
 
@@ -172,32 +172,15 @@ def form_of(layer: nn.Module, rows: int, dtype: torch.dtype, compiled: bool) -> 
     One answer for all matrices of a kind, remembered for the process. Where nothing is measured, a
     compiled step has the loop and a plain one leaves the choice to torch, which asks oneDNN first.
     """
-    weight = getattr(layer, "weight", torch.empty(0))
-    forms = CANDIDATES.get((dtype, weight.dtype, compiled))
-    if not (forms and weight.device.type == "cpu" and rows <= FEW and weight.numel() >= LARGE):
-        return "loop" if compiled else "oneDNN"
-    return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, forms, weight.dtype)
-
-
-def share_of_fp32(what: str, run: Callable[[bool], object]) -> float:
-    """The time of run(True), which computes in bf16, divided by that of run(False), in fp32."""
-    seconds = {}
-    for bf16 in (False, True) * 3:
-        start = time.thread_time()  # not the wall's: other programs may run, too
-        run(bf16)
-        took = max(time.thread_time() - start, 1e-9)
-        seconds[bf16] = min(took, seconds.get(bf16, took))
-    share = seconds[True] / seconds[False]
-    MEASUREMENTS.append(f"{what}: bf16 takes {share:.2f} of fp32's time")
-    return share
-
-
-@cache
-def emulates_bf16() -> bool:
-    """Does this CPU multiply many rows sooner if bf16 is converted to fp32 first? 0.1 s, once."""
-    x, weight = torch.ones(4 * MANY, WIDTH).bfloat16(), torch.ones(WIDTH, WIDTH).bfloat16()
-    return share_of_fp32(f"{len(x)} rows times a matrix", lambda bf16: F.linear(x, weight) if bf16
-                         else F.linear(x.float(), weight.float()).bfloat16()) > 1
+    weight = layer.weight
+    if weight.device.type == "cpu" and weight.numel() >= LARGE:
+        forms = CANDIDATES.get((dtype, weight.dtype, compiled))
+        if forms and rows <= FEW:
+            return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, forms, weight.dtype)
+        if dtype == torch.bfloat16 and rows >= MANY and not compiled and (
+                not fast_bf16(weight.device)):
+            return "fp32"
+    return "loop" if compiled else "oneDNN"
 
 
 class InFp32(TorchFunctionMode):
@@ -395,8 +378,7 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
     """The same module on the same weights, its linear layers as RowProduct where a loop is the
     fastest form for so many rows of this dtype; nothing is copied.
     """
-    plain = type(getattr(module, "weight", None)) in (nn.Parameter, Tensor)  # not torchao's kinds
-    if isinstance(module, (nn.Linear, Int8Linear)) and plain:
+    if isinstance(module, (nn.Linear, Int8Linear)):
         loop = form_of(module, rows, dtype, compiled=True) == "loop"
         return RowProduct(module) if loop else module
     twin = copy.copy(module)
@@ -410,19 +392,6 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
 # Codes to pixels
 
 
-@cache
-def bf16_convolves_faster(channels: int) -> bool:
-    """Does a block of the VQ-VAE's decoder take less time in bf16 on this CPU? 0.2 s, once."""
-    block = ResBlock(channels, channels, 0.0).requires_grad_(False)
-    x = torch.ones(1, channels, 48, 48).contiguous(memory_format=torch.channels_last)
-
-    def run(bf16: bool) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            block(x)
-
-    return share_of_fp32(f"a block of {channels} channels", run) < FASTER
-
-
 def decode_codes(vq: ChameleonVQVAE, codes: Tensor) -> Tensor:
     """`vq.decode`, in bf16 where a CPU is faster at that: codes (B, S) -> pixels (B, 3, H, W)
 
@@ -430,7 +399,7 @@ def decode_codes(vq: ChameleonVQVAE, codes: Tensor) -> Tensor:
     fp32, because other codes would come of bf16.
     """
     bf16 = (codes.device.type == "cpu" and codes.shape[-1] >= MANY_CODES
-            and bf16_convolves_faster(vq.config.base_channels))
+            and fast_bf16(codes.device))
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         return vq.decode(codes).float()  # (B, 3, H, W)
 
@@ -461,11 +430,6 @@ def block(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor
     return layer(x, (cos, sin), allowed, Column(k, v, column))[0]
 
 
-def head(layer: nn.Module, x: Tensor) -> Tensor:
-    """What is compiled at the end of the step.   (n, D) -> (n, outputs)"""
-    return layer(x)
-
-
 def copy_of(function: types.FunctionType) -> types.FunctionType:
     """The same function with code of its own: torch keeps what it has compiled with the code."""
     return types.FunctionType(function.__code__.replace(), function.__globals__)
@@ -494,14 +458,6 @@ def check_compile(device: torch.device) -> None:
     if not any(shutil.which(name) for name in (given, *names) if name):
         raise ValueError(f"--compile needs a {'C' if cuda else 'C++'} compiler: install {names[0]},"
                          " or leave it out")
-
-
-def warn_of_unpacking(model: nn.Module) -> None:
-    """On CUDA only a compiled step reads quantized weights as they are."""
-    kind = kind_of(model)
-    if kind and model.device.type == "cuda":
-        warnings.warn(f"{kind} weights save memory but no time on CUDA unless the step is compiled:"
-                      " say compile=True (--compile)", stacklevel=3)
 
 
 class StepCache(KVCache):
@@ -562,9 +518,12 @@ class Decoder:
             check_attention(attention, model.device, model.dtype, compiled)
             set_attention(model, attention)
         self.cache = self.spare = None  # of the last step; of the last answer, to be used again
-        if not compiled:
-            warn_of_unpacking(model)
-        else:
+        kind = kind_of(model)
+        if not compiled and kind and model.device.type == "cuda":
+            # Only a compiled step reads quantized weights as they are.
+            warnings.warn(f"{kind} weights save memory but no time on CUDA unless the step is "
+                          "compiled: say compile=True (--compile)", stacklevel=2)
+        if compiled:
             check_compile(model.device)
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
@@ -573,17 +532,18 @@ class Decoder:
             # one model differ in their tensors alone, and this copy of the code serves one model.
             self.block = compile_step(copy_of(block), model.device,
                                       torch.compiler.keep_tensor_guards_unsafe)
-            self.head = compile_step(head, model.device)
+            self.head = compile_step(lambda layer, x: layer(x), model.device)
 
     def new_cache(self, B: int, L: int) -> KVCache:
         """An empty cache for B rows and L columns; `keep` it when its answer has ended."""
-        spare, self.spare = self.spare, None
-        if spare is None or (len(spare.new), spare.max_length) != (B, L):
+        self.cache, self.spare = self.spare, None
+        if self.cache is None or (len(self.cache.new), self.cache.max_length) != (B, L):
             kind = StepCache if self.compiled else KVCache
-            return kind(self.model.config, B, L, self.model.dtype, self.model.device)
-        spare.length = 0
-        spare.allowed.zero_()
-        return spare
+            self.cache = kind(self.model.config, B, L, self.model.dtype, self.model.device)
+        else:
+            self.cache.length = 0
+            self.cache.allowed.zero_()
+        return self.cache
 
     def keep(self, cache: KVCache) -> None:
         if self.compiled:
@@ -592,14 +552,11 @@ class Decoder:
     @contextmanager
     def kernels(self, rows: int, compiled: bool) -> Iterator[None]:
         """The fastest kernels for so many rows, and room for every shape that comes."""
-        weight = getattr(self.model.lm_head, "weight", torch.empty(0))
-        slow = (self.model.dtype == torch.bfloat16 and weight.device.type == "cpu" and rows >= MANY
-                and weight.numel() >= LARGE and not compiled and emulates_bf16())
         form = form_of(self.model.lm_head, rows, self.model.dtype, compiled)
         enabled = torch.backends.mkldnn.enabled and form != "torch"
         # Not to be named where nothing is compiled: its import takes a second.
         limit = torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext()
-        with onednn(enabled), limit, InFp32() if slow else nullcontext():
+        with onednn(enabled), limit, InFp32() if form == "fp32" else nullcontext():
             yield
 
     def product(self, layer: nn.Module) -> Callable:
@@ -629,19 +586,12 @@ class Decoder:
         `mask` (B, L) is 1 where a row sees a column, the new one too unless its guidance stream
         skips it, 0 behind; `positions` (B, 1). Both None: nothing is padded.
         """
-        self.cache = cache
-        with self.kernels(len(new), self.compiled):
-            if self.compiled:
-                cache.fill(new, mask, positions)
-                cache.length += 1
-                if new.device.type in VIEWED:
-                    return self.replay(cache)
-                return self.walk(cache, cache.k, cache.v, cache.allowed)
-            if mask is not None:
-                mask = mask[:, : cache.length + 1]
-            return self.model.model(
-                new, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                return_dict=True).last_hidden_state[:, -1]  # (B, D)
+        with self.kernels(len(new), compiled=True):
+            cache.fill(new, mask, positions)
+            cache.length += 1
+            if new.device.type in VIEWED:
+                return self.replay(cache)
+            return self.walk(cache, cache.k, cache.v, cache.allowed)
 
     def walk(self, cache: StepCache, k: list[Tensor], v: list[Tensor], allowed: Tensor) -> Tensor:
         """From the inputs that stay to hidden states (B, D): ChameleonModel.forward of one column.

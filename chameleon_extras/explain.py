@@ -20,7 +20,9 @@ alignment never trains on prompts (section 3 of the paper). Codes of a picture a
 import html
 import math
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -105,22 +107,23 @@ class Names:
 
 @torch.inference_mode()
 def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_ids: Tensor,
-         pixel_values: Tensor | None = None, top: int = 10) -> Walk:
+         pixel_values: Tensor | None = None) -> Walk:
     """input_ids (1, T) with `<image>` placeholders, no padding; pixels (N, 3, H, W) -> the Walk."""
     assert input_ids.shape[0] == 1, f"one prompt, not {input_ids.shape[0]}"
     names, T, shapes = Names(tokenizer), input_ids.shape[1], []
-    hooks = watch(model, shapes)
-    try:
-        ids = input_ids
-        if pixel_values is not None:
-            ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (1, T)
+
+    def note(name: str, letters: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        shapes.append((name, letters, tuple(output.shape)))
+
+    with ExitStack() as hooks:
+        for name, letters in WATCHED.items():
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(
+                partial(note, name, letters)))
+        ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (1, T)
         cache = KVCache(model.config, 1, T, model.dtype, model.device)
         hidden = model.model(ids, past_key_values=cache, return_dict=True
                              ).last_hidden_state[0]  # (T, D)
         probs = model.lm_head(hidden[-1:]).float().softmax(-1)[0].cpu()  # (V,)
-    finally:
-        for hook in hooks:
-            hook.remove()
     cache.length -= 1  # the last token once more, with the attention that returns its weights
     last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True,
                        return_dict=True)
@@ -128,7 +131,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
     allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); a 2-D mask: None
     tokens = tokens_of(model, names, ids[0], hidden)
     segments, codes, images = pictures_of(model, input_ids[0], ids[0], pixel_values)
-    best = [(i, names.name(i), probs[i].item()) for i in probs.topk(top).indices.tolist()]
+    best = [(i, names.name(i), probs[i].item()) for i in probs.topk(10).indices.tolist()]
     shares = {"text": 0.0, "code": 0.0, "control": 0.0}
     for i, p in enumerate(probs.tolist()):
         shares[names.kind(i)] += p
@@ -155,18 +158,6 @@ def glances(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, ids:
         states.append(seen.last_hidden_state[0])
     tokens = tokens_of(model, Names(tokenizer), ids[0, start - 1 :], torch.cat(states))
     return tokens[1:], torch.cat(looks)[:-1].cpu()  # (n, T)
-
-
-def watch(model: nn.Module, shapes: list) -> list:
-    """Hooks that append (name, letters, output shape) of each module of WATCHED, as they run."""
-
-    def hook(name: str, letters: str):
-        def note(module: nn.Module, inputs, output) -> None:
-            shapes.append((name, letters, tuple(output.shape)))
-
-        return model.get_submodule(name).register_forward_hook(note)
-
-    return [hook(name, letters) for name, letters in WATCHED.items()]
 
 
 def tokens_of(model: ChameleonForConditionalGeneration, names: Names, ids: Tensor,

@@ -6,6 +6,7 @@ Who needs it: whoever reads another file of this folder, or train.py. It knows n
 import argparse
 import json
 import os
+import platform
 import re
 import signal
 import sys
@@ -157,25 +158,34 @@ def hold(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """Each line of a .jsonl file that is not blank -> (file and line, its value). ValueError for
-    what is no JSON.
-    """
+def text_lines(file: Path) -> list[tuple[str, str]]:
+    """Each line of a file that is not blank, as (file and line, text). ValueError: not UTF-8."""
     try:
         # utf-8-sig leaves a byte order mark out. Inside a string, JSON allows characters at which
         # splitlines() would split.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is no text in UTF-8") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{file} line {number}"
-            try:
-                yield where, json.loads(line, parse_int=float)  # int() has a limit of digits
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
-            except RecursionError:
-                raise ValueError(f"{where}: too many brackets inside each other") from None
+    return [(f"{file} line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, object]]:
+    """The same of a .jsonl file, with the value of each line. ValueError for what is no JSON."""
+    for where, line in text_lines(file):
+        try:
+            yield where, json.loads(line)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError, or too many digits
+            raise ValueError(f"{where}: not JSON ({error})") from None
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Does the device multiply bf16 in hardware? A CPU that emulates it is 20 times as slow."""
+    if device.type != "cpu":
+        return True
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    # In a torch without oneDNN the operator does not exist.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def pick_device(name: str | torch.device) -> torch.device:

@@ -36,15 +36,13 @@ import torch.nn as nn
 
 from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras.files import own_rank, ranks
-from chameleon_extras.quantize import KINDS, TORCHAO, group_size, kind_of
+from chameleon_extras.quantize import KINDS, group_size, kind_of
 
 COLUMNS = ("o_proj", "down_proj")  # layers of which a rank has columns; of all others it has rows
 
 
 def check_ranks(config, N: int, quantize: str | None = None) -> None:
     """ValueError if a model, with weights quantized as `quantize` says, has no N equal parts."""
-    if quantize == TORCHAO:
-        raise ValueError(f"{TORCHAO} is for one device: take --quantize int8 under torchrun")
     for what, count in (("key/value heads", config.num_key_value_heads),
                         ("units of feed-forward", config.intermediate_size)):
         if count % N:  # the number of heads is a multiple of that of key/value heads

@@ -19,7 +19,6 @@ import torch.nn as nn
 from chameleon_extras.checkpoint import load_checkpoint, load_vqvae
 from chameleon_extras.decoding import set_attention
 from chameleon_extras.files import HUB_OPTIONS, find_folder, pick_device
-from chameleon_extras.quantize import check_kind
 from tokenizer import read_json
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
@@ -89,11 +88,16 @@ def as_device(device_map: str | int | dict | torch.device | None) -> torch.devic
     return pick_device("cpu" if device_map is None else device_map)
 
 
-def choose_attention(model: nn.Module, name: str) -> None:
-    """As attn_implementation of `from_pretrained`. ValueError for a name that is not offered."""
+def attention_of(name: str) -> str:
+    """attn_implementation -> its name here. ValueError for one that is not offered."""
     if name not in ATTENTION:
         raise ValueError(f"attn_implementation {name!r} is none of {', '.join(ATTENTION)}")
-    set_attention(model, ATTENTION[name])
+    return ATTENTION[name]
+
+
+def choose_attention(model: nn.Module, name: str) -> None:
+    """As attn_implementation of `from_pretrained`."""
+    set_attention(model, attention_of(name))
 
 
 def load_config(cls: type[Config], folder: str | PathLike, **changes: object) -> Config:
@@ -122,17 +126,12 @@ def load_pretrained(
         own = [n for n in inspect.signature(load_pretrained).parameters if n not in ("cls", "hub")]
         raise ValueError(f"from_pretrained has no option {', '.join(unknown)}; it has "
                          f"{', '.join(own[1:])}, {', '.join(HUB_OPTIONS)}")
-    if attn_implementation not in (None, *ATTENTION):
-        raise ValueError(f"attn_implementation {attn_implementation!r} is none of "
-                         f"{', '.join(ATTENTION)}")
+    attention = None if attn_implementation is None else attention_of(attn_implementation)
     kind = kind_of_quantization(quantization_config) if quantization_config is not None else None
-    if kind:
-        check_kind(kind)
     dtype = as_dtype(torch_dtype if dtype is None else dtype)
     place = as_device(device if device_map is None else device_map)
+    folder = find_folder(folder, **hub)
     if issubclass(cls, ChameleonVQVAE):
-        return load_vqvae(cls, find_folder(folder, **hub)).to(place)
-    model = load_checkpoint(cls, find_folder(folder, **hub), dtype, place, quantize=kind)
-    if attn_implementation is not None:
-        set_attention(model, ATTENTION[attn_implementation])
-    return model
+        return load_vqvae(cls, folder).to(place)
+    model = load_checkpoint(cls, folder, dtype, place, quantize=kind)
+    return set_attention(model, attention) if attention else model

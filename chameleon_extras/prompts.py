@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from chameleon import ChameleonConfig
-from chameleon_extras.command import OF_TEXT, check_pair, load_model, place_images
+from chameleon_extras.command import check_pair, load_model, place_images, sampling
 from chameleon_extras.decoding import Decoder
-from chameleon_extras.files import hold, json_lines, say
+from chameleon_extras.files import hold, json_lines, say, text_lines
 from generate import generate, room_behind, seeds_of
 from processor import ChameleonProcessor, load_image
 
@@ -44,12 +44,7 @@ def read_prompts(file: Path) -> list[Asked]:
     if file.suffix.lower() == ".jsonl":
         asked = [read_line(where, data) for where, data in json_lines(file)]
     else:
-        try:
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is no text in UTF-8") from None
-        asked = [Asked(f"{file} line {n}", line, []) for n, line in enumerate(lines, start=1)
-                 if line.strip()]
+        asked = [Asked(where, line, []) for where, line in text_lines(file)]
     for one in asked:
         if one.prompt.count("<image>") != len(one.images):
             raise ValueError(f"{one.where}: {one.prompt.count('<image>')} <image> but "
@@ -99,42 +94,39 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
                processor: ChameleonProcessor) -> None:
     """--prompts. Checks all lines before the weights are read."""
     asked = read_prompts(options.prompts)
-    files = [[options.prompts.parent / name for name in one.images] for one in asked]
-    for one, pictures in zip(asked, files):
+    for one in asked:
         try:
             room_behind(config, len(processor.layout(one.prompt, options.completion)))
-            for file in pictures:
-                load_image(file)
+            for name in one.images:
+                load_image(options.prompts.parent / name)
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
     check_pair(config, processor, {})
     seeds_of(options.seed, len(asked))
     if not options.out:
-        return answer_rest(options, processor, asked, files, 0, sys.stdout)
+        return answer_rest(options, processor, asked, 0, sys.stdout)
     options.out.touch()
     with hold(options.out), open(options.out, "a", encoding="utf-8", newline="\n") as file:
         done = answered(options.out, asked)
-        answer_rest(options, processor, asked, files, done, file)
+        answer_rest(options, processor, asked, done, file)
         say(f"{options.out}: {len(asked)} answer(s), {done} of them from before")
 
 
 def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, asked: list[Asked],
-                files: list[list[Path]], done: int, file: TextIO) -> None:
-    """Writes the answers after the first `done` to `file`. files: the pictures of each prompt."""
+                done: int, file: TextIO) -> None:
+    """Writes the answers after the first `done` to `file`."""
     from tqdm import tqdm
 
     model = load_model(options)
     decoder = Decoder(model, options.compile, options.attention)
-    sampling = {name: getattr(options, name) for name in (*OF_TEXT, "max_new_tokens")}
     with tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar:
         for start in range(done, len(asked), options.batch):
             rows = range(start, min(start + options.batch, len(asked)))
-            pictures = [picture for n in rows for picture in files[n]]
+            pictures = [options.prompts.parent / name for n in rows for name in asked[n].images]
             inputs = processor(text=[asked[n].prompt for n in rows], images=pictures or None,
                                padding=True, return_for_text_completion=options.completion)
-            ids = generate(model, **inputs.to(model.device), **sampling, decoder=decoder,
-                           seed=[options.seed + n for n in rows],
-                           do_sample=options.temperature > 0)
+            ids = generate(model, **inputs.to(model.device), **sampling(options), decoder=decoder,
+                           seed=[options.seed + n for n in rows])
             new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)
             for n, answer in zip(rows, processor.batch_decode(new, skip_special_tokens=True)):
                 file.write(asked[n].line(answer) + "\n")

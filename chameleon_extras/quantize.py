@@ -36,12 +36,8 @@ Three ways to get there:
     python -m chameleon_extras.convert SRC DST --quantize int8
                                                 once and for all: DST is half as large
     quantize_model(model, "int8")               a model that is in memory already
-All give the same bits. "torchao-int8" puts the weights of the torchao package, which rounds by the
-same formula, into a model in memory; it is there to compare with.
+All give the same bits.
 """
-
-import logging
-from importlib.util import find_spec
 
 import torch
 import torch.nn as nn
@@ -57,13 +53,6 @@ ROWS_AT_ONCE = 64  # of a weight, while it is packed: the way leads through wide
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
 INT4_ROWS = 64  # the same for 4 bits, whose unpacking takes longer
 IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: on the way they stay in the cache
-TORCHAO = "torchao-int8"
-
-
-def check_finite(scale: Tensor) -> None:
-    if not scale.isfinite().all():
-        raise ValueError("the weights hold inf or nan, which no integer stands for: they are "
-                         "damaged, download them again")
 
 
 class Int8Linear(nn.Module):
@@ -83,7 +72,6 @@ class Int8Linear(nn.Module):
         """A linear layer's weight (O, I) -> the tensors of its int8 twin."""
         weight = weight.float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (O,)
-        check_finite(scale)
         return {"weight": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
 
     def unpacked(self) -> Tensor:
@@ -142,7 +130,6 @@ class Int4Linear(nn.Module):
         # From -8 to 7: the value of the largest magnitude lands on -8, whatever its sign is.
         extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (O, I/g, 1)
         scale = (extreme / -8).bfloat16()  # stored so, hence also rounded with it so
-        check_finite(scale)
         scale = torch.where(scale == 0, 1.0, scale)
         q = (groups / scale.float()).round().clamp(-8, 7) + 8  # 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
@@ -217,7 +204,6 @@ class NF4Linear(Int4Linear):
     def pack(weight: Tensor) -> dict[str, Tensor]:
         groups = weight.float().unflatten(1, (-1, NF4Linear.GROUPS[0]))  # (O, I/g, g)
         scale = groups.abs().amax(2)  # (O, I/g)
-        check_finite(scale)
         values = torch.tensor(NF4, device=weight.device)  # (16,)
         middles = (values[1:] + values[:-1]) / 2  # nearer to the value above where beyond it
         safe = torch.where(scale == 0, 1.0, scale)
@@ -230,7 +216,6 @@ class NF4Linear(Int4Linear):
 
 
 KINDS = {"int8": Int8Linear, "int4": Int4Linear, "nf4": NF4Linear}
-CHOICES = (*KINDS, TORCHAO)
 
 
 def group_size(inputs: int, sizes: tuple[int, ...] = Int4Linear.GROUPS) -> int:
@@ -248,16 +233,14 @@ def linear_layers(model: nn.Module, kind: str | None = None) -> dict[str, nn.Lin
 
 
 def check_kind(kind: str) -> None:
-    """ValueError for a quantization that does not exist, or whose package is not installed."""
-    if kind not in CHOICES:
-        raise ValueError(f"quantization {kind!r} is none of {', '.join(CHOICES)}")
-    if kind == TORCHAO and find_spec("torchao") is None:
-        raise ValueError('torchao is not installed: pip install -e ".[torchao]", or take int8')
+    """ValueError for a quantization that does not exist."""
+    if kind not in KINDS:
+        raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
 
 
 def kind_of(model: nn.Module) -> str | None:
     """Which of KINDS the layers of a model are; None if they are not quantized."""
-    classes = {type(module): None for module in model.modules()}
+    classes = {type(module) for module in model.modules()}
     return next((kind for kind, layer in KINDS.items() if layer in classes), None)
 
 
@@ -277,6 +260,9 @@ def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
         few = slice(start, start + ROWS_AT_ONCE)
         for name, tensor in KINDS[kind].pack(weight[few]).items():
             packed[name][few] = tensor
+    if not packed["scale"].isfinite().all():
+        raise ValueError("the weights hold inf or nan, which no integer stands for: they are "
+                         "damaged, download them again")
     return packed
 
 
@@ -286,12 +272,10 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     ValueError for widths that 4-bit groups do not fit, before any change.
     """
     layers = linear_layers(model, kind)
-    if issubclass(KINDS[kind], Int4Linear):
-        for layer in layers.values():
-            group_size(layer.in_features, KINDS[kind].GROUPS)
-    for name, layer in layers.items():
-        twin = empty_twin(layer.in_features, layer.out_features, layer.bias is not None, kind)
-        twin.bias = layer.bias
+    twins = {name: empty_twin(layer.in_features, layer.out_features, layer.bias is not None, kind)
+             for name, layer in layers.items()}
+    for name, twin in twins.items():
+        twin.bias = layers[name].bias
         model.set_submodule(name, twin)
     return layers
 
@@ -302,26 +286,10 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
     ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
     """
     check_kind(kind)
-    if kind == TORCHAO:
-        return quantize_by_torchao(model)
     layers = swap_layers(model, kind)
     while layers:  # each bf16 weight is gone before the next one is packed
         name, layer = layers.popitem()
         for tensor_name, tensor in pack(layer.weight.detach(), kind).items():
             setattr(model.get_submodule(name), tensor_name, tensor)
         model.get_submodule(name).to(layer.weight.device)
-    return model
-
-
-def quantize_by_torchao(model: nn.Module) -> nn.Module:
-    """The same layers, still nn.Linear, with weights that are torchao's tensors; in place.
-
-    torchao's Int8WeightOnlyConfig: int8 weights, one scale for each row, as above.
-    """
-    for name in ("torchao", "torch.utils._pytree"):  # they tell which kernels there are not
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    chosen = set(linear_layers(model).values())
-    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in chosen)
     return model

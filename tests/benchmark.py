@@ -82,7 +82,6 @@ PROMPT = {"toy": 40, "mid": 1100, "7b": 1100}
 OURS = {  # row: kind of weights, compiled
     "ours": (None, False), "compiled": (None, True), "int8": ("int8", False),
     "int8-compiled": ("int8", True), "int4": ("int4", False),
-    "torchao": ("torchao-int8", False), "torchao-compiled": ("torchao-int8", True),
 }
 WRITERS = ("transformers", "transformers-static", *OURS)
 OTHERS = ("picture", "encode", "decode", "load", "start")

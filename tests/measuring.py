@@ -158,14 +158,7 @@ def twin(model: ChameleonForConditionalGeneration) -> ChameleonForConditionalGen
 def step_bytes(model: ChameleonForConditionalGeneration) -> int:
     """Bytes of the weights that one step reads: all but the embeddings, of which it reads a row."""
     modules = (model.model.layers, model.model.norm, model.lm_head)
-    return sum(plain_bytes(t) for m in modules for t in (*m.parameters(), *m.buffers()))
-
-
-def plain_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor, or of those that a subclass of Tensor, torchao's, consists of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.nbytes
-    return sum(plain_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,13 +171,9 @@ def plain_fp32(model: ChameleonForConditionalGeneration) -> ChameleonForConditio
     for name, layer in list(model.named_modules()):
         if hasattr(layer, "unpacked"):
             weight = layer.unpacked()  # (O, I)
-        elif isinstance(layer, nn.Linear) and hasattr(layer.weight, "__tensor_flatten__"):
-            weight = layer.weight.dequantize()  # torchao's
-        else:
-            continue
-        plain = nn.Linear(*weight.shape[::-1], bias=layer.bias is not None, device="meta")
-        plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
-        model.set_submodule(name, plain)
+            plain = nn.Linear(*weight.shape[::-1], bias=layer.bias is not None, device="meta")
+            plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), layer.bias
+            model.set_submodule(name, plain)
     return model.float()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import generate
-from chameleon_extras import decoding, quantize
+from chameleon_extras import decoding
 from chameleon_extras.decoding import Decoder
 
 TOY = ("--size", "toy", "--rounds", "1", "--tokens", "5", "--device", "cpu")
@@ -64,11 +64,14 @@ def test_without_transformers_its_rows_are_left_out(capsys, monkeypatch):
 
 
 def test_a_row_that_cannot_run_is_left_out_and_the_others_go_on(capsys, monkeypatch):
-    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
-    assert benchmark.main([*TOY, "--only", "torchao,ours"]) == 0
+    def refuse(model, kind):
+        raise ValueError(f"{kind} does not fit")
+
+    monkeypatch.setattr(benchmark, "quantize_model", refuse)
+    assert benchmark.main([*TOY, "--only", "int4,ours"]) == 0
     out, err = capsys.readouterr()
-    assert "| ours |" in out and "| torchao |" not in out
-    assert "torchao is left out: torchao is not installed" in err
+    assert "| ours |" in out and "| int4 |" not in out
+    assert "int4 is left out: int4 does not fit" in err
 
 
 @pytest.mark.parametrize("row", ["text", "codes"])

@@ -679,6 +679,6 @@ def test_sizes_are_written_as_people_write_them(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "5TB", "0"])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(SystemExit):
-        module.main(["a", "b", f"--shard-size={text}"])
+def test_what_is_no_size_is_refused(text, capsys):
+    assert module.main(["a", "b", f"--shard-size={text}"]) == 2
+    assert f"{text!r} is no size: write 5GB or 500MB" in capsys.readouterr().err

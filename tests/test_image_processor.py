@@ -126,7 +126,7 @@ def test_every_option_does_what_transformers_does(options, oracle):
     want = oracle(image, return_tensors="np", **options)["pixel_values"]
     called = ChameleonImageProcessor(**SMALL)(image, return_tensors="np", **options).pixel_values
     built = ChameleonImageProcessor(**{**SMALL, **options})(image, return_tensors="np").pixel_values
-    every = (ChameleonImageProcessor.DEFAULTS | SMALL | options).values()  # by position
+    every = (ChameleonImageProcessor().to_dict() | SMALL | options).values()  # by position
     placed = ChameleonImageProcessor().preprocess(image, *every, return_tensors="np").pixel_values
     assert np.array_equal(placed, want)
     assert called.dtype == want.dtype and np.array_equal(called, want)

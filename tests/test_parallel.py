@@ -59,8 +59,7 @@ for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa), ("int8", "i
 options = ["--model", {model!r}, "--device", "cpu", "--prompt", "Draw"]
 print("text", generate.main([*options, "--max-new-tokens", "8"]))
 print("picture", generate.main([*options, "--mode", "image", "--out", {picture!r}]))
-for kind in ("int8", "torchao-int8"):
-    print(kind, generate.main([*options, "--max-new-tokens", "8", "--quantize", kind]))
+print("int8", generate.main([*options, "--max-new-tokens", "8", "--quantize", "int8"]))
 print("compile", generate.main([*options, "--compile"]))
 torch.distributed.destroy_process_group()
 """
@@ -88,7 +87,6 @@ def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
         assert f"{name} same True" in lines
     assert "text 0" in lines and "picture 0" in lines and "int8 0" in lines
     assert "compile 2" in lines and "--compile is for one device" in run.stderr
-    assert "torchao-int8 2" in lines and "torchao-int8 is for one device" in run.stderr
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
     assert not list(tmp_path.glob("*.part"))
 
@@ -110,7 +108,6 @@ def test_one_process_is_not_parallel(monkeypatch):
 
 
 @pytest.mark.parametrize("changes, kind, message", [
-    ({}, "torchao-int8", "torchao-int8 is for one device"),
     (dict(hidden_size=256, intermediate_size=192), "int4",
      "2 processes cannot share 192 inputs in 4-bit groups"),
     (dict(hidden_size=128), "int4", "128 inputs in 4-bit groups of 128: take --quantize int8"),

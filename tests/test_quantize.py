@@ -1,7 +1,6 @@
 """Weights in 8 and 4 bits: errors within their bounds, and everything else untouched."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ from test_checkpoint import small_model
 import generate
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from chameleon_extras import convert
-from chameleon_extras import quantize as module
-from chameleon_extras.checkpoint import load_checkpoint
-from chameleon_extras.quantize import KINDS, Int4Linear, Int8Linear, quantize_model
+from chameleon_extras.quantize import KINDS, Int4Linear, Int8Linear, pack, quantize_model
 from processor import ChameleonProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,18 +146,18 @@ def test_what_cannot_be_quantized_is_refused_before_any_change():
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(48, 64))
     with pytest.raises(ValueError, match="multiples of 32, not 48"):
         quantize_model(model, "int4")
-    with pytest.raises(ValueError, match="'int3' is none of int8, int4, nf4, torchao-int8"):
+    with pytest.raises(ValueError, match="'int3' is none of int8, int4, nf4"):
         quantize_model(model, "int3")
     assert isinstance(model[0], torch.nn.Linear)
 
 
-@pytest.mark.parametrize("layer", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_not_packed(layer, value):
+def test_weights_that_are_no_numbers_are_not_packed(kind, value):
     weight = torch.randn(4, 64)
     weight[2, 5] = value
     with pytest.raises(ValueError, match="inf or nan"):
-        layer.pack(weight)
+        pack(weight, kind)
 
 
 def test_rows_of_zeros_survive():
@@ -274,46 +271,17 @@ def test_the_cpus_compiler_builds_the_int8_layer(rows):
         torch.testing.assert_close(y, twin(x), atol=2e-2, rtol=2e-2)
 
 
-# --- torchao
-
-
-def test_torchao_errs_as_we_do():
-    pytest.importorskip("torchao")
-    model, ids = language_model()
-    with torch.no_grad():
-        expected = copy.deepcopy(model).float()(ids, mask_image_logits=False).logits[0]
-        theirs = quantize_model(copy.deepcopy(model), "torchao-int8")
-        assert isinstance(theirs.lm_head, torch.nn.Linear)
-        assert type(theirs.lm_head.weight.data) is not torch.Tensor
-        assert type(theirs.model.vqmodel.quant_conv.weight.data) is torch.Tensor
-        a = difference(expected, theirs(ids, mask_image_logits=False).logits[0])
-        b = difference(expected, quantize_model(model, "int8")(
-            ids, mask_image_logits=False).logits[0])
-    print(f"\ntorchao: {a}, ours: {b}")
-    assert 0.8 < a[0] / b[0] < 1.25 and abs(a[1] - b[1]) < 0.01
-
-
-def test_without_torchao_the_extra_is_named_before_any_weight_is_read(monkeypatch, tmp_path):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "torchao" else find(name))
-    with pytest.raises(ValueError, match=r'pip install -e "\.\[torchao\]"'):
-        load_checkpoint(ChameleonForConditionalGeneration, tmp_path, None, "cpu",
-                        quantize="torchao-int8")
-
-
-@pytest.mark.parametrize("kind", module.CHOICES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_command_writes_and_draws_with_all_of_them(untrained_folder, tmp_path, kind, capsys):
-    if kind == module.TORCHAO:
-        pytest.importorskip("torchao")
     options = ["--model", str(untrained_folder), "--device", "cpu", "--dtype", "bfloat16",
                "--prompt", "Draw", "--quantize", kind]
     assert generate.main([*options, "--max-new-tokens", "4"]) == 0
     text = capsys.readouterr().out
     assert generate.main([*options, "--mode", "image", "--out", str(tmp_path / "a.png")]) == 0
     assert Image.open(tmp_path / "a.png").size == (16, 16)
-    if kind in KINDS:  # and with a folder that is quantized already, which needs no option
-        convert.convert(untrained_folder, tmp_path / "q", quantize=kind)
-        options[1] = str(tmp_path / "q")
-        capsys.readouterr()
-        assert generate.main([*options[:-2], "--max-new-tokens", "4"]) == 0
-        assert capsys.readouterr().out == text
+    # And with a folder that is quantized already, which needs no option.
+    convert.convert(untrained_folder, tmp_path / "q", quantize=kind)
+    options[1] = str(tmp_path / "q")
+    capsys.readouterr()
+    assert generate.main([*options[:-2], "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out == text
