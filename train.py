@@ -50,14 +50,14 @@ from chameleon import (
     ChameleonForConditionalGeneration,
     ChameleonSwinDecoderLayer,
 )
-from chameleon_extras.files import OneLineParser, exit_code, hold, write_atomically
+from chameleon_extras.files import OneLineParser, exit_code, fast_bf16, hold, write_atomically
 from processor import ChameleonImageProcessor, ChameleonProcessor
-from tiny_world import language, world
-from tiny_world.code_rows import add_code_rows, bake, has_code_rows
+from tiny_world import evaluate, language, world
+from tiny_world.code_rows import add_code_rows, bake
 from tiny_world.documents import Corpus, Rows, Writer
-from tiny_world.own_data import OwnData, add_learned, merge_learned, read_examples
+from tiny_world.own_data import OwnData, add_learned, read_examples
 from tiny_world.pictures import Pictures
-from tiny_world.run import Run, autocast, fast_bf16, fingerprint, shard, whole
+from tiny_world.run import Run, autocast, fingerprint, rate, shard, whole
 from tiny_world.vqvae_stage import VQ, train_vqvae
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
 from vqvae import ChameleonVQVAE
@@ -79,9 +79,8 @@ WEIGHT_DECAY = 0.1  # 0.1 (section 2.3), here on matrices only
 CLIP = 1.0  # 1.0, the norm of the gradient over all parameters (section 2.3)
 Z_LOSS = 1e-5  # 1e-5, the factor of log^2 Z (section 2.3)
 DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
-LEARNING_RATE = {"pretrain": 3e-3, "sft": 3e-3}  # 1e-4 (section 2.3), 1e-5 (section 3)
+LEARNING_RATE = 3e-3  # 1e-4 in pretraining (section 2.3), 1e-5 in alignment (section 3)
 OWN_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
-WARM_UP = {"pretrain": 100, "sft": 100}  # steps; 4000 in pretraining (section 2.3)
 STEPS = {"pretrain": 900, "sft": 5600}  # of 4,608 tokens; the paper's have 2^23 (section 2.3)
 # Up to this part of sft's steps: (share of practice, share of lists), see Corpus.sft.
 PRACTICE = ((0.2, (0.14, 0.18)), (0.8, (0.32, 0.08)), (1.0, (0.14, 0.04)))
@@ -100,12 +99,10 @@ def sentences(rng: np.random.Generator, n: int) -> list[str]:
     while len(lines) < n:
         scene = world.sample_scene(rng)
         turns = [ask(rng, scene) for ask in language.QUESTIONS.values()]
-        first, second, _ = world.sample_pair(rng)
-        before, after, change = world.sample_edit(rng)
-        turns += [language.ask_common(rng, first, second), language.ask_which(rng, first, second)]
-        turns += [language.ask_both(rng, first, second)]
-        turns += [language.ask_difference(rng, before, after, change)]
-        turns += [(language.ask_edit(rng, after, change), "")]
+        pair, edit = world.sample_pair(rng), world.sample_edit(rng)
+        turns += [ask(rng, *pair) for ask in (language.ask_common, language.ask_which,
+                                              language.ask_both)]
+        turns += [language.ask_difference(rng, *edit), (language.ask_edit(rng, *edit), "")]
         wanted = language.ask_drawing(rng, scene).text
         request = world.pick(rng, language.DRAW_PROMPTS).format(wanted)
         turns += [(request, language.state(rng, scene)), (world.pick(rng, language.THEN_SAY), "")]
@@ -162,27 +159,23 @@ def build_model(
     return model
 
 
-def add_switches(model: ChameleonForConditionalGeneration, options: argparse.Namespace) -> None:
-    """--no-qk-norm and --dropout, applied from outside: the model has no flag for either."""
+def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namespace):
+    """What a checkpoint does not have and training adds -> peft's wrapper, see `add_learned`."""
+    if not options.data:
+        add_code_rows(model)
+    adapter = add_learned(model, options.train)
+
+    def drop(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
+        return F.dropout(y, options.dropout, module.training)
+
     for layer in model.model.layers:
         assert isinstance(layer, ChameleonDecoderLayer)
         if options.no_qk_norm:
-            for name in ("q_norm", "k_norm"):
-                setattr(layer.self_attn, name, nn.Identity())
-        if options.dropout:
-            layer.self_attn.register_forward_hook(dropout_hook(options.dropout))
-            layer.mlp.register_forward_hook(dropout_hook(options.dropout))
-
-
-def dropout_hook(p: float) -> Callable:
-    """A forward hook: dropout on the output of attention or feed-forward (section 2.3, 7B only)."""
-
-    def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        if isinstance(output, tuple):
-            return F.dropout(output[0], p, module.training), *output[1:]
-        return F.dropout(output, p, module.training)
-
-    return hook
+            layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+        if options.dropout:  # on the outputs of attention and feed-forward (section 2.3, 7B only)
+            for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                last.register_forward_hook(drop)
+    return adapter
 
 
 def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.optim.Optimizer]:
@@ -194,17 +187,21 @@ def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.opti
     all singular values of an update about 1. The factor of arXiv 2502.16982, section 2.2, gives the
     update AdamW's size, so that both learn at one rate.
     """
-    groups = {"layers": [], "tables": [], "others": []}
+    layers, matrices, others = [], [], []
     for name, p in model.named_parameters():
-        if p.requires_grad:  # QK-norm's gains have two dimensions (H, Dh)
-            matrix = p.ndim >= 2 and "norm" not in name
-            groups["others" if not matrix else "layers" if ".layers." in name else "tables"] += [p]
-    layers = groups.pop("layers") if kind == "muon" else []
-    adamw = [{"params": parameters, "weight_decay": 0.0 if name == "others" else WEIGHT_DECAY}
-             for name, parameters in groups.items() if parameters]
-    optimizers = []
-    if adamw:
-        optimizers += [torch.optim.AdamW(adamw, lr=rate, betas=BETAS, eps=EPS, fused=True)]
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2 or "norm" in name:  # QK-norm's gains have two dimensions (H, Dh)
+            others.append(p)
+        elif kind == "muon" and ".layers." in name:
+            layers.append(p)
+        else:
+            matrices.append(p)
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY},
+              {"params": others, "weight_decay": 0.0}]
+    groups, optimizers = [group for group in groups if group["params"]], []
+    if groups:
+        optimizers += [torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True)]
     if layers:
         optimizers += [Muon(layers, {"lr": rate, "weight_decay": WEIGHT_DECAY})]
     return optimizers
@@ -231,31 +228,6 @@ class Muon(torch.optim.Optimizer):
             x = x.T if p.shape[0] > p.shape[1] else x
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def rate(stage: str, step: int, steps: int) -> float:
-    """Learning rate / peak: warm-up, then exponential (section 2.3) or cosine decay (section 3)."""
-    done = step / max(1, steps)
-    if stage == "pretrain":
-        shape = 0.3**done  # down to 0.3; the paper decays to 0
-    else:
-        shape = 0.5 + 0.5 * math.cos(math.pi * max(0.0, 2 * done - 1))  # 1 for half the steps
-    warm_up = min(WARM_UP[stage], max(1, steps // 10))
-    return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
-
-
-def usual_rate(stage: str, width: int, learned: str | None) -> float:
-    """The peak learning rate without --learning-rate. learned: the value of --train, None for the
-    toy world. A narrow model learns own data at 1e-3.
-    """
-    if learned is None:
-        return LEARNING_RATE[stage]
-    return OWN_RATE[learned] if width >= 1024 else 1e-3
-
-
-def practice_shares(step: int, steps: int) -> tuple[float, float]:
-    """The shares of practice and of lists at this step of sft, from PRACTICE."""
-    return next(shares for end, shares in PRACTICE if step < end * steps)
 
 
 def decoder_loss(
@@ -320,50 +292,37 @@ class QueryNorm:
 
 def train_decoder(stage: str, run: Run) -> None:
     """Runs pretrain or sft from its last saved step; each save also exports to --out."""
-    options, steps = run.options, stage_steps(stage, run)
+    options = run.options
     rng = np.random.default_rng((options.seed, list(STEPS).index(stage)))
-    if options.data:
-        model, processor, corpus = own_data(run)
-        steps = options.steps or math.ceil(options.epochs * len(corpus.documents) / OWN_ROWS)
-    else:
-        model, processor, corpus = toy_world(stage, run, rng)
+    prepared = own_data(run) if options.data else toy_world(stage, run, rng)
+    model, processor, steps, peak, batch_of = prepared
     first_weights = fingerprint(p.detach().flatten()[::997].float().cpu()  # some of each
                                 for p in model.parameters())
     if run.device.type == "cpu" and fast_bf16(run.device):  # SDPA's kernel leaves bf16 units idle
         model.set_attn_implementation("eager")
     if run.world_size > 1:
-        shard(model.model.layers, model.lm_head, model.model, frozen=model.model.vqmodel)
-    learned = options.train if options.data else None
-    peak = options.learning_rate or usual_rate(stage, model.config.hidden_size, learned)
+        shard(model)
+    peak = options.learning_rate or peak
     optimizers = make_optimizers(model, peak, options.optimizer)
     run.made_by |= {
         "--learning-rate": peak, "--optimizer": options.optimizer, "--dropout": options.dropout,
         "--norm-order": options.norm_order, "--no-qk-norm": options.no_qk_norm,
         "--no-z-loss": options.no_z_loss, "--train": options.train, "first weights": first_weights,
-        "--data": fingerprint(corpus.contents()) if isinstance(corpus, OwnData) else None,
     }  # fmt: skip
     start = run.resume(stage, model, optimizers, rng)
     if start >= steps:
         run.say(f"{stage}: all {steps} steps are done, --steps makes more")
         export(model, processor, run)  # --out may have been removed
-    rows, query_norm = Rows(processor.tokenizer.pad_token_id), QueryNorm(model)
+    query_norm = QueryNorm(model)
     if options.checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:
         for layer in model.model.layers:  # alike, so compiled once for all of them
             layer.forward = torch.compile(layer.forward, dynamic=False)
-    z_weight = 0.0 if options.no_z_loss else Z_LOSS
     model.train()
     for step in run.progress(range(start, steps), stage):
-        # The last 20 % of pretraining: every second batch is of better data (section 2.2).
-        late = stage != "pretrain" or (step >= 0.8 * steps and step % 2)
-        if isinstance(corpus, OwnData):
-            batch = corpus.batch(step, OWN_ROWS)
-        else:
-            if stage == "sft":
-                corpus.shares = practice_shares(step, steps)
-            batch = rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
-        loss, curves = decoder_loss(model, run.share(batch), z_weight)
+        z_weight = 0.0 if options.no_z_loss else Z_LOSS
+        loss, curves = decoder_loss(model, run.share(batch_of(step)), z_weight)
         model.zero_grad(set_to_none=True)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -372,7 +331,7 @@ def train_decoder(stage: str, run: Run) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(stage, step, steps)
             optimizer.step()
-        if run.logs(step):
+        if step % run.EVERY == 0:
             curves |= {"q_norm": query_norm(), "grad_norm": float(whole(grad_norm))}
             run.log(stage, step, curves)
         if run.due(step, steps):
@@ -396,61 +355,73 @@ def trained_tokenizer(run: Run) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(run.out / "tokenizer.model")
 
 
-def stage_steps(stage: str, run: Run) -> int:
-    """--steps if it is given, else the stage's own number."""
-    return run.options.steps or STEPS[stage]
+# What trains the decoder: the model, its processor, the number of steps, the peak of the learning
+# rate, and a function that makes the batch of a step.
+Prepared = tuple[ChameleonForConditionalGeneration, ChameleonProcessor, int, float,
+                 Callable[[int], dict[str, Tensor]]]
 
 
-def toy_world(
-    stage: str, run: Run, rng: np.random.Generator
-) -> tuple[ChameleonForConditionalGeneration, ChameleonProcessor, Corpus]:
-    """The model as the stage before left it, its processor, and the documents about shapes."""
+def toy_world(stage: str, run: Run, rng: np.random.Generator) -> Prepared:
+    """The model as the stage before left it, and the documents about shapes."""
+    options, steps = run.options, run.options.steps or STEPS[stage]
     tokenizer, vq = trained_tokenizer(run), trained_vqvae(run)
-    model = build_model(tokenizer, vq, run.options)
-    add_code_rows(model)
-    add_switches(model.to(run.device), run.options)
+    model = build_model(tokenizer, vq, options)
+    add_parts(model, options)
+    model.to(run.device)
     if stage == "sft":
         run.take_over("pretrain", model)
-    count = min(PICTURES, 100 * stage_steps(stage, run))
-    pictures = Pictures.sample(run.options.seed, count)
-    pictures.encode(vq, run.device, run.state / f"codes-{run.rank}.npy", run.progress)
+    pictures = Pictures.sample(options.seed, min(PICTURES, 100 * steps))
+    pictures.encode(vq, run.state / f"codes-{run.rank}.int16", run.progress)
     corpus = Corpus(Writer(tokenizer, pictures.codes), pictures, rng)
+    rows = Rows(tokenizer.pad_token_id)
+
+    def batch_of(step: int) -> dict[str, Tensor]:
+        if stage == "sft":
+            corpus.shares = next(shares for end, shares in PRACTICE if step < end * steps)
+        # The last 20 % of pretraining: every second batch is of better data (section 2.2).
+        late = stage == "sft" or (step >= 0.8 * steps and step % 2)
+        return rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
+
     images = ChameleonImageProcessor(size=VQ.resolution, crop_size=VQ.resolution)
-    return model, ChameleonProcessor(images, tokenizer, VQ.codes_per_image), corpus
+    processor = ChameleonProcessor(images, tokenizer, VQ.codes_per_image)
+    return model, processor, steps, LEARNING_RATE, batch_of
 
 
-def own_data(run: Run) -> tuple[ChameleonForConditionalGeneration, ChameleonProcessor, OwnData]:
-    """Model and processor of the checkpoint in --model, and the user's documents in --data."""
+def own_data(run: Run) -> Prepared:
+    """The checkpoint in --model, and the user's documents in --data."""
     options = run.options
     examples = read_examples(options.data)  # first: it finds mistakes in seconds
     frozen = options.train != "all" and fast_bf16(run.device)  # what does not learn is in bf16
     model = ChameleonForConditionalGeneration.from_pretrained(
         options.model, dtype=torch.bfloat16 if frozen else torch.float32, device_map=run.device)
-    add_switches(model, options)
     processor = ChameleonProcessor.from_pretrained(options.model)
     corpus = OwnData(examples, model, processor, options.seed)
-    add_learned(model, options.train)
-    return model, processor, corpus
+    run.made_by["--data"] = fingerprint(x for d in corpus.documents for x in (d.ids, d.weight))
+    add_parts(model, options)
+    steps = options.steps or math.ceil(options.epochs * len(corpus.documents) / OWN_ROWS)
+    peak = own_rate(model.config.hidden_size, options.train)
+    return model, processor, steps, peak, lambda step: corpus.batch(step, OWN_ROWS)
+
+
+def own_rate(width: int, learned: str) -> float:
+    """The peak learning rate of --data; a narrow model learns faster."""
+    return OWN_RATE[learned] if width >= 1024 else 1e-3
 
 
 def export(
     model: ChameleonForConditionalGeneration, processor: ChameleonProcessor, run: Run
 ) -> None:
     """Writes the checkpoint --out in the HF layout: bf16 weights, config, tokenizer, processor."""
-    weights = run.whole_state(model)  # every rank sends its slices; only rank 0 writes
+    weights, _ = run.whole_state(model)  # every rank sends its slices; only rank 0 writes
     if run.rank:
         return
     twin = ChameleonForConditionalGeneration(model.config)
-    if run.options.no_qk_norm:
-        add_switches(twin, run.options)
-    computed = has_code_rows(model)  # not with --data: that model's tables are plain
-    if computed:
-        add_code_rows(twin)
-    adapter = add_learned(twin, run.options.train)
+    adapter = add_parts(twin, run.options)
     twin.load_state_dict(weights)
-    if computed:
-        bake(twin)
-    merge_learned(twin, adapter, run.out)
+    if adapter is not None:
+        adapter.save_pretrained(run.out / "adapter", save_embedding_layers=False)
+        adapter.merge_and_unload()
+    bake(twin)
     twin.to(torch.bfloat16)
     for weight in twin.model.vqmodel.parameters():  # fp32 in any model, so that codes stay equal
         rounded = weight.data.bfloat16()  # `trained_vqvae` rounded the toy world's
@@ -463,17 +434,11 @@ def export(
 # The command line
 
 
-def evaluate(run: Run) -> None:
-    """Prints how often the checkpoint in --out answers and draws correctly."""
-    from tiny_world.evaluate import table
-
-    table(run.out, run.options.questions, run.options.device)
-
-
 STAGES = {
     "vqvae": train_vqvae, "tokenizer": train_tokenizer,
     "pretrain": lambda run: train_decoder("pretrain", run),
-    "sft": lambda run: train_decoder("sft", run), "evaluate": evaluate,
+    "sft": lambda run: train_decoder("sft", run),
+    "evaluate": lambda run: evaluate.table(run.out, run.options.questions, run.options.device),
 }  # fmt: skip
 
 

@@ -100,7 +100,7 @@ def test_the_python_examples_run(monkeypatch, capsys):
     model, processor = space["model"].eval(), space["processor"]
     picture = load_image(ROOT / "examples" / "star.png")
     assert space["loss"] < 0.5
-    assert evaluate.answer(model, processor, ["What is this?<image>"], [picture]) == ["A zebra."]
+    assert evaluate.answer(model, processor, [[["What is this?", picture]]]) == ["A zebra."]
 
 
 PROGRAMS = {

@@ -211,15 +211,15 @@ def first_stage() -> None:
 def training(folder: Path) -> None:
     """A batch of each kind, the user's own data, some questions and drawings."""
     model, processor = evaluate.load(ROOT / "tiny")
-    rng, file = np.random.default_rng(0), folder / "codes.npy"
-    encode = model.model.vqmodel, model.device, file
+    rng, file = np.random.default_rng(0), folder / "codes"
+    encode = model.model.vqmodel, file
     drawn = Pictures.sample(0, 24).encode(*encode)
     assert drawn.encode(*encode) is drawn and file.is_file()  # now from the file
     corpus = documents.Corpus(documents.Writer(processor.tokenizer, drawn.codes), drawn, rng)
     rows, norm = documents.Rows(processor.tokenizer.pad_token_id), train.QueryNorm(model)
     for draw in (corpus.pretrain, corpus.sft):
         train.decoder_loss(model, rows.batch(draw, 2, corpus.row_tokens), 1e-5)
-    corpus.recoded(*drawn.edits[0][:2])
+    corpus.recoded(*drawn.edits[0])
     for _ in range(8):
         corpus.conversation()
     norm()
@@ -252,7 +252,6 @@ def drawings() -> None:
     model, processor = evaluate.load(ROOT / "tiny")
     figures.token_stream(model, processor, "What?<image>", Image.new("RGB", (48, 48)))
     figures.reconstructions(model, 2)
-    figures.smooth([1.0, 2.0, 3.0], 2)
 
 
 def test_every_shape_comment_is_what_the_tensor_has(untrained_folder, tmp_path, monkeypatch):

@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from small import SIZES, V, randomize, scrambled_vocabulary
 from small import VQ as SMALL_VQ
+from torch.nn.utils.parametrize import is_parametrized
 
 import train
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from chameleon_extras.files import hold
+from chameleon_extras.files import fast_bf16, hold
 from processor import ChameleonProcessor
 from tiny_world import documents, evaluate, own_data, vqvae_stage, world
-from tiny_world.code_rows import has_code_rows
 from tiny_world.documents import Corpus, Document, Rows, Writer, visible
 from tiny_world.pictures import Pictures, encode_scenes
-from tiny_world.run import autocast, fast_bf16
+from tiny_world.run import autocast
 from tokenizer import load_tokenizer
 from vqvae import ChameleonVQVAE
 
@@ -187,7 +187,7 @@ def test_recoded_pictures_show_the_same_in_other_codes(corpus):
 
 def test_codes_alike_are_the_nearest_of_the_codebook(tmp_path):
     vq = ChameleonVQVAE(vqvae_stage.VQ).eval()
-    pictures = Pictures.sample(0, 30).encode(vq, torch.device("cpu"), tmp_path / "codes.npy")
+    pictures = Pictures.sample(0, 30).encode(vq, tmp_path / "codes")
     vectors = vq.quantize.embedding.weight.detach()
     for code in (0, 7, 511):
         distance = (vectors - vectors[code]).square().sum(1)
@@ -325,11 +325,9 @@ def test_sentences_without_a_picture_name_what_no_picture_shows(corpus, tokenize
     assert not shown & world.HELD_OUT
 
 
-def test_the_shares_of_practice_by_hand():
-    shares = [train.practice_shares(step, 100) for step in (0, 19, 20, 79, 80, 99)]
-    early, middle, late = (0.14, 0.18), (0.32, 0.08), (0.14, 0.04)
-    assert shares == [early, early, middle, middle, late, late]
-    assert train.practice_shares(0, 1) == early  # the shortest run has shares, too
+def test_every_step_has_its_shares_of_practice():
+    ends = [end for end, _ in train.PRACTICE]
+    assert ends == sorted(ends) and ends[-1] == 1.0
 
 
 def test_visible_by_hand():
@@ -377,22 +375,22 @@ def test_cached_codes_are_used_only_if_they_are_those_of_this_vqvae(tmp_path):
     one, other = (ChameleonVQVAE(vqvae_stage.VQ) for _ in range(2))
     for vq in (one, other):
         torch.nn.init.normal_(vq.quantize.embedding.weight)
-    cache, cpu = tmp_path / "codes.npy", torch.device("cpu")
-    first = Pictures.sample(0, 30).encode(one, cpu, cache).codes
-    again = Pictures.sample(0, 30).encode(one, cpu, cache).codes
-    changed = Pictures.sample(0, 30).encode(other, cpu, cache).codes
+    cache = tmp_path / "codes"
+    first = Pictures.sample(0, 30).encode(one, cache).codes
+    again = Pictures.sample(0, 30).encode(one, cache).codes
+    changed = Pictures.sample(0, 30).encode(other, cache).codes
     scene = next(iter(first))
     assert np.array_equal(first[scene], again[scene])
-    fresh = encode_scenes(other, [scene], cpu)[0]
+    fresh = encode_scenes(other, [scene])[0]
     assert np.array_equal(changed[scene], fresh) and not np.array_equal(first[scene], fresh)
-    codes = np.load(cache)
-    np.save(cache, np.concatenate((codes[:-1], codes[-2:-1])))  # made with another last twin
-    again = Pictures.sample(0, 30).encode(other, cpu, cache)
+    codes = np.fromfile(cache, np.int16).reshape(-1, len(fresh))
+    np.concatenate((codes[:-1], codes[-2:-1])).tofile(cache)  # made with another last twin
+    again = Pictures.sample(0, 30).encode(other, cache)
     assert np.array_equal(again.codes[again.scenes()[-1]], codes[-1])
     cache.write_bytes(cache.read_bytes()[:-9])  # the disk was full: computed anew
-    assert np.array_equal(Pictures.sample(0, 30).encode(one, cpu, cache).codes[scene], first[scene])
+    assert np.array_equal(Pictures.sample(0, 30).encode(one, cache).codes[scene], first[scene])
     assert list(tmp_path.iterdir()) == [cache]
-    assert len(np.load(cache)) == len(Pictures.sample(0, 30).scenes())
+    assert cache.stat().st_size == codes.nbytes
 
 
 # --- loss, optimizer, schedule
@@ -507,7 +505,7 @@ def test_dropout_from_outside_works_in_training_only(small_model):
     import copy
 
     model = copy.deepcopy(small_model)
-    train.add_switches(model, argparse.Namespace(no_qk_norm=False, dropout=0.5))
+    train.add_parts(model, argparse.Namespace(data="x", train="all", no_qk_norm=False, dropout=0.5))
     ids = torch.randint(74, V, (1, 12))
     with torch.no_grad():
         plain = small_model(ids).logits
@@ -527,7 +525,7 @@ def small_codebook() -> tuple[ChameleonVQVAE, vqvae_stage.Codebook]:
 def test_the_foreground_is_the_things():
     scene = world.sample_scene(rng(1), 1)
     thing = vqvae_stage.foreground(torch.from_numpy(world.render_pixels([scene])))[0, 0]
-    y, x = world.thing_centre(scene.things[0], world.SIDE, world.SIDE)
+    y, x = world.thing_centre(scene.things[0], world.SIDE)
     assert thing[int(y), int(x)] == 1 and 0.01 < thing.mean() < 0.12
     assert thing[0, 0] == 0
 
@@ -570,7 +568,7 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
         return render(scenes)
 
     monkeypatch.setattr(world, "render_pixels", watch)
-    monkeypatch.setattr(evaluate, "survival", lambda *_: (1.0, 1))  # slow, and not asked here
+    monkeypatch.setattr(evaluate, "survival", lambda *_: 1.0)  # slow, and not asked here
     arguments = ["vqvae", "--steps", "4", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
     assert train.main(arguments) == 0
     assert seen[vqvae_stage.BATCH] >= world.HELD_OUT and seen[16] >= world.HELD_OUT
@@ -653,7 +651,7 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     monkeypatch.setattr(evaluate, "BATCH", 2)
     monkeypatch.setattr(evaluate, "ROWS", {name: evaluate.ROWS[name] for name in few})
     monkeypatch.setattr(evaluate, "DRAWINGS", {"edit": evaluate.DRAWINGS["edit"]})
-    monkeypatch.setattr(evaluate, "survival", lambda vq, _, *held_out: survival(vq, 2, *held_out))
+    monkeypatch.setattr(evaluate, "survival", lambda vq, _, **held_out: survival(vq, 2, **held_out))
     out = tmp_path / "tiny"
     threads = torch.get_num_threads()
     train.main(["all", "--out", str(out), "--steps", "3", "--questions", "2"])
@@ -668,7 +666,7 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     assert "goes on at step 3" in capsys.readouterr().err
     saved = torch.load(tmp_path / "tiny.train" / "sft.pt")
     rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
-    assert rates == {train.LEARNING_RATE["sft"] * train.rate("sft", 3, 4)}
+    assert rates == {train.LEARNING_RATE * train.rate("sft", 3, 4)}
     options = train.parse(["sft", "--out", str(out), "--steps", "3"])  # begins where pretrain ended
     begun = train.toy_world("sft", train.Run(options), rng())[0].state_dict()
     ended = torch.load(tmp_path / "tiny.train" / "pretrain.pt")["model"]
@@ -677,7 +675,7 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     model = train.toy_world("sft", train.Run(options), rng())[0]
     model.load_state_dict(torch.load(tmp_path / "tiny.train" / "sft.pt")["model"])
     shipped = ChameleonForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
-    assert has_code_rows(model) and not has_code_rows(shipped)
+    assert is_parametrized(model.lm_head) and not is_parametrized(shipped.lm_head)
     rounded = model.lm_head.weight.detach().bfloat16().float()
     assert torch.equal(shipped.lm_head.weight, rounded)
     # Another stage's weights of another kind are named, not loaded.
@@ -785,8 +783,8 @@ def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once
     ("line", "words"),
     [
         ("{not json", "not JSON"),
-        ("[" * 100_000, "too many brackets"),
-        ("9" * 5000, "must be an object"),
+        ("[" * 100_000, "not JSON"),
+        ("9" * 5000, "not JSON"),
         ([1], "must be an object"),
         ({"prompt": "Hi"}, "'answer' must be a text"),
         ({"prompt": "", "answer": "x"}, "'prompt' must be a text"),
@@ -817,7 +815,7 @@ def test_own_data_is_learned_from_the_shipped_checkpoint(tmp_path, monkeypatch):
     assert train.main([*arguments, "--steps", "40"]) == 0
     model, processor = evaluate.load(out)
     picture = Image.open(folder / "a.png")
-    assert evaluate.answer(model, processor, ["What is it?<image>"], [picture]) == ["A zebra."]
+    assert evaluate.answer(model, processor, [[["What is it?", picture]]]) == ["A zebra."]
 
 
 ZEBRAS = [{"prompt": "What is it?<image>", "images": ["a.png"], "answer": "A zebra."},
@@ -844,12 +842,10 @@ def test_a_vqvae_that_bf16_cannot_hold_is_written_as_it_was(tmp_path):
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stage, width, learned, wanted", [
-    ("pretrain", 192, None, 3e-3), ("sft", 192, None, 3e-3), ("sft", 192, "lora", 1e-3),
-    ("sft", 4096, "all", 1e-5), ("sft", 1024, "lora", 1e-4), ("sft", 8192, "image-head", 1e-4),
-])
-def test_wide_models_learn_at_the_papers_rate(stage, width, learned, wanted):
-    assert train.usual_rate(stage, width, learned) == wanted
+@pytest.mark.parametrize("width, learned, wanted", [
+    (192, "lora", 1e-3), (4096, "all", 1e-5), (1024, "lora", 1e-4), (8192, "image-head", 1e-4)])
+def test_wide_models_learn_at_the_papers_rate(width, learned, wanted):
+    assert train.own_rate(width, learned) == wanted
 
 
 def test_without_a_terminal_progress_is_lines_and_three_epochs_are_the_default(
@@ -1024,7 +1020,7 @@ def test_the_shipped_checkpoint_still_draws(tiny, row, held_out, questions):
 
 
 def test_the_shipped_codes_keep_colour_and_shape(tiny):
-    assert evaluate.survival(tiny[0].model.vqmodel, 100)[0] >= 0.97
+    assert evaluate.survival(tiny[0].model.vqmodel, 100) >= 0.97
 
 
 def test_the_shipped_checkpoint_is_small():

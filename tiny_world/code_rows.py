@@ -61,11 +61,8 @@ def add_code_rows(model: ChameleonForConditionalGeneration) -> None:
         parametrize.register_parametrization(table, "weight", rows)
 
 
-def has_code_rows(model: ChameleonForConditionalGeneration) -> bool:
-    return parametrize.is_parametrized(model.model.embed_tokens)
-
-
 def bake(model: ChameleonForConditionalGeneration) -> None:
-    """Replaces the parametrized tables by plain ones with the same numbers."""
+    """Replaces the tables that are parametrized by plain ones with the same numbers."""
     for table in (model.model.embed_tokens, model.lm_head):
-        parametrize.remove_parametrizations(table, "weight")
+        if parametrize.is_parametrized(table):
+            parametrize.remove_parametrizations(table, "weight")

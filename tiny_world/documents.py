@@ -77,7 +77,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer, codes: dict) -> None:
         self.tokenizer, self.codes = tokenizer, codes
-        v = self.vocabulary = tokenizer.vocabulary
+        v = tokenizer.vocabulary
         self.code_to_id = v.code_to_id.numpy()
         self.bos, self.eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
         self.turn = [v.end_of_turn_id]
@@ -174,8 +174,7 @@ class Corpus:
 
     def __init__(self, writer: Writer, pictures: Pictures, rng: np.random.Generator) -> None:
         self.writer, self.pictures, self.rng = writer, pictures, rng
-        weights = np.array(list(ASKED.values()))
-        self.questions, self.asked = list(ASKED), weights / weights.sum()
+        self.asked = np.array(list(ASKED.values())) / sum(ASKED.values())
 
     def chance(self, p: float) -> bool:
         return bool(self.rng.random() < p)
@@ -196,7 +195,7 @@ class Corpus:
     def question(self, scene: Scene) -> tuple[str, str]:
         """A random question that has an answer for this scene, and the answer."""
         while True:
-            name = self.questions[self.rng.choice(len(self.questions), p=self.asked)]
+            name = self.rng.choice(list(ASKED), p=self.asked)
             turn = language.QUESTIONS[name](self.rng, scene)
             if turn:
                 return language.vary(self.rng, turn[0]), turn[1]
@@ -225,8 +224,8 @@ class Corpus:
         if kind < 0.45:  # a picture, then its caption and description
             return writer.completion(scene, " ".join(self.statements(scene, 2)))
         if kind < 0.77:  # a caption or a request, then the picture
-            words = language.caption(scene) if self.chance(0.5) else None
-            words = words or language.sentence(language.ask_drawing(rng, scene).text)
+            words = (language.caption(scene) if self.chance(0.5)
+                     else language.sentence(language.ask_drawing(rng, scene).text))
             prompt = () if self.chance(EMPTY_PROMPT) else (language.vary(rng, words),)
             return writer.completion(*prompt, scene)
         if kind < 0.85:  # interleaved
@@ -280,20 +279,20 @@ class Corpus:
 
             <s> prompt <reserved08706> answer <reserved08706> prompt <reserved08706> answer </s>
         """
-        rng, turns, change = self.rng, [], None
+        rng, turns, after = self.rng, [], None
         scene = self.busy_scene()
         if self.chance(0.5):
-            scene, after, change = self.one_of(self.pictures.edits)
+            scene, after = self.one_of(self.pictures.edits)
         if self.chance(0.5):
             request = self.one_of(language.DRAW_PROMPTS).format(
                 language.ask_drawing(rng, scene).text)
             turns = [((language.vary(rng, request),), (self.drawn(scene),))]
-        for _ in range(1 if change else 2):
+        for _ in range(1 if after else 2):
             question, answer = self.question(scene)
             prompt = (question,) if turns else self.place_pictures(question, self.given(scene))
             turns.append((prompt, (answer,)))
-        if change:
-            request = language.vary(rng, language.ask_edit(rng, after, change))
+        if after:
+            request = language.vary(rng, language.ask_edit(rng, scene, after))
             turns.append(((request,), (self.drawn(after),)))
         return self.writer.chat(*turns)
 
@@ -313,22 +312,21 @@ class Corpus:
         while len(turns) < (12 if in_order else 30):
             if in_order or not turns:  # a new scene for each turn, or one scene for all
                 count = int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
-                scene = world.sample_scene(rng, count, self.held_out_or_any())
+                scene = self.told_scene(count)
                 pair = world.sample_pair(rng, self.chance(0.3))
-                while pair[2] in ("colour", "both") and self.chance(0.6):
+                while pair[0].things[0].colour == pair[1].things[0].colour and self.chance(0.6):
                     pair = world.sample_pair(rng, self.chance(0.3))  # equal shapes are harder
                 edit = world.sample_edit(rng, self.chance(0.3))
             share = rng.random()
             if kind < 0.5:
                 turn = self.question(scene)
             elif kind < 0.7:
-                first, second, change = edit
-                turn = language.ask_difference(rng, first, second, change)
+                turn = language.ask_difference(rng, *edit)
                 if share < 0.6:
-                    turn = language.ask_which(rng, first, second)
+                    turn = language.ask_which(rng, *edit)
             else:
                 ask = language.ask_common if share < 0.6 else language.ask_which
-                turn = ask(rng, *pair[:2])
+                turn = ask(rng, *pair)
             if turn and ". " in turn[1]:  # a description and a conclusion
                 turns.append((language.vary(rng, turn[0]), turn[1]))
         if in_order:
@@ -337,9 +335,9 @@ class Corpus:
         turns = [(question, answer.removeprefix(seen + " ")) for question, answer in turns]
         return self.writer.branches((seen,), turns, 0.0, room)
 
-    def held_out_or_any(self) -> bool | None:
-        """`held_out` of a scene in words: half of them name a pair that no picture shows."""
-        return True if self.chance(0.5) else None
+    def told_scene(self, count: int) -> Scene:
+        """A scene for words alone: half of them have a pair that no picture shows."""
+        return world.sample_scene(self.rng, count, True if self.chance(0.5) else None)
 
     def again(self) -> tuple[str, str]:
         """A description of three to eight things, and all of them again in another order.
@@ -347,7 +345,7 @@ class Corpus:
         This is the purest exercise in looking things up. Once colour and shape are said, only the
         description tells the place, and a guess is seldom right.
         """
-        scene = world.sample_scene(self.rng, int(self.rng.integers(3, 9)), self.held_out_or_any())
+        scene = self.told_scene(int(self.rng.integers(3, 9)))
         said = [language.found(thing) for thing in scene.things]
         order = self.rng.permutation(len(said))
         return language.look(scene), " ".join(said[i] for i in order)
@@ -402,10 +400,10 @@ class Corpus:
 
     def edit(self) -> Document:
         """A picture with a request to change it, and the changed picture."""
-        before, after, change = self.one_of(self.pictures.edits)
-        request = language.vary(self.rng, language.ask_edit(self.rng, after, change))
+        before, after = self.one_of(self.pictures.edits)
+        request = language.vary(self.rng, language.ask_edit(self.rng, before, after))
         pictures = before, self.drawn(after)
-        if change == "place" and self.chance(0.5):
+        if world.changed(before, after) == "place" and self.chance(0.5):
             pictures = self.recoded(before, after)
         return self.writer.chat((self.place_pictures(request, pictures[:1]), pictures[1:]))
 
@@ -424,21 +422,17 @@ class Corpus:
         """Two pictures with a branch for each of several questions, or with one question."""
         rng = self.rng
         if self.chance(0.5):
-            first, second, change = self.one_of(self.pictures.edits)
-            turns = [language.ask_difference(rng, first, second, change)]
+            two, ask = self.one_of(self.pictures.edits), language.ask_difference
         else:
-            first, second, _ = self.one_of(self.pictures.pairs)
-            turns = [language.ask_common(rng, first, second)]
-        turns += [language.ask_which(rng, first, second) for _ in range(2)]
-        turns += [language.ask_both(rng, first, second)]
+            two, ask = self.one_of(self.pictures.pairs), language.ask_common
+        asks = (ask, language.ask_which, language.ask_which, language.ask_both)
+        turns = [ask(rng, *two) for ask in asks]
         turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
         if self.chance(0.7):
-            order = self.rng.permutation(len(turns))  # the last ones may not fit
-            turns = [turns[i] for i in order]
-            return self.writer.branches(self.given(first, second), turns, 0.0, room)
+            turns = [turns[i] for i in rng.permutation(len(turns))]  # the last ones may not fit
+            return self.writer.branches(self.given(*two), turns, 0.0, room)
         question, answer = self.one_of(turns)
-        pictures = self.given(first, second)
-        return self.writer.chat((self.place_pictures(question, pictures), (answer,)))
+        return self.writer.chat((self.place_pictures(question, self.given(*two)), (answer,)))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,82 +11,65 @@ which the decoder never saw. Of two pictures the first shows that pair, of an ed
 changed. The seeds are fixed, and far from those of training.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from chameleon import ChameleonForConditionalGeneration
 from generate import decode_pictures, generate
-from processor import ChameleonProcessor
+from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import language, world
 from tiny_world.world import Scene
 
 SEED = 10**9  # training draws its scenes from small seeds
 BATCH = 50
 
-# A prompt with <image> placeholders, the scenes of its pictures, and the right answer. For a
-# drawing, that is a function which decides whether the Scene it shows is right. Instead of a prompt
-# there may be a conversation: first prompt, its answer, second prompt.
-Item = tuple[str | tuple[str, ...], tuple[Scene, ...], str | Callable[[Scene], bool]]
+# The turns of a conversation, each of text and pictures: a prompt, or prompt, answer, prompt. And
+# the right answer, or for a drawing a function that decides whether the Scene it shows is right.
+Turns = list[list[str | Scene | Image.Image]]
+Item = tuple[Turns, str | Callable[[Scene], bool]]
 Sampler = Callable[[np.random.Generator, bool], Item]  # rng, held_out
 
 
-def place_pictures(rng: np.random.Generator, question: str, images: str) -> str:
-    """The pictures before or after the question, with equal probability."""
-    return question + images if rng.random() < 0.5 else images + question
+def prompt(rng: np.random.Generator, text: str, scenes: tuple[Scene, ...]) -> list[str | Scene]:
+    """The pictures before or after the text, with equal probability."""
+    return [text, *scenes] if rng.random() < 0.5 else [*scenes, text]
 
 
-def question(sample: Callable) -> Sampler:
-    """`sample` draws (scenes, turn). It is called until the scenes have such a question."""
+def question(ask: Callable, sample: Callable) -> Sampler:
+    """`sample` draws scenes until `ask` has a question about them."""
 
     def item(rng: np.random.Generator, held_out: bool) -> Item:
-        while True:
-            scenes, turn = sample(rng, held_out)
-            if turn:
-                return place_pictures(rng, turn[0], "<image>" * len(scenes)), scenes, turn[1]
+        turn = None
+        while not turn:
+            scenes = sample(rng, held_out)
+            turn = ask(rng, *scenes)
+        return [prompt(rng, turn[0], scenes)], turn[1]
 
     return item
 
 
 def about_one(kind: str, count: int | None = None) -> Sampler:
     """Questions of one kind about a picture of `count` things, by default one to three."""
-
-    def sample(rng: np.random.Generator, held_out: bool) -> tuple:
-        scene = world.sample_scene(rng, count, held_out)
-        return (scene,), language.QUESTIONS[kind](rng, scene)
-
-    return question(sample)
-
-
-def about_two(ask: Callable) -> Sampler:
-    """Questions about two pictures of one thing each."""
-
-    def sample(rng: np.random.Generator, held_out: bool) -> tuple:
-        if ask is language.ask_difference:
-            first, second, change = world.sample_edit(rng, held_out)
-            return (first, second), ask(rng, first, second, change)
-        first, second, _ = world.sample_pair(rng, held_out)
-        return (first, second), ask(rng, first, second)
-
-    return question(sample)
+    return question(language.QUESTIONS[kind],
+                    lambda rng, held_out: (world.sample_scene(rng, count, held_out),))
 
 
 def second_turn(rng: np.random.Generator, held_out: bool) -> Item:
     """A second question about a picture, after a first one that was answered right."""
-    prompt, scenes, answer = world.pick(rng, ONE)(rng, held_out)
+    (first,), answer = about_one(world.pick(rng, language.QUESTIONS))(rng, held_out)
+    (scene,) = (part for part in first if isinstance(part, Scene))
     turn = None
     while not turn:
-        turn = language.QUESTIONS[world.pick(rng, language.QUESTIONS)](rng, scenes[0])
-    return (prompt, answer, turn[0]), scenes, turn[1]
+        turn = language.QUESTIONS[world.pick(rng, language.QUESTIONS)](rng, scene)
+    return [first, [answer], [turn[0]]], turn[1]
 
 
-ONE = [about_one(kind) for kind in language.QUESTIONS]
 ROWS = {
     "caption of one thing": about_one("caption", 1),
     "caption of two": about_one("caption", 2),
@@ -95,9 +78,9 @@ ROWS = {
     kind: about_one(kind) for kind in (
         "colour", "shape", "count", "background", "existence", "relation", "size", "place")
 } | {
-    "two pictures: in common": about_two(language.ask_common),
-    "two pictures: difference": about_two(language.ask_difference),
-    "two pictures: which": about_two(language.ask_which),
+    "two pictures: in common": question(language.ask_common, world.sample_pair),
+    "two pictures: difference": question(language.ask_difference, world.sample_edit),
+    "two pictures: which": question(language.ask_which, world.sample_pair),
     "second turn": second_turn,
 }  # fmt: skip
 
@@ -107,21 +90,21 @@ def drawing_of(count: int) -> Sampler:
 
     def sample(rng: np.random.Generator, held_out: bool) -> Item:
         request = language.ask_drawing(rng, world.sample_scene(rng, count, held_out))
-        prompt = world.pick(rng, language.DRAW_PROMPTS).format(request.text)
-        return prompt, (), lambda seen: language.fulfils(seen, request)
+        text = world.pick(rng, language.DRAW_PROMPTS).format(request.text)
+        return [[text]], lambda seen: language.fulfils(seen, request)
 
     return sample
 
 
 def edit(rng: np.random.Generator, held_out: bool) -> Item:
     """A picture of one thing and a request to change it."""
-    before, after, change = world.sample_edit(rng, held_out)
+    before, after = world.sample_edit(rng, held_out)
 
     def without_offset(scene: Scene) -> Scene:
         return replace(scene, things=tuple(replace(t, dy=0.0, dx=0.0) for t in scene.things))
 
-    prompt = place_pictures(rng, language.ask_edit(rng, after, change), "<image>")
-    return prompt, (before,), lambda seen: without_offset(seen) == without_offset(after)
+    turn = prompt(rng, language.ask_edit(rng, before, after), (before,))
+    return [turn], lambda seen: without_offset(seen) == without_offset(after)
 
 
 DRAWINGS = {"drawing of one thing": drawing_of(1), "drawing of two": drawing_of(2), "edit": edit}
@@ -135,37 +118,31 @@ def load(folder: Path, device: str = "cpu"):
 
 
 def batches(table: dict[str, Sampler], row: str, questions: int, held_out: bool
-            ) -> Iterator[tuple[list, list[Image.Image], list]]:
-    """The items of one row of a table, in batches -> prompts, pictures, right answers."""
+            ) -> Iterator[tuple[list[Turns], list]]:
+    """The items of one row of a table, in batches -> conversations, right answers."""
     rng = np.random.default_rng((SEED, list(table).index(row), held_out))
     items = [table[row](rng, held_out) for _ in range(questions)]
     for start in range(0, questions, BATCH):
-        prompts, scenes, right = zip(*items[start : start + BATCH])
-        pictures = [Image.fromarray(world.render(scene)) for some in scenes for scene in some]
-        yield list(prompts), pictures, list(right)
+        yield tuple(map(list, zip(*items[start : start + BATCH])))
 
 
-def read(processor, prompts: list, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
-    """A batch of prompts, or of conversations -> what the model takes. Pictures are in the order of
-    their placeholders.
-    """
-    if isinstance(prompts[0], str):
-        return processor(text=prompts, images=pictures or None, padding=True)
-    rest = iter(pictures)
+def read(processor, conversations: list[Turns]) -> dict[str, Tensor]:
+    """Conversations -> what the model takes."""
 
-    def content(turn: str) -> list[dict]:
-        return [{"type": "image", "image": next(rest)} if part == "<image>"
-                else {"type": "text", "text": part}
-                for part in re.split("(<image>)", turn) if part]
+    def content(part: str | Scene | Image.Image) -> dict:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        image = Image.fromarray(world.render(part)) if isinstance(part, Scene) else part
+        return {"type": "image", "image": image}
 
-    conversations = [[{"role": ("user", "assistant")[n % 2], "content": content(turn)}
-                      for n, turn in enumerate(turns)] for turns in prompts]
-    return processor.apply_chat_template(conversations, padding=True)
+    messages = [[{"role": ("user", "assistant")[n % 2], "content": [*map(content, turn)]}
+                 for n, turn in enumerate(turns)] for turns in conversations]
+    return processor.apply_chat_template(messages, padding=True)
 
 
-def answer(model, processor, prompts: list, pictures: list[Image.Image]) -> list[str]:
-    """Greedy answers to a batch, see `read`."""
-    inputs = read(processor, prompts, pictures).to(model.device)
+def answer(model, processor, conversations: list[Turns]) -> list[str]:
+    """Greedy answers to a batch."""
+    inputs = read(processor, conversations).to(model.device)
     with torch.inference_mode():  # the longest answer: three things, then two of them again
         ids = generate(model, **inputs, max_new_tokens=96)  # (B, T + new)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :],
@@ -175,26 +152,22 @@ def answer(model, processor, prompts: list, pictures: list[Image.Image]) -> list
 def accuracy(model, processor, row: str, questions: int, held_out: bool = False) -> float:
     """Share of right answers to `questions` questions of one row of ROWS, 0..1."""
     right = 0
-    for prompts, pictures, wanted in batches(ROWS, row, questions, held_out):
-        given = answer(model, processor, prompts, pictures)
+    for conversations, wanted in batches(ROWS, row, questions, held_out):
+        given = answer(model, processor, conversations)
         right += sum(text.strip() == one for text, one in zip(given, wanted))
     return right / questions
 
 
 @torch.inference_mode()
-def draw(model, inputs: dict, seed: int, guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(model, inputs: dict, seed: int, guidance: float) -> tuple[Tensor, Tensor]:
     """One drawing for each prompt -> ids of its codes (B, S), log-likelihood (B,)."""
     S, T = model.config.vq_config.codes_per_image, inputs["input_ids"].shape[1]
     ids = generate(
         model, **inputs, mode="image", image_top_p=0.9, guidance_text=guidance,
         guidance_image=guidance, seed=seed,
     )  # (B, T + S + 2), with begin-image and end-image
-    if "pixel_values" in inputs:
-        prompt = model.model.replace_image_placeholders(ids[:, :T], inputs["pixel_values"])
-        ids = torch.cat((prompt, ids[:, T:]), dim=1)
-    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, ids.shape[1] - T), value=1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    logits = model(ids, attention_mask=mask, position_ids=positions, mask_image_logits=False,
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, S + 2), value=1)
+    logits = model(ids, inputs.get("pixel_values"), mask, mask_image_logits=False,
                    return_dict=True).logits
     codes = ids[:, T + 1 : T + 1 + S]  # (B, S)
     logp = logits[:, T : T + S].log_softmax(-1).gather(-1, codes[..., None])  # (B, S, 1)
@@ -208,32 +181,30 @@ def drawn_right(
     """Share of right drawings, 0..1. Of `tries` drawings, the most likely one counts."""
     right = 0
     found = batches(DRAWINGS, row, questions, held_out)
-    for seed, (prompts, pictures, checks) in zip(range(0, questions, BATCH), found):
-        inputs = read(processor, prompts, pictures).to(model.device)
+    for seed, (conversations, checks) in zip(range(0, questions, BATCH), found):
+        inputs = read(processor, conversations).to(model.device)
         tried = [draw(model, inputs, seed + n * questions, guidance) for n in range(tries)]
-        best = torch.stack([logp for _, logp in tried]).argmax(0)  # (B,)
-        ids = torch.stack([tried[n][0][b] for b, n in enumerate(best.tolist())])  # (B, S)
-        images = decode_pictures(model, ids)
+        codes, logp = map(torch.stack, zip(*tried))  # (tries, B, S), (tries, B)
+        best = codes[logp.argmax(0), torch.arange(len(checks))]  # (B, S)
+        images = decode_pictures(model, best)
         right += sum(check(world.read_scene(image)) for image, check in zip(images, checks))
     return right / questions
 
 
 @torch.no_grad()
-def survival(vq, pictures: int, held_out: bool = False) -> tuple[float, int]:
-    """Sends pictures through codes and back -> the share of things that keep colour and shape for
-    the reader, the number of things.
+def survival(vq, pictures: int, held_out: bool = False) -> float:
+    """Sends pictures through codes and back -> the share of things whose colour and shape the
+    reader finds again.
     """
-    rng, right, total = np.random.default_rng((SEED, held_out)), 0, 0
+    rng, kept = np.random.default_rng((SEED, held_out)), []
     for _ in range(0, pictures, BATCH):
         scenes = [world.sample_scene(rng, held_out=held_out) for _ in range(BATCH)]
-        pixels = torch.from_numpy(world.render_pixels(scenes))
-        back = vq.decode(vq.encode(pixels.to(vq.post_quant_conv.weight.device)))  # (B, 3, H, W)
-        for scene, image in zip(scenes, back.float().clamp(-1, 1).permute(0, 2, 3, 1).cpu()):
-            seen = world.read_scene((image.numpy() + 1) * 127.5)
-            seen = {t.place: (t.colour, t.shape) for t in seen.things}
-            right += sum(seen.get(t.place) == (t.colour, t.shape) for t in scene.things)
-            total += len(scene.things)
-    return right / total, total
+        pixels = torch.from_numpy(world.render_pixels(scenes)).to(vq.device)
+        back = vq.decode(vq.encode(pixels))  # (B, 3, H, W)
+        for scene, image in zip(scenes, ChameleonImageProcessor.postprocess(back)):
+            seen = {t.place: (t.colour, t.shape) for t in world.read_scene(image).things}
+            kept += [seen.get(t.place) == (t.colour, t.shape) for t in scene.things]
+    return sum(kept) / len(kept)
 
 
 def table(folder: Path, questions: int, device: str = "cpu") -> None:
@@ -242,16 +213,16 @@ def table(folder: Path, questions: int, device: str = "cpu") -> None:
     """
     model, processor = load(folder, device)
 
-    def show(name: str, measure: Callable[[bool], float]) -> None:
-        print(f"| {name} | {measure(False):.1%} | {measure(True):.1%} |", flush=True)
+    def show(name: str, measure: Callable, *arguments, **options) -> None:
+        shares = [measure(*arguments, held_out=held_out, **options) for held_out in (False, True)]
+        print(f"| {name} | {' | '.join(f'{share:.1%}' for share in shares)} |", flush=True)
 
     guided = -(-questions // 4)
     print(f"| {questions} questions each (guided: {guided}) | ordinary | held-out |\n|---|---|---|")
-    show("codes: colour and shape survive",
-         lambda held_out: survival(model.model.vqmodel, questions, held_out)[0])
+    show("codes: colour and shape survive", survival, model.model.vqmodel, questions)
     for row in ROWS:
-        show(row, partial(accuracy, model, processor, row, questions))
+        show(row, accuracy, model, processor, row, questions)
     for row in DRAWINGS:
-        show(row, partial(drawn_right, model, processor, row, questions))
-        show(f"{row}, guided, best of 4",
-             partial(drawn_right, model, processor, row, guided, guidance=1.5, tries=4))
+        show(row, drawn_right, model, processor, row, questions)
+        show(f"{row}, guided, best of 4", drawn_right, model, processor, row, guided,
+             guidance=1.5, tries=4)

@@ -8,7 +8,6 @@
                          --> codes.png       pictures, their codes, and the pictures decoded again
                          --> growing.png     one drawing, code by code
                          --> drawings.png    twelve drawings with their requests
-                         --> drawn.png, story.png   what two commands of README.md draw
     curves.csv ------------> curves.svg      losses, log Z and |q| of one or several runs
 
 The files go to the folder figures/ here, which git ignores; those of the READMEs are kept in
@@ -17,14 +16,9 @@ matplotlib: pip install -e ".[figures]".
 """
 
 import argparse
-import base64
 import csv
 import html
-import io
-import re
-import shlex
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,12 +33,12 @@ from chameleon_extras.files import OneLineParser, exit_code, write_atomically
 from chameleon_extras.sheets import (
     code_colour,
     contact_sheet,
+    data_uri,
     enlarge,
     save_picture,
     there_and_back,
 )
 from generate import decode_pictures, generate, pieces, seeds_of, stream
-from generate import main as command
 from processor import ChameleonImageProcessor, load_image
 from tiny_world import language, world
 from tiny_world.evaluate import SEED, load
@@ -67,31 +61,25 @@ text{font:12px monospace;fill:#1f2328}.id{font-size:9px;fill:#59636e}.note{fill:
 def token_stream(model, processor, prompt: str, picture: Image.Image) -> str:
     """A prompt with one picture -> SVG of its ids and of the model's greedy answer."""
     inputs = processor(text=prompt, images=picture, return_tensors="pt")
-    ids = generate(model, **inputs, max_new_tokens=30)  # (1, T)
-    seen = model.model.replace_image_placeholders(inputs["input_ids"], inputs["pixel_values"])
-    T = seen.shape[1]
-    row = torch.cat((seen[0], ids[0, T:])).tolist()
-    first = (inputs["input_ids"][0] == model.model.vocabulary.image_token_id).nonzero()[0].item()
-    S = model.config.vq_config.codes_per_image
-    names = Names(processor.tokenizer)
-    parts, y = [], 26
-    for note, some in (("the prompt, up to the picture", row[:first]), (None, None),
-                       ("behind the picture; the answer begins after the end of turn",
-                        row[first + S :])):
-        if some is None:
-            drawn, height = picture_block(processor, picture, row[first : first + S], y)
-        else:
-            parts.append(f'<text class="note" x="0" y="{y - 8}">{note}</text>')
-            drawn, height = text_line(some, names, y)
-        parts.append(drawn)
+    ids = generate(model, **inputs, max_new_tokens=30)[0].tolist()
+    first, S = ids.index(processor.tokenizer.image_token_id), processor.image_seq_length
+    codes = model.model.vqmodel.encode(inputs["pixel_values"])[0]  # (S,)
+    names, y, parts = Names(processor.tokenizer), 0, []
+    for drawn, height in (
+        text_block("the prompt, up to the picture", ids[:first], names),
+        picture_block(inputs["pixel_values"], codes, model.model.vocabulary.code_to_id[codes]),
+        text_block("behind the picture; the answer begins after the end of turn",
+                   ids[first + S :], names),
+    ):
+        parts.append(f'<g transform="translate(0,{y})">{drawn}</g>')
         y += height
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}">'
             f"<style>{STYLE}</style>{''.join(parts)}</svg>\n")
 
 
-def text_line(ids: Sequence[int], names: Names, y: int) -> tuple[str, int]:
-    """Ids as labelled boxes, broken into lines -> SVG, its height."""
-    parts, x, top = [], 0, y
+def text_block(note: str, ids: Sequence[int], names: Names) -> tuple[str, int]:
+    """Ids as labelled boxes below a note, broken into lines -> SVG, its height."""
+    parts, x, y = [f'<text class="note" y="18">{note}</text>'], 0, 26
     for i in ids:
         name = names.name(i)
         wide = max(34, 7.4 * len(name) + 12)
@@ -103,29 +91,24 @@ def text_line(ids: Sequence[int], names: Names, y: int) -> tuple[str, int]:
             f'{html.escape(name)}</text><text class="id" x="{x + wide / 2:.0f}" y="{y + 28}" '
             f'text-anchor="middle">{i}</text>')
         x += wide + 3
-    return "".join(parts), y + ROW + 26 - top
+    return "".join(parts), y + ROW
 
 
-def picture_block(processor, picture: Image.Image, ids: Sequence[int], y: int) -> tuple[str, int]:
+def picture_block(pixels: Tensor, codes: Tensor, ids: Tensor) -> tuple[str, int]:
     """A picture as the model sees it, and its ids in raster order, coloured by code
     -> SVG, its height.
     """
-    pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
-    file = io.BytesIO()
-    ChameleonImageProcessor.postprocess(pixels)[0].save(file, "png")
     side, cell, columns = 120, 27, 27
-    codes = processor.tokenizer.vocabulary.codes_from_ids(torch.tensor(ids)).tolist()
-    parts = [f'<image y="{y}" width="{side}" height="{side}" style="image-rendering:pixelated" '
-             f'href="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/>',
-             f'<text class="note" x="{side + 20}" y="{y + 8}">its {len(ids)} ids, row by row; '
-             "equal ids have equal colours</text>"]
-    for n, (i, code) in enumerate(zip(ids, codes)):
-        left, top = side + 20 + n % columns * (cell + 1), y + 18 + n // columns * 24
+    uri = data_uri(ChameleonImageProcessor.postprocess(pixels)[0])
+    parts = [f'<image y="26" width="{side}" height="{side}" style="image-rendering:pixelated" '
+             f'href="{uri}"/><text class="note" x="{side + 20}" y="34">its {len(ids)} ids, row by '
+             "row; equal ids have equal colours</text>"]
+    for n, (code, i) in enumerate(zip(codes.tolist(), ids.tolist())):
+        left, top = side + 20 + n % columns * (cell + 1), 44 + n // columns * 24
         parts.append(f'<rect x="{left}" y="{top}" width="{cell}" height="22" rx="3" '
                      f'fill="{code_colour(code)}"/><text class="code" x="{left + cell / 2}" '
                      f'y="{top + 14}" text-anchor="middle">{i}</text>')
-    rows = -(-len(ids) // columns)
-    return "".join(parts), max(side, 18 + 24 * rows) + 34
+    return "".join(parts), max(side + 26, 44 + 24 * -(-len(ids) // columns))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,69 +156,29 @@ def drawings(model, processor, count: int = 12) -> Image.Image:
     return contact_sheet(panels, columns=half)
 
 
-def drawn_by(arguments: list[str], made: str) -> Image.Image:
-    """Runs generate.py with --out in a temporary folder -> the picture it wrote there."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = arguments.index("--out") + 1
-        arguments = [*arguments]
-        arguments[place] = str(Path(folder) / arguments[place])
-        if command([*arguments, "--device", "cpu"]):
-            raise ValueError(f"generate.py {shlex.join(arguments)} failed")
-        return enlarge(load_image(Path(folder) / made), 240)
-
-
-def readme_commands() -> dict[str, list[str]]:
-    """The commands of README.md that have an --out -> {its value: the arguments}."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = {}
-    for line in re.findall(r"^(?:\$ )?python generate\.py (.*)$", readme, re.MULTILINE):
-        arguments = shlex.split(line, comments=True)
-        if "--out" in arguments:
-            found[arguments[arguments.index("--out") + 1]] = arguments
-    return found
-
-
 # ---------------------------------------------------------------------------------------------
 # Curves
 
 
-def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """curves.csv -> {column: [(step, value)]}; each stage's steps follow those of the stage before.
+def read_curves(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """curves.csv -> [(step, line)] without the VQ-VAE's, whose losses are others. The steps of each
+    stage follow those of the stage before.
 
     A resumed run repeats the steps after its last save. Of two equal steps, the later line counts.
     """
-    curves, begin, last = {}, {}, {}
+    lines, begin, place = {}, {}, 0
     try:
         with open(path, newline="") as file:
-            for row in csv.DictReader(file):
-                stage, step = row.pop("stage"), int(row.pop("step"))
-                if stage == "vqvae":
-                    continue
-                if stage not in begin:
-                    begin[stage] = max((begin[s] + last[s] for s in begin), default=0)
-                last[stage] = step
-                place = begin[stage] + step, list(begin).index(stage)
-                for name, value in row.items():
-                    if value:
-                        curves.setdefault(name, {})[place] = float(value)
-    except (OSError, KeyError, ValueError, TypeError) as error:
+            for line in csv.DictReader(file):
+                stage, step = line["stage"], int(line["step"])
+                if stage != "vqvae":
+                    place = begin.setdefault(stage, place) + step
+                    lines[stage, place] = line
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no curves.csv of train.py: {error}") from None
-    if not curves:
-        raise ValueError(f"{path} has no steps of pretrain, sft or refine yet")
-    if max(last.values()) > 2**53:
-        raise ValueError(f"{path} has a step of {len(str(max(last.values())))} digits")
-    return {
-        name: [(place, value) for (place, _), value in sorted(points.items())]
-        for name, points in curves.items()
-    }
-
-
-def smooth(values: Sequence[float], over: int) -> Tensor:
-    """Mean of each value and those before it, `over` values at most.   (n,) -> (n,)"""
-    total = torch.tensor([0.0, *values], dtype=torch.float64).cumsum(0)  # (n + 1,)
-    end = torch.arange(1, len(values) + 1)
-    start = (end - over).clamp(min=0)
-    return (total[end] - total[start]) / (end - start)  # (n,)
+    if not lines:
+        raise ValueError(f"{path} has no steps of pretrain or sft yet")
+    return [(place, line) for (_, place), line in lines.items()]
 
 
 GRAY = "#808890"  # readable on a white and on a black page
@@ -249,54 +192,47 @@ def draw_curves(runs: dict[str, Path], out: Path) -> None:
     """{label: curves.csv} -> one SVG with a panel for each of PANELS; each shows all runs."""
     curves = {label: read_curves(path) for label, path in runs.items()}
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         raise ValueError('curves need matplotlib: pip install -e ".[figures]"') from None
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     style = dict.fromkeys(names, GRAY) | {"svg.hashsalt": "chameleon", "font.size": 9}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(2, 2, figsize=(9, 5), sharex=True)
+    with matplotlib.rc_context(style):
+        figure = matplotlib.figure.Figure(figsize=(9, 5))
+        axes = figure.subplots(2, 2, sharex=True)
         for ax, (column, title) in zip(axes.flat, PANELS.items()):
-            for label, columns in curves.items():
-                steps, values = zip(*columns.get(column, [(0, float("nan"))]))
-                ax.plot(steps, smooth(values, max(1, len(values) // 60)), label=label, lw=1.2)
+            for label, lines in curves.items():
+                points = [(place, float(line[column])) for place, line in lines if line.get(column)]
+                steps, values = np.array(points).reshape(-1, 2).T
+                n = max(1, len(steps) // 60)  # a mean of so many hides the noise
+                mean = np.convolve(values, np.ones(n) / n, "valid") if len(values) else values
+                ax.plot(steps[n - 1 :], mean, label=label, lw=1.2)
             ax.set_title(title, loc="left", fontsize=9)
             ax.spines[["top", "right"]].set_visible(False)
             ax.set_facecolor("none")
-            if column.endswith("loss"):
-                ax.set_yscale("log" if any(line.get_ydata().max() > 0 for line in ax.lines)
-                              else "linear")
+            ax.set_yscale("log" if column.endswith("loss") else "linear")
         for ax in axes[1]:
             ax.set_xlabel("step")
         if len(curves) > 1:
             axes.flat[0].legend(frameon=False)
         figure.tight_layout()
-        how = {"transparent": True, "metadata": {"Date": None}, "format": out.suffix[1:]}
+        how = {"transparent": True, "metadata": {"Date": None}, "format": "svg"}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda part: figure.savefig(part, **how))
-        pyplot.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------
 # The command
 
 
-def label_and_path(text: str) -> tuple[str, Path]:
-    label, equals, path = text.rpartition("=")
-    return (label, Path(path)) if equals else (Path(text).parent.name, Path(text))
-
-
 def draw_all(options: argparse.Namespace) -> None:
-    if Path(options.name).name != options.name or not options.name.endswith((".svg", ".png")):
-        raise ValueError(f"--name {options.name!r}: name a file like curves.svg, without a folder")
     if options.curves:
-        runs = dict(map(label_and_path, options.curves))
+        labelled = (text.rpartition("=") for text in options.curves)
+        runs = {label: Path(path) for label, _, path in labelled}
         if len(runs) < len(options.curves):
             raise ValueError("two curves have the same label: write LABEL=FILE")
-        return draw_curves(runs, options.out / options.name)
+        return draw_curves(runs, options.out / "curves.svg")
     seeds_of(options.seed, 1)
     if not options.draw.strip() or "<image>" in options.draw:
         raise ValueError("--draw needs a text without <image>")
@@ -305,15 +241,10 @@ def draw_all(options: argparse.Namespace) -> None:
     question = "What do you see in this image?<image>"
     svg = token_stream(model, processor, question, load_image(ROOT / "examples" / "shapes.png"))
     write_atomically(options.out / "stream.svg", lambda part: part.write_text(svg, "utf-8"))
-    save_picture(reconstructions(model), options.out / "codes.png")
     steps = growing(model, processor, options.draw, seed=options.seed)
-    save_picture(steps, options.out / "growing.png")
-    save_picture(drawings(model, processor), options.out / "drawings.png")
-    commands = readme_commands()
-    for out, made, file in (("circle.png", "circle.png", "drawn.png"),
-                            ("story", "story/1.png", "story.png")):  # fmt: skip
-        arguments = [*commands[out], "--model", str(options.model)]
-        save_picture(drawn_by(arguments, made), options.out / file)
+    for name, picture in {"codes": reconstructions(model), "growing": steps,
+                          "drawings": drawings(model, processor)}.items():
+        save_picture(picture, options.out / f"{name}.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -323,7 +254,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder (default: figures)")
     parser.add_argument("--curves", nargs="+", metavar="[LABEL=]FILE",
                         help="draw the curves of these files and nothing else")
-    parser.add_argument("--name", default="curves.svg", help="name of the curves' figure")
     parser.add_argument("--draw", default="Draw a large red circle above a small blue star.",
                         help="request for growing.png")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing in growing.png")

@@ -14,7 +14,7 @@ from itertools import permutations
 
 import numpy as np
 
-from tiny_world.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, pick
+from tiny_world.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, changed, pick
 
 Turn = tuple[str, str]  # question, answer
 
@@ -222,8 +222,12 @@ def ask_existence(rng: np.random.Generator, scene: Scene) -> Turn:
     return question, f"{look(scene)} {'Yes' if wanted else 'No'}."
 
 
-def relate(rng: np.random.Generator, scene: Scene) -> tuple[Thing, Thing, tuple[str, str]]:
-    """Two things of a scene, and (where the first is, seen from the second; the opposite)."""
+def relate(rng: np.random.Generator, scene: Scene) -> tuple[tuple, tuple, tuple] | None:
+    """Two things of a scene, their names, and (where the first is, seen from the second; the
+    opposite). None if there are no two things, or no names for them.
+    """
+    if len(scene.things) < 2:
+        return None
     i, j = rng.choice(len(scene.things), 2, replace=False)
     axes = [n for n in (0, 1) if scene.things[i].place[n] != scene.things[j].place[n]]
     axis = pick(rng, axes)
@@ -231,22 +235,20 @@ def relate(rng: np.random.Generator, scene: Scene) -> tuple[Thing, Thing, tuple[
     words = ("to the left of", "to the right of") if axis else ("above", "below")
     if rng.random() < 0.5:
         first, second, words = second, first, words[::-1]
-    return first, second, words
+    names = refer(rng, scene, first), refer(rng, scene, second)
+    return None if None in names else ((first, second), names, words)
 
 
 def ask_relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
     """Above, below, left or right: which of two, yes or no, or what is there."""
-    if len(scene.things) < 2:
+    related = relate(rng, scene)
+    if not related:
         return None
-    first, second, words = relate(rng, scene)
-    names = refer(rng, scene, first), refer(rng, scene, second)
-    if None in names:
-        return None
+    needed, names, words = related
     kind = pick(rng, ("which", "yes", "no", "what"))
-    needed = (first, second)
     if kind == "what" and len(scene.things) == 2:
-        question, needed = f"What is {words[0]} the {names[1]}?", (second,)
-        answer = article(f"{first.colour} {first.shape}")
+        question = f"What is {words[0]} the {names[1]}?"
+        answer, needed = article(f"{needed[0].colour} {needed[0].shape}"), needed[1:]
     elif kind in ("which", "what"):
         either = " or ".join(words if rng.random() < 0.5 else words[::-1])
         question = f"Is the {names[0]} {either} the {names[1]}?"
@@ -279,11 +281,9 @@ def state(rng: np.random.Generator, scene: Scene) -> str:
     if kind == "absence":
         absent = [n for n in DESCRIPTIONS if not any(matches(t, **n) for t in scene.things)]
         return sentence(f"there is no {phrase(rng, **pick(rng, absent))}")
-    if kind == "relation" and len(scene.things) > 1:
-        first, second, words = relate(rng, scene)
-        names = refer(rng, scene, first), refer(rng, scene, second)
-        if None not in names:
-            return sentence(f"the {names[0]} is {words[0]} the {names[1]}")
+    if kind == "relation" and (related := relate(rng, scene)):
+        _, names, words = related
+        return sentence(f"the {names[0]} is {words[0]} the {names[1]}")
     if kind == "place" or name is None:
         return sentence(f"{article(str(thing))} is {PLACES[thing.place]}")
     return sentence(f"the {name} is {article(str(thing))}")
@@ -322,13 +322,14 @@ def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> Turn | N
     return (pick(rng, WORDINGS["which"]).format(words), answer) if differs else None
 
 
-def ask_difference(rng: np.random.Generator, first: Scene, second: Scene, change: str) -> Turn:
-    return pick(rng, WORDINGS["difference"]), f"{look_at_both(first, second)} The {change}."
+def ask_difference(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
+    answer = f"{look_at_both(first, second)} The {changed(first, second)}."
+    return pick(rng, WORDINGS["difference"]), answer
 
 
-def ask_edit(rng: np.random.Generator, after: Scene, change: str) -> str:
-    """The request that turns a picture into `after`, for example "Draw this in blue." """
-    thing = after.things[0]
+def ask_edit(rng: np.random.Generator, before: Scene, after: Scene) -> str:
+    """The request that turns `before` into `after`, for example "Draw this in blue." """
+    thing, change = after.things[0], changed(before, after)
     words = {
         "colour": thing.colour, "shape": article(thing.shape), "size": thing.size,
         "place": PLACES[thing.place], "background": article(after.background),

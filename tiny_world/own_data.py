@@ -7,7 +7,6 @@ folder are found, with file and line, before any weight is read. Also what `--tr
 adapter, or the image codes' rows of the head alone.
 """
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -108,11 +107,6 @@ class OwnData:
             self.documents.append(Document())
             self.documents[-1].add(ids.tolist(), weight.tolist())
 
-    def contents(self) -> Iterator[list]:
-        """All numbers that are learned from."""
-        for document in self.documents:
-            yield from (document.ids, document.weight)
-
     def batch(self, step: int, B: int) -> dict[str, Tensor]:
         """As `Rows.batch`, one document a row. Each epoch is a random permutation of its own."""
         chosen = []
@@ -157,12 +151,3 @@ def add_learned(model: ChameleonForConditionalGeneration, kind: str):
     except ImportError:
         raise ValueError('--train lora needs peft: pip install -e ".[lora]"') from None
     return peft.get_peft_model(model, peft.LoraConfig(**LORA))
-
-
-def merge_learned(model: ChameleonForConditionalGeneration, adapter, folder: Path) -> None:
-    """Makes plain matrices of what `add_learned` added. An adapter is saved in the folder first."""
-    if adapter is not None:
-        adapter.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        adapter.merge_and_unload()
-    elif parametrize.is_parametrized(model.lm_head):
-        parametrize.remove_parametrizations(model.lm_head, "weight")

@@ -8,7 +8,8 @@ Letters: N pictures, B pictures at once, S codes of a picture, K codes of the co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,10 @@ class Pictures:
     """Scenes, and the codes of their pictures."""
 
     singles: list[Scene]
-    pairs: list[tuple[Scene, Scene, str]]  # two scenes, and what they share
-    edits: list[tuple[Scene, Scene, str]]  # before, after, and the changed field
-    codes: dict[Scene, np.ndarray]
+    pairs: list[tuple[Scene, Scene]]
+    edits: list[tuple[Scene, Scene]]  # before, after
     twins: dict[Scene, Scene]  # of scenes to be drawn, see world.sample_twin
+    codes: dict[Scene, np.ndarray] = field(default_factory=dict)
     alike: np.ndarray | None = None  # (K, ALIKE): nearest neighbours of each code
 
     @classmethod
@@ -40,14 +41,13 @@ class Pictures:
         singles = [world.sample_scene(rng) for _ in range(count // 2)]
         pairs = [world.sample_pair(rng) for _ in range(count // 8)]
         edits = [world.sample_edit(rng) for _ in range(count // 8)]
-        drawn = singles[: count // 4] + [after for _, after, _ in edits]
-        return cls(singles, pairs, edits, {}, {s: world.sample_twin(rng, s) for s in drawn})
+        drawn = singles[: count // 4] + [after for _, after in edits]
+        return cls(singles, pairs, edits, {s: world.sample_twin(rng, s) for s in drawn})
 
     def scenes(self) -> list[Scene]:
-        two = [scene for a, b, _ in self.pairs + self.edits for scene in (a, b)]
-        return self.singles + two + list(self.twins.values())
+        return [*self.singles, *chain(*self.pairs, *self.edits), *self.twins.values()]
 
-    def encode(self, vq: ChameleonVQVAE, device: torch.device, cache: Path,
+    def encode(self, vq: ChameleonVQVAE, cache: Path,
                progress: Callable = lambda steps, name: steps) -> "Pictures":
         """Fills `codes` and `alike`. The file `cache` keeps the codes once they are computed.
 
@@ -55,31 +55,26 @@ class Pictures:
         """
         scenes = self.scenes()
         try:
-            codes = np.load(cache)  # (N, S)
-        except (OSError, ValueError, EOFError):  # missing or damaged
+            codes = np.fromfile(cache, np.int16).reshape(len(scenes), -1)  # (N, S)
+        except (OSError, ValueError):  # missing, damaged, or of other pictures
             codes = np.empty((0, 0))
         # Codes of other pictures or of another VQ-VAE must not be used. The first and the last
         # pictures show it: the last are twins, which differ where the first do not.
-        ends = encode_scenes(vq, scenes[:10] + scenes[-10:], device)  # (20, S)
-        if len(codes) != len(scenes) or not np.array_equal([*codes[:10], *codes[-10:]], ends):
+        ends = encode_scenes(vq, scenes[:10] + scenes[-10:])  # (20, S)
+        if not np.array_equal([*codes[:10], *codes[-10:]], ends):
             # One array from the start: many small results between large temporary tensors would
             # fragment the heap, to 17 GB for 110,000 pictures.
             codes = np.empty((len(scenes), ends.shape[1]), np.int16)  # (N, S)
             for n in progress(range(0, len(scenes), 50), "codes"):
-                codes[n : n + 50] = encode_scenes(vq, scenes[n : n + 50], device)
-
-            def write(part: Path) -> None:
-                with open(part, "wb") as file:  # np.save would add .npy to a name
-                    np.save(file, codes)
-
-            write_atomically(cache, write)
+                codes[n : n + 50] = encode_scenes(vq, scenes[n : n + 50])
+            write_atomically(cache, codes.tofile)
         self.codes = dict(zip(scenes, codes))
         vectors = vq.quantize.embedding.weight.detach().cpu()  # (K, E)
         self.alike = torch.cdist(vectors, vectors).argsort(1)[:, 1 : 1 + ALIKE].numpy()
         return self
 
 
-def encode_scenes(vq: ChameleonVQVAE, scenes: list[Scene], device: torch.device) -> np.ndarray:
+def encode_scenes(vq: ChameleonVQVAE, scenes: list[Scene]) -> np.ndarray:
     """B scenes -> the codes of their pictures (B, S)"""
-    pixels = torch.from_numpy(world.render_pixels(scenes)).to(device)  # (B, 3, H, W)
-    return vq.to(device).encode(pixels).cpu().numpy()
+    pixels = torch.from_numpy(world.render_pixels(scenes)).to(vq.device)  # (B, 3, H, W)
+    return vq.encode(pixels).cpu().numpy()

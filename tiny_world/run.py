@@ -16,8 +16,6 @@ import csv
 import hashlib
 import math
 import pickle
-import platform
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,9 +24,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict as dcp
 
-from chameleon_extras.files import own_rank, pick_device, ranks, say, write_atomically
+from chameleon import ChameleonForConditionalGeneration
+from chameleon_extras.files import fast_bf16, own_rank, pick_device, ranks, say, write_atomically
 
+WARM_UP = 100  # steps; 4000 in pretraining (section 2.3)
 COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log_z", "q_norm",
            "grad_norm", "code_perplexity", "psnr")  # fmt: skip
 
@@ -42,7 +43,6 @@ class Run:
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
     PAUSE = 20  # seconds between two lines of progress
-    SAVED = ("step", "model", "optimizer", "rng", "torch_rng")  # what `save` always writes
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.state = options, options.out, options.state
@@ -60,20 +60,14 @@ class Run:
             if self.rank == 0:
                 known.write_text(out, encoding="utf-8")
         self.began, self.curves = time.monotonic(), {}
-        self.made_by = {"--seed": options.seed}  # a saved state is for these options and data only
+        self.made_by = {"--seed": options.seed, "--data": None}  # a saved state is for these alone
 
     def say(self, text: str) -> None:
         if self.rank == 0:
             say(text)
 
     def progress(self, steps: range, name: str) -> Iterator[int]:
-        """The steps, with a bar on a terminal, and else a line every PAUSE seconds and at the end.
-        """
-        from tqdm import tqdm
-
-        if self.rank or sys.stderr.isatty():
-            yield from tqdm(steps, desc=name, disable=self.rank > 0)
-            return
+        """The steps, with a line every PAUSE seconds and at the end."""
         told = began = time.monotonic()
         for done, step in enumerate(steps, start=1):
             yield step
@@ -81,7 +75,8 @@ class Run:
             if now - told > self.PAUSE or done == len(steps):
                 told, left = now, (now - began) / done * (len(steps) - done)
                 losses = "".join(f", {n} {x:.3f}" for n, x in self.curves.items() if "_loss" in n)
-                self.say(f"{name}: {step + steps.step} of {steps.stop}{losses}, {left:.0f} s to go")
+                reached = min(step + steps.step, steps.stop)
+                self.say(f"{name}: {reached} of {steps.stop}{losses}, {left:.0f} s to go")
 
     def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch -> this rank's rows, on its device, and "total": what divides their loss.
@@ -97,65 +92,52 @@ class Run:
         """Is a save due after this step?"""
         return step + 1 == steps or (step + 1) % self.SAVE == 0
 
-    def whole_state(self, model: nn.Module, optimizer=None) -> dict:
-        """The unsharded state of a model or of its optimizer, on the CPU. All ranks call it."""
-        from torch.distributed.checkpoint import state_dict as dcp
-
+    def whole_state(self, model: nn.Module, optimizers=()) -> tuple[dict, dict]:
+        """The unsharded states of a model and its optimizers, on the CPU. All ranks call it."""
         how = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        if optimizer is None:
-            return dcp.get_model_state_dict(model, options=how)
-        return dcp.get_optimizer_state_dict(model, optimizer, options=how)
+        return dcp.get_state_dict(model, optimizers, options=how)
 
     def file(self, stage: str) -> Path:
         return self.state / f"{stage}.pt"
 
-    def save(self, stage: str, step: int, model, optimizer, rng, codebook=None) -> None:
+    def save(self, stage: str, step: int, model, optimizers, rng, codebook=None) -> None:
+        weights, state = self.whole_state(model, optimizers)
         data = {
-            "step": step, "model": self.whole_state(model),
-            "optimizer": self.whole_state(model, optimizer),
+            "step": step, "model": weights, "optimizer": state,
             "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
             "codebook": codebook and codebook.state_dict(), "made_by": self.made_by,
         }  # fmt: skip
         if self.rank == 0:
             write_atomically(self.file(stage), lambda part: torch.save(data, part))
 
-    def load(self, stage: str, names: tuple[str, ...] = ("model",)) -> dict:
-        """What `save` wrote. ValueError if the file is missing, damaged, or lacks one of names."""
-        path = self.file(stage)
+    def take_over(self, stage: str, model: nn.Module, optimizers=()) -> dict:
+        """Loads the weights, and the optimizers' state, with which a stage ended -> all it saved.
+
+        ValueError if the file is missing or damaged, or if they do not fit.
+        """
+        path, how = self.file(stage), dcp.StateDictOptions(full_state_dict=True)
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-            return {name: data[name] for name in names} | data
+            states = data["model"], data["optimizer"] if optimizers else {}
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
-
-    def take_over(self, stage: str, model: nn.Module, optimizer=None) -> dict:
-        """Loads the weights, and the optimizer's state, with which a stage ended -> all it saved.
-
-        ValueError if they do not fit.
-        """
-        from torch.distributed.checkpoint import state_dict as dcp
-
-        data = self.load(stage, ("model",) if optimizer is None else self.SAVED)
-        how = dcp.StateDictOptions(full_state_dict=True)
         try:
-            dcp.set_model_state_dict(model, data["model"], options=how)
-            if optimizer is not None:
-                dcp.set_optimizer_state_dict(model, optimizer, data["optimizer"], options=how)
+            dcp.set_state_dict(model, optimizers, model_state_dict=states[0],
+                               optim_state_dict=states[1], options=how)
         except (RuntimeError, ValueError, KeyError):
-            raise ValueError(f"{self.file(stage)} was saved with other options: name another "
-                             "--state") from None
+            raise ValueError(f"{path} was saved with other options: name another --state") from None
         return data
 
-    def resume(self, stage: str, model, optimizer, rng, codebook=None) -> int:
+    def resume(self, stage: str, model, optimizers, rng, codebook=None) -> int:
         """Restores what `save` wrote -> the next step, which is 0 if there is no such file.
 
         ValueError if other options or other data made it.
         """
         if not self.file(stage).is_file():
             return 0
-        data = self.take_over(stage, model, optimizer)
+        data = self.take_over(stage, model, optimizers)
         before = data.get("made_by", {})
         changed = [f"{name} {before[name]}, not {value}" for name, value in self.made_by.items()
                    if before.get(name, value) != value]
@@ -176,12 +158,9 @@ class Run:
             raise ValueError(f"{stage}: the gradient of step {step} is inf or nan: lower "
                              "--learning-rate; the last save is as it was")
 
-    def logs(self, step: int) -> bool:
-        return step % self.EVERY == 0
-
     def log(self, stage: str, step: int, curves: dict[str, float]) -> None:
         self.curves = curves
-        if self.rank or not self.logs(step):
+        if self.rank:
             return
         row = {"stage": stage, "step": step, "seconds": time.monotonic() - self.began} | curves
         with open(self.state / "curves.csv", "a", newline="") as file:
@@ -199,14 +178,16 @@ def fingerprint(arrays: Iterable) -> str:
     return f"(fingerprint {digest.hexdigest()[:8]})"
 
 
-def fast_bf16(device: torch.device) -> bool:
-    """Does the device multiply bf16 in hardware? A CPU that emulates it is 20 times as slow."""
-    if device.type != "cpu":
-        return True
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported()
-    # In a torch without oneDNN the operator does not exist.
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def rate(stage: str, step: int, steps: int) -> float:
+    """Learning rate / peak: warm-up, then exponential (section 2.3) or cosine decay (section 3)."""
+    done = step / steps
+    if stage == "pretrain":
+        shape = 0.3**done  # down to 0.3; the paper decays to 0
+    else:
+        flat = 0.5 if stage == "sft" else 0.0  # the share of the steps before the decay
+        shape = 0.5 + 0.5 * math.cos(math.pi * max(0.0, done - flat) / (1 - flat))
+    warm_up = min(WARM_UP, max(1, steps // 10))
+    return min(1.0, (step + 1) / warm_up) * (0.98 * shape + 0.02)
 
 
 def autocast(device: torch.device):
@@ -214,16 +195,15 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_bf16(device))
 
 
-def shard(layers: nn.ModuleList, head: nn.Module, rest: nn.Module, frozen: nn.Module) -> None:
-    """FSDP2: every rank stores a slice of each matrix. A layer is whole only while it computes.
-
-    `rest` is the module around the layers. Parameters of `frozen` stay whole on every rank.
+def shard(model: ChameleonForConditionalGeneration) -> None:
+    """FSDP2: every rank stores a slice of each matrix. A layer is whole only while it computes. The
+    VQ-VAE stays whole on every rank.
     """
     from torch.distributed.fsdp import fully_shard
 
-    for module in (*layers, head):
+    for module in (*model.model.layers, model.lm_head):
         fully_shard(module)
-    fully_shard(rest, ignored_params=set(frozen.parameters()))
+    fully_shard(model.model, ignored_params=set(model.model.vqmodel.parameters()))
 
 
 def whole(x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiny_world import world
-from tiny_world.run import Run, autocast
+from tiny_world import evaluate, world
+from tiny_world.run import Run, autocast, rate
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 # In comments: the released model's numbers.
@@ -38,7 +38,7 @@ VQ = ChameleonVQVAEConfig(
 )
 BATCH = 6  # pictures a step
 STEPS = 4000
-LEARNING_RATE, WARM_UP, BETAS, CLIP = 1e-3, 100, (0.9, 0.99), 1.0
+LEARNING_RATE, BETAS, CLIP = 1e-3, (0.9, 0.99), 1.0
 AUTO_ENCODER = 0.08  # share of the steps before the codebook starts
 FROZEN = 0.9  # share of the steps after which the codebook no longer changes
 
@@ -181,12 +181,6 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     return loss, curves, (flatten_patches(z_e.detach()), codes.flatten(), things, level)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to a fiftieth."""
-    shape = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-    return LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * (0.98 * shape + 0.02)
-
-
 def codebook_sample(
     vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device, pictures: int
 ) -> tuple[Tensor, Tensor]:
@@ -221,7 +215,7 @@ def train_vqvae(run: Run) -> None:
         pixels = torch.from_numpy(world.render_pixels(scenes)).to(run.device)
         loss, curves, patches = vqvae_loss(vq, pixels, quantized=step >= begin)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = LEARNING_RATE * rate("vqvae", step, steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         curves["grad_norm"] = nn.utils.clip_grad_norm_(weights, CLIP).item()
@@ -231,10 +225,8 @@ def train_vqvae(run: Run) -> None:
             codebook.update(*patches)
             if (step + 1) % codebook.EVERY == 0:
                 codebook.revive(retire=step >= (FROZEN - 0.1) * steps)
-        run.log("vqvae", step, curves)
+        if step % run.EVERY == 0:
+            run.log("vqvae", step, curves)
         if run.due(step, steps):
             run.save("vqvae", step + 1, vq, optimizer, rng, codebook)
-    from tiny_world.evaluate import survival
-
-    right, total = survival(vq.eval(), 400)
-    run.say(f"vqvae: {right:.1%} of {total} things keep colour and shape")
+    run.say(f"vqvae: {evaluate.survival(vq.eval(), 400):.1%} of things keep colour and shape")

@@ -15,11 +15,9 @@ pixels and no words. Sentences without a picture name them, as people talk of th
 seen. A decoder that names or draws these pairs has learned colour and shape separately.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -79,11 +77,11 @@ def sample_thing(
 ) -> Thing:
     """A thing at `place`. `held_out`: is its (colour, shape) in HELD_OUT? None: it may be."""
     while True:
-        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+        colour, shape = pick(rng, COLOURS), pick(rng, SHAPES)
         if held_out is None or ((colour, shape) in HELD_OUT) == held_out:
             break
     dy, dx = rng.uniform(-JITTER, JITTER, 2)
-    return Thing(colour, shape, str(rng.choice(list(SIZES))), place, float(dy), float(dx))
+    return Thing(colour, shape, pick(rng, SIZES), place, float(dy), float(dx))
 
 
 def sample_scene(
@@ -95,25 +93,22 @@ def sample_scene(
     None allows any.
     """
     count = count or int(rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25)))
-    places = sorted(PLACES)
-    things = []
+    places, things = list(PLACES), []
     for place in rng.permutation(len(places))[:count]:
         while True:
             thing = sample_thing(rng, places[place], held_out and not things)  # None stays None
             if all((t.colour, t.shape) != (thing.colour, thing.shape) for t in things):
                 break
         things.append(thing)
-    background = str(rng.choice(list(BACKGROUNDS)))
-    return Scene(background, tuple(sorted(things, key=lambda t: t.place)))
+    return Scene(pick(rng, BACKGROUNDS), tuple(sorted(things, key=lambda t: t.place)))
 
 
-def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene, str]:
-    """Two scenes of one thing each, and what they share: colour, shape, both or nothing.
+def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene]:
+    """Two scenes of one thing each, which share colour, shape, both or nothing.
 
     held_out: the first scene shows a HELD_OUT pair; else neither does.
     """
-    shared = pick(rng, ("colour", "shape", "both", "nothing"))
-    wanted = shared in ("colour", "both"), shared in ("shape", "both")
+    wanted = pick(rng, ((True, False), (False, True), (True, True), (False, False)))
     while True:
         first, second = sample_scene(rng, 1, held_out), sample_scene(rng, 1)
         thing, other = first.things[0], second.things[0]
@@ -123,11 +118,11 @@ def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
             other = replace(other, shape=thing.shape)
         same = thing.colour == other.colour, thing.shape == other.shape
         if same == wanted and (held_out or (other.colour, other.shape) not in HELD_OUT):
-            return first, replace(second, things=(other,)), shared
+            return first, replace(second, things=(other,))
 
 
-def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene, str]:
-    """A scene of one thing, the same with one field changed, and the field's name.
+def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene]:
+    """A scene of one thing, and the same with one field changed.
 
     held_out: the first scene shows a HELD_OUT pair; else neither does.
     """
@@ -141,7 +136,16 @@ def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
             after = replace(before, things=(thing,))
         pair = after.things[0].colour, after.things[0].shape
         if after != before and (held_out or pair not in HELD_OUT):
-            return before, after, field
+            return before, after
+
+
+def changed(before: Scene, after: Scene) -> str:
+    """The name of the field that `sample_edit` changed."""
+    if before.background != after.background:
+        return "background"
+    (old,), (new,) = before.things, after.things
+    return next(name for name in ("colour", "shape", "size", "place")
+                if getattr(old, name) != getattr(new, name))
 
 
 def sample_twin(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -187,17 +191,11 @@ def coverage(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndar
     return np.clip(0.5 - d, 0, 1)
 
 
-def render(scene: Scene, height: int = SIDE, width: int | None = None) -> np.ndarray:
-    """scene -> picture (H, W, 3) uint8.
-
-    The scene fills the largest centred square, and background the rest. So the image processor's
-    centre crop never cuts a thing.
-    """
-    width = width or height
-    side = min(height, width)
-    picture = np.full((height, width, 3), BACKGROUNDS[scene.background], np.float32)  # (H, W, 3)
+def render(scene: Scene, side: int = SIDE) -> np.ndarray:
+    """scene -> picture (N, N, 3) uint8, `side` pixels wide."""
+    picture = np.full((side, side, 3), BACKGROUNDS[scene.background], np.float32)  # (N, N, 3)
     for thing in scene.things:
-        cy, cx = thing_centre(thing, height, width)
+        cy, cx = thing_centre(thing, side)
         reach = int(side * 0.22) + 2  # the largest radius, and two pixels
         rows = slice(max(0, int(cy) - reach), int(cy) + reach)
         columns = slice(max(0, int(cx) - reach), int(cx) + reach)
@@ -211,14 +209,13 @@ def render(scene: Scene, height: int = SIDE, width: int | None = None) -> np.nda
     return np.clip(picture.round(), 0, 255).astype(np.uint8)
 
 
-def thing_centre(thing: Thing, height: int, width: int) -> tuple[float, float]:
+def thing_centre(thing: Thing, side: int) -> tuple[float, float]:
     """The centre (y, x) of a thing in pixels."""
-    side = min(height, width)
     # The middle of a triangle's height lies a quarter of its radius above its centre.
     drop = 0.25 * SIZES[thing.size] * REACH["triangle"] if thing.shape == "triangle" else 0.0
     y = (2 * thing.place[0] + 1) / 6 + thing.dy + drop
     x = (2 * thing.place[1] + 1) / 6 + thing.dx
-    return (height - side) / 2 + y * side, (width - side) / 2 + x * side
+    return y * side, x * side
 
 
 def render_pixels(scenes: Sequence[Scene]) -> np.ndarray:
@@ -281,34 +278,3 @@ def read_place(difference: np.ndarray, place: tuple[int, int], background: float
     dy = (rows.start + cy) / side - (2 * place[0] + 1) / 6
     dx = (columns.start + cx) / side - (2 * place[1] + 1) / 6
     return Thing(colour, shape if error(form) < BLOB else "blob", size, place, float(dy), float(dx))
-
-
-# ---------------------------------------------------------------------------------------------
-# python -m tiny_world.world FOLDER: the pictures in examples/
-
-
-def write_examples(folder: Path) -> None:
-    """Renders the README's pictures, larger than the model sees them. One is not square."""
-    def thing(words: str, row: int, column: int) -> Thing:
-        size, colour, shape = words.split()
-        return Thing(colour, shape, size, (row, column))
-
-    pictures = {
-        "shapes": (256, 256, "white", thing("small red circle", 0, 1),
-                   thing("large blue square", 1, 1)),
-        "star": (256, 256, "black", thing("large yellow star", 1, 1)),
-        "wide": (240, 400, "gray", thing("large orange triangle", 1, 0),
-                 thing("small blue circle", 1, 2)),
-        "three": (384, 384, "black", thing("small green star", 0, 0),
-                  thing("large red square", 1, 1), thing("large yellow circle", 2, 2)),
-        "first": (256, 256, "white", thing("large green circle", 1, 1)),
-        "second": (256, 256, "gray", thing("small purple circle", 0, 2)),
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (height, width, background, *things) in pictures.items():
-        scene = Scene(background, tuple(things))
-        Image.fromarray(render(scene, height, width)).save(folder / f"{name}.png")
-
-
-if __name__ == "__main__":
-    write_examples(Path(sys.argv[1] if len(sys.argv) > 1 else "examples"))
