@@ -11,8 +11,8 @@ so a turn reads only its own tokens. A drawn picture is context like any other. 
 turns that alternate (section 3), so each turn ends with the end-of-turn id.
 
 Without `whole`, a turn does not see the turns before it, but the last pictures only. tiny/ is used
-like this, because it has learned from single questions: of 152 about a picture it answers 149 right
-to the letter, but 1 in the second turn of a conversation.
+like this, because it has learned from conversations of two or three turns: of 100 questions about a
+picture it answers 96 right to the letter, 92 in a second turn, 89 in a third and 62 in a fourth.
 """
 
 import os

@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="so many of --prompts at a time (1 to 1024; default 8)")
     add("--context", choices=("whole", "last"),
         help="what a turn of --chat sees: all turns, or the last pictures (default: whole; last "
-        "for tiny/, which has learned from single questions)")
+        "for tiny/, which has learned short conversations)")
     add = parser.add_argument_group("what comes out").add_argument
     add("--mode", default="text", choices=MODES, help="text (the default), a picture, or both")
     add("--out", type=Path, metavar="PATH",

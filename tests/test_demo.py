@@ -69,7 +69,7 @@ def test_an_answer_streams_and_a_drawing_grows_code_by_code(tiny):
 
 
 def test_stop_keeps_what_is_said_and_the_conversation_goes_on(tiny):
-    visit = Visit(Conversation(*tiny))
+    visit = Visit(Conversation(*tiny, whole=False))
     for n, _ in enumerate(visit.ask("What do you see?", [SHAPES], "Answer", seed=0)):
         visit.stopped = n == 3
     said = visit.messages[-1][1]

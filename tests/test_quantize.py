@@ -214,8 +214,8 @@ def test_logits_of_500_positions_stay_close_to_those_in_fp32(kind, dtype, bound,
 
 
 @pytest.mark.parametrize("kind, dtype, bound, same, decided", [
-    ("int8", torch.float32, 0.01, 0.99, 0.999), ("int8", torch.bfloat16, 0.01, 0.99, 0.998),
-    ("int4", torch.bfloat16, 0.06, 0.93, 0.98),
+    ("int8", torch.float32, 0.01, 0.98, 0.999), ("int8", torch.bfloat16, 0.01, 0.98, 0.998),
+    ("int4", torch.bfloat16, 0.1, 0.9, 0.97),
 ])
 def test_the_trained_model_hardly_notices(kind, dtype, bound, same, decided):
     """tiny/ on its own pictures and questions: 1656 positions, of text and of codes.

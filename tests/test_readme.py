@@ -295,7 +295,7 @@ def test_the_measured_counts_are_those_of_the_tests():
 
 
 def test_the_model_card_has_the_rows_of_the_evaluation_and_its_numbers_are_quoted_right():
-    head = ["1,000 questions each (guided: 200)", "ordinary", "held-out"]
+    head = ["200 questions each (guided: 50)", "ordinary", "held-out"]
     after = rows(section("Results", CARD))
     after = after[after.index(head) + 1 :]
     drawings = [row + guided for row in evaluate.DRAWINGS for guided in ("", ", guided, best of 4")]
@@ -306,7 +306,7 @@ def test_the_model_card_has_the_rows_of_the_evaluation_and_its_numbers_are_quote
     quoted = re.findall(r"\d[\d.]* %", section("The tiny checkpoint", README))
     kinds = "caption of one thing", "drawing of one thing", "edit"
     assert [n.replace(" ", "") for n in quoted] == [n for kind in kinds for n in table[kind]]
-    for kind in ("place", "drawing of two", "edit"):
+    for kind in ("relation", "place", "drawing of two", "edit"):
         for right in table[kind]:
             assert f"{100 - float(right.rstrip('%')):.1f} %" in section("Limits", CARD)
 
