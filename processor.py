@@ -49,7 +49,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ def as_shown(image: Image.Image) -> Image.Image:
     """A loaded picture file -> PIL picture upright, with 8 bits, and with its transparency."""
     with suppress(Exception):  # of many kinds: a viewer shows what has broken EXIF data, too
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] == "I" and image.getextrema()[1] < 2**16:  # grey, 16 bits
+    if image.mode[0] == "I" and np.asarray(image).max() < 2**16:  # grey, 16 bits
         clear = image.info.pop("transparency", None)
         # level = value / 257, rounded
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
@@ -265,15 +265,15 @@ def sides(*keys: set[str]) -> Callable[[object], bool]:
     return lambda v: isinstance(v, dict) and set(v) in keys and all(map(whole(1, 4096), v.values()))
 
 
-def numbers(v: object, least: float = 0.0) -> bool:
+def numbers(v: Any, least: float = 0.0) -> bool:
     """Beyond these limits float32 would make 0 or infinity of a number."""
-    values = v if type(v) in (list, tuple) else [v]
+    values = v if isinstance(v, (list, tuple)) else [v]
     return all(real(-1e9, 1e9)(x) and abs(x) >= least for x in values)
 
 
 EDGES = {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"}
-Edges = Annotated[dict, "shortest_edge, both edges, or height and width, 1 to 4096", sides(*EDGES)]
-Sides = Annotated[dict, "height and width, 1 to 4096", sides({"height", "width"})]
+Edges = Annotated[Any, "shortest_edge, both edges, or height and width, 1 to 4096", sides(*EDGES)]
+Sides = Annotated[Any, "height and width, 1 to 4096", sides({"height", "width"})]
 Filter = Annotated[int, "a filter of PIL, 0 to 5 (1 is Lanczos)", lambda x: type(x) in (
     int, Image.Resampling) and x in list(Image.Resampling)]
 Factor = Annotated[float, "a finite number", real(-1e9, 1e9)]

@@ -34,6 +34,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -367,12 +368,15 @@ class Tokenizer:
         """
         if clean_up_tokenization_spaces:
             raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
-        if isinstance(ids, (torch.Tensor, np.ndarray, np.integer)):
-            if ids.ndim > 1:
-                raise ValueError(f"decode takes ids (T,), not {tuple(ids.shape)}: use batch_decode")
-            ids = ids.tolist()  # one GPU synchronization
+        given: Any = ids
+        if hasattr(given, "tolist"):  # a tensor or an array
+            if given.ndim > 1:
+                raise ValueError(f"decode takes ids (T,), not {tuple(given.shape)}: use "
+                                 "batch_decode")
+            given = given.tolist()  # one GPU synchronization
+        given = [given] if isinstance(given, int) else given
         decoder = self.stream_decoder(skip_special_tokens)
-        return "".join(map(decoder.feed, [ids] if isinstance(ids, int) else ids)) + decoder.flush()
+        return "".join(decoder.feed(token_id) for token_id in given) + decoder.flush()
 
     def batch_decode(self, batch: Iterable, skip_special_tokens: bool = False,
                      clean_up_tokenization_spaces: bool = False) -> list[str]:

@@ -171,7 +171,8 @@ def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namesp
     for layer in model.model.layers:
         assert isinstance(layer, ChameleonDecoderLayer)
         if options.no_qk_norm:
-            layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
+            for name in ("q_norm", "k_norm"):
+                setattr(layer.self_attn, name, nn.Identity())
         if options.dropout:  # on the outputs of attention and feed-forward (section 2.3, 7B only)
             for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 last.register_forward_hook(drop)
