@@ -11,7 +11,7 @@ same run, because other load on the machine affects both.
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -82,15 +82,25 @@ def step_bytes(model: ChameleonForConditionalGeneration,
 
 def bandwidth(device: torch.device) -> float:
     """Bytes a second at which a large array in this device's memory is read; best of five."""
-    size = READ
-    if device.type == "cuda":  # so much that a launch and a wait take no time beside it
+    cuda, size = device.type == "cuda", READ
+    if cuda:  # a quarter of a gigabyte would be read in less time than a launch and a wait take
         size = min(READ_CUDA, torch.cuda.mem_get_info(device)[0] // 2)
-    data, seconds = torch.ones(size // 8, dtype=torch.int64, device=device), []
-    for _ in range(5):
+    data = torch.ones(size // 8, dtype=torch.int64, device=device)
+    return data.nbytes / min(seconds_of(data.sum, cuda) for _ in range(5))
+
+
+def seconds_of(task: Callable[[], object], cuda: bool) -> float:
+    """On CUDA by the device's own clock, which knows nothing of launches."""
+    if not cuda:
         start = time.perf_counter()
-        data.sum().item()  # which waits for the device
-        seconds.append(time.perf_counter() - start)
-    return data.nbytes / min(seconds)
+        task()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    task()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def peak_memory(device: torch.device) -> int:

@@ -678,6 +678,12 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     assert is_parametrized(model.lm_head) and not is_parametrized(shipped.lm_head)
     rounded = model.lm_head.weight.detach().bfloat16().float()
     assert torch.equal(shipped.lm_head.weight, rounded)
+    # A step has its own share of practice, which is in words alone.
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "PRACTICE", ((0.5, (0.0, 0.0)), (1.0, (1.0, 0.0))))
+        for step, shows in ((0, True), (2, False)):
+            batch = train.toy_world("sft", train.Run(options), rng())[-1](step)
+            assert torch.isin(batch["ids"], model.model.vocabulary.code_to_id).any() == shows
     # Another stage's weights of another kind are named, not loaded.
     capsys.readouterr()
     assert train.main(["sft", "--no-qk-norm", "--out", str(out), "--steps", "3"]) == 2
