@@ -515,6 +515,9 @@ class KVCache:
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]  # (B, Hkv, L, Dh)
 
+    def get_seq_length(self) -> int:
+        return self.length
+
     def check_batch(self, B: int) -> None:
         """ValueError for a batch that is not the cache's own."""
         if (self.length or self.max_length) and len(self.k[0]) != B:
@@ -773,14 +776,18 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         self.lm_head.apply(self.model.init_weights)
         self.tie_weights()
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_tokens(pixel_values)
 
     def generate(self, input_ids: Tensor, *inputs: Tensor | None, **options) -> Tensor:
         """As `generate` of generate.py, which explains it; options are those of its `stream`."""
+        from chameleon_extras.pretrained import generation_options  # those of transformers only
         from generate import generate  # here, as generate.py imports this file
 
-        return generate(self, input_ids, *inputs, **options)
+        return generate(self, input_ids, *inputs, **generation_options(**options))
 
     def forward(
         self,

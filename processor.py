@@ -493,6 +493,7 @@ class ChameleonProcessor:
     marks the place of a picture in a prompt. ValueError if S is below 1 or the text is empty.
     """
 
+    model_input_names = ["input_ids", "attention_mask", "pixel_values"]
     MAX_CODES = 2**16  # of a picture: no prompt is longer than memory allows
 
     def __init__(self, image_processor: ChameleonImageProcessor, tokenizer: Tokenizer,
@@ -511,12 +512,12 @@ class ChameleonProcessor:
     def __call__(self, *inputs, text: str | list[str] | None = None,
                  images: Pictures | None = None, answers: str | list[str] | None = None,
                  return_for_text_completion: bool = False, return_tensors: str | None = "pt",
-                 **options) -> BatchFeature:
+                 add_special_tokens: bool = True, **options) -> BatchFeature:
         """-> input_ids (B, T), attention_mask (B, T) and, with pictures, pixel_values (N, 3, H, W).
 
         text and images may be positional, in either order: transformers changed it in 4.46.
         images: a flat list for all prompts in order, or one list per prompt.
-        return_for_text_completion: without the end-of-turn id.
+        return_for_text_completion: without the end-of-turn id. add_special_tokens: with <s>.
         answers: one for each prompt, to learn from. Each row ends with its answer and </s>, and
         labels (B, T) are -100 on prompts and padding. Pictures of an answer follow those of its
         prompt; their labels are <image>, which the model replaces by their codes if it is called
@@ -537,7 +538,8 @@ class ChameleonProcessor:
         prompts = [text] if isinstance(text, str) else text
         replies = self.replies(prompts, answers)
         pictures = self.match(prompts, images, replies)
-        rows = [self.layout(prompt, return_for_text_completion) for prompt in prompts]
+        rows = [self.layout(prompt, return_for_text_completion)[not add_special_tokens :]
+                for prompt in prompts]
         ends = [self.answer_ids(reply) for reply in replies]
         labels = [[IGNORE] * len(row) + end for row, end in zip(rows, ends)]
         rows = [row + end for row, end in zip(rows, ends)]

@@ -255,6 +255,8 @@ class Tokenizer:
     "left" aligns the ends of all prompts, where generation continues. ValueError: no <s> or <pad>.
     """
 
+    model_input_names = ["input_ids", "attention_mask"]
+
     def __init__(self, path: str | Path, vocab: dict[str, int], special_ids: Iterable[int]) -> None:
         self.path, self.vocab, self.vocabulary = Path(path), vocab, VocabularyMap(vocab)
         self.vocab_size = max(vocab.values(), default=-1) + 1
@@ -272,6 +274,9 @@ class Tokenizer:
             self._names.get(i) for i in (self.bos_token_id, self.eos_token_id, self.pad_token_id,
                                          self.unk_token_id, self.sep_token_id))
         self.image_token = self._names.get(self.image_token_id)
+        self.all_special_tokens = [self._names[i] for i in self.all_special_ids]
+        self.special_tokens_map = {name: value for name, value in vars(self).items()
+                                   if name.endswith("_token") and value is not None}
         controls = {self.bos_token_id, self.pad_token_id, self.eos_token_id, self.unk_token_id,
                     self.vocabulary.begin_image_id, self.vocabulary.end_image_id, self.sep_token_id,
                     self.image_token_id, *self.vocabulary.code_to_id.tolist()} - {None}
@@ -338,6 +343,9 @@ class Tokenizer:
             return self.vocab.get(tokens, self.unk_token_id)
         return [self.vocab.get(name, self.unk_token_id) for name in tokens]
 
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.decode(self.convert_tokens_to_ids(tokens))
+
     def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
         return self.name_of(ids) if isinstance(ids, int) else [self.name_of(i) for i in ids]
 
@@ -364,10 +372,9 @@ class Tokenizer:
     def decode(self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:
         """Ids (T,), or one id -> text. Bytes that are not utf-8 become U+FFFD. ValueError for
-        unknown ids, and with clean_up_tokenization_spaces, which would alter the text.
+        unknown ids. clean_up_tokenization_spaces is accepted, and changes nothing of BPE's texts,
+        as in transformers 5.
         """
-        if clean_up_tokenization_spaces:
-            raise ValueError("clean_up_tokenization_spaces would change the text: leave it off")
         given: Any = ids
         if hasattr(given, "tolist"):  # a tensor or an array
             if given.ndim > 1:

@@ -26,6 +26,12 @@ from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 # no padding), and torch's next best kernel elsewhere; the flash-attn package is not used.
 ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
 
+# Of transformers' `generate`: values that change nothing here, and what a GenerationConfig holds
+# beside options.
+NEUTRAL = {"num_beams": (1, None), "output_scores": (False, None),
+           "return_dict_in_generate": (False, None)}
+NO_OPTIONS = ("bos_token_id", "transformers_version", "_from_model_config")
+
 Config, Model = TypeVar("Config"), TypeVar("Model")
 
 
@@ -93,6 +99,16 @@ def attention_of(name: str) -> str:
     if name not in ATTENTION:
         raise ValueError(f"attn_implementation {name!r} is none of {', '.join(ATTENTION)}")
     return ATTENTION[name]
+
+
+def generation_options(generation_config=None, **options: object) -> dict:
+    """Options of transformers' `model.generate` -> those of ours. The values of a GenerationConfig
+    hold where no option is given. Options in NEUTRAL change nothing and are left out.
+    """
+    if generation_config is not None:
+        options = generation_config.to_diff_dict() | options
+    return {name: value for name, value in options.items()
+            if name not in NO_OPTIONS and value not in NEUTRAL.get(name, ())}
 
 
 def choose_attention(model: nn.Module, name: str) -> None:

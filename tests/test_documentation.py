@@ -520,6 +520,26 @@ def test_options_that_do_not_exist_are_named_and_idle_ones_warned_about():
         MODEL.generate(PROMPT, temperature=0.5, max_new_tokens=2)
 
 
+def test_a_generation_config_holds_where_no_option_is_given():
+    config = transformers.GenerationConfig(
+        max_length=9, num_beams=1, use_cache=False, bos_token_id=0, eos_token_id=[])
+    expected = MODEL.generate(PROMPT, max_length=9, eos_token_id=[])
+    assert torch.equal(MODEL.generate(PROMPT, generation_config=config), expected)
+    shorter = MODEL.generate(PROMPT, generation_config=config, max_new_tokens=2)
+    assert torch.equal(shorter, expected[:, : PROMPT.shape[1] + 2])
+    config.num_beams = 3
+    with pytest.raises(ValueError, match="no option num_beams"):
+        MODEL.generate(PROMPT, generation_config=config)
+
+
+def test_head_and_cache_have_the_methods_of_the_page():
+    model = small_model()
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+    model.set_output_embeddings(head)
+    assert model.get_output_embeddings() is head
+    assert model(PROMPT).past_key_values.get_seq_length() == PROMPT.shape[1]
+
+
 def test_two_streams_of_a_model_in_training_do_not_disturb_each_other():
     model = small_model(attention_dropout=0.5)
     expected = generate(model, PROMPT, max_new_tokens=6, eos_token_id=[])[0, 3:]
@@ -608,6 +628,12 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.decode(ids[1]) == theirs.decode(ids[1])
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
+    assert bpe.special_tokens_map.items() >= theirs.special_tokens_map.items()
+    assert set(bpe.all_special_tokens) >= set(theirs.all_special_tokens)
+    spaced = "Hello , it 's a   ' b ' . We do n't ! 've 're 'm"
+    assert bpe.convert_tokens_to_string(bpe.tokenize(spaced)) == spaced
+    cleaned = bpe.decode(bpe.encode(spaced), clean_up_tokenization_spaces=True)
+    assert cleaned == theirs.decode(bpe.encode(spaced), clean_up_tokenization_spaces=True)
     for multiple in (0, -8, "8", 8.0):
         with pytest.raises(ValueError, match="pad_to_multiple_of"):
             bpe(texts, padding=True, pad_to_multiple_of=multiple)
@@ -640,6 +666,14 @@ def test_both_positional_orders_of_the_processor(order):
     inputs = processor(*given.get(order, ()), **({} if order in given else
                                                  dict(images=picture, text=text)))
     assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
+
+def test_a_prompt_without_special_tokens_begins_with_its_text():
+    processor = ChameleonProcessor.from_pretrained(ROOT / "tiny")
+    ids = processor("A star.")["input_ids"]  # (1, T)
+    without = processor("A star.", add_special_tokens=False)["input_ids"]
+    assert torch.equal(without, ids[:, 1:])
+    assert processor.model_input_names == [*processor.tokenizer.model_input_names, "pixel_values"]
 
 
 def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():

@@ -23,13 +23,13 @@ TOP = {f"{name}.py" for name in ORDER} | {
 LATE = {
     **{(module, name): "chameleon_extras" for module in CORE
        for name in ("from_pretrained", "save_pretrained", "set_attn_implementation")},
-    ("chameleon", "generate"): "generate",
+    ("chameleon", "generate"): "generate chameleon_extras.pretrained",
     ("generate", "main"): "chameleon_extras.command",
     ("generate", "stream"): "chameleon_extras.decoding",
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
-LINES = {"chameleon.py": 866, "generate.py": 806, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_090, 32
+LINES = {"chameleon.py": 873, "generate.py": 806, "README.md": 220}
+ALL_LINES, ALL_FILES = 11_125, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:
@@ -87,8 +87,9 @@ def test_the_core_knows_nothing_of_what_stands_around_it():
         lines = SOURCES[module].read_text(encoding="utf-8").splitlines()
         for function, node in imports(module)[1]:
             for name in own_modules(node):
-                allowed = LATE.get((module, function), "nothing")
-                assert name == allowed or name.startswith(f"{allowed}."), f"{module}.{function}"
+                allowed = LATE.get((module, function), "nothing").split()
+                assert any(name == one or name.startswith(f"{one}.") for one in allowed), (
+                    f"{module}.{function}")
                 above = node.lineno - 2
                 while lines[above].lstrip().startswith(("from ", "import ")):
                     above -= 1  # one comment for a group
