@@ -2,7 +2,7 @@
 
     stage      trains        on                                   what is in the loss
     vqvae      the VQ-VAE    pictures of coloured shapes          pixels, and distances to the codes
-    tokenizer  BPE merges    40,000 sentences                     no loss: pairs are counted
+    tokenizer  BPE merges    up to 40,000 sentences               no loss: pairs are counted
     pretrain   the decoder   statements, pictures, and both       every token
     sft        the decoder   prompts with answers                 the tokens of the answer
 
@@ -12,8 +12,8 @@
 Loss: cross entropy plus z-loss, with a weight for each token (`decoder_loss`). In `pretrain` a text
 token weighs 1 and a picture token IMAGE_WEIGHT. In `sft` only the answer has weight, be it text or
 a drawn picture; the prompt and the pictures in it weigh 0. The last sentence of the answer to a
-question weighs CONCLUSION_WEIGHT in total. In the last fifth of `pretrain` every second batch is
-made and weighted as in `sft`.
+question weighs CONCLUSION_WEIGHT in total, or 1 a token. In the last fifth of `pretrain` every
+second batch is made and weighted as in `sft`.
 
 Attention mask (`visible`): causal, and several documents packed into one row do not attend to each
 other. Several questions about one picture share its tokens, but do not attend to each other, so
@@ -81,7 +81,7 @@ Z_LOSS = 1e-5  # 1e-5, the factor of log^2 Z (section 2.3)
 DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
 LEARNING_RATE = 3e-3  # 1e-4 in pretraining (section 2.3), 1e-5 in alignment (section 3)
 OWN_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
-STEPS = {"pretrain": 900, "sft": 7000}  # of 4,608 tokens; the paper's have 2^23 (section 2.3)
+STEPS = {"pretrain": 900, "sft": 7000}  # a step is 4,608 tokens; in the paper 2^23 (section 2.3)
 # Up to this part of sft's steps: (share of practice, share of lists), see Corpus.sft.
 PRACTICE = ((0.5, (0.40, 0.10)), (0.85, (0.30, 0.06)), (1.0, (0.14, 0.04)))
 ROWS = 18  # 2048, of 4096 tokens
@@ -94,7 +94,7 @@ PICTURES = 80_000  # 1.4 billion pairs of picture and text (section 2.2)
 
 
 def sentences(rng: np.random.Generator, n: int) -> list[str]:
-    """At least n sentences, of all kinds that the decoder learns: the merges come of them."""
+    """About n sentences of all kinds that the decoder learns. The merges come from them."""
     lines = [line for pair in language.SMALL_TALK.items() for line in pair] * 20
     while len(lines) < n:
         scene = world.sample_scene(rng)
@@ -160,7 +160,7 @@ def build_model(
 
 
 def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namespace):
-    """What a checkpoint does not have and training adds -> peft's wrapper, see `add_learned`."""
+    """Adds what only training has -> peft's wrapper or None, see `add_learned`."""
     if not options.data:
         add_code_rows(model)
     adapter = add_learned(model, options.train)
@@ -186,7 +186,7 @@ def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.opti
     adamw: AdamW for all, as in the paper (section 2.3).
     muon: Muon (https://kellerjordan.github.io/posts/muon) for the matrices of the layers. It makes
     all singular values of an update about 1. The factor of arXiv 2502.16982, section 2.2, gives the
-    update AdamW's size, so that both learn at one rate.
+    update the size of AdamW's. So both use one learning rate.
     """
     layers, matrices, others = [], [], []
     for name, p in model.named_parameters():
@@ -254,12 +254,12 @@ def decoder_loss(
     log_z = logits.logsumexp(-1)  # (N,)
     # -log p(x) = log Z - logit_x
     nll = log_z - logits.gather(-1, target[:, None])[:, 0]  # (N,)
-    # Run.share adds "total": the sum of w over the rows of all ranks, divided by their number.
+    # Run.share adds "total": the sum of w over all ranks, divided by the number of ranks.
     loss = (w * (nll + z_weight * log_z.square())).sum() / batch.get("total", w.sum())
     with torch.no_grad():
         picture = torch.isin(target, model.model.vocabulary.code_to_id)
         curves = {"log_z": log_z.mean().item()}
-        curves["z_loss"] = Z_LOSS * log_z.square().mean().item()  # with --no-z-loss, too
+        curves["z_loss"] = Z_LOSS * log_z.square().mean().item()  # logged with --no-z-loss, too
         for name, kind in (("text_loss", ~picture), ("image_loss", picture)):
             if kind.any():
                 curves[name] = nll[kind].mean().item()
@@ -288,7 +288,7 @@ class QueryNorm:
         if reshard := getattr(layer, "reshard", None):
             reshard()
         norms = q.float().norm(dim=-1)  # (B, T, H)
-        return norms[norms > 0].mean().item()  # a padding token is zero in every layer
+        return norms[norms > 0].mean().item()  # without padding, whose vectors are 0
 
 
 def train_decoder(stage: str, run: Run) -> None:
@@ -356,8 +356,7 @@ def trained_tokenizer(run: Run) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(run.out / "tokenizer.model")
 
 
-# What trains the decoder: the model, its processor, the number of steps, the peak of the learning
-# rate, and a function that makes the batch of a step.
+# Model, processor, number of steps, peak of the learning rate, and step -> its batch.
 Prepared = tuple[ChameleonForConditionalGeneration, ChameleonProcessor, int, float,
                  Callable[[int], dict[str, Tensor]]]
 
@@ -374,7 +373,7 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator) -> Prepared:
     pictures = Pictures.sample(options.seed, min(PICTURES, 100 * steps))
     pictures.encode(vq, run.state / f"codes-{run.rank}.int16", run.progress)
     corpus = Corpus(Writer(tokenizer, pictures.codes), pictures, rng)
-    rows = Rows(tokenizer.pad_token_id)
+    rows = run.extra = Rows(tokenizer.pad_token_id)
 
     def batch_of(step: int) -> dict[str, Tensor]:
         if stage == "sft":
@@ -416,7 +415,7 @@ def export(
     weights, _ = run.whole_state(model)  # every rank sends its slices; only rank 0 writes
     if run.rank:
         return
-    twin = ChameleonForConditionalGeneration(model.config)
+    twin = ChameleonForConditionalGeneration(model.config, model.model.vqmodel.decoder is not None)
     adapter = add_parts(twin, run.options)
     twin.load_state_dict(weights)
     if adapter is not None:

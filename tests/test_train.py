@@ -242,7 +242,7 @@ def test_rows_are_full_and_hold_only_what_was_drawn(corpus, tokenizer, draw):
 
 @pytest.mark.parametrize("text", ["No.", "A red star at the top. No.", "A" + " very" * 30 + "."])
 def test_what_an_answer_concludes_weighs_as_much_as_its_length_forbids(corpus, tokenizer, text):
-    """The last sentence and </s> share DECISION, but no token weighs less than one of a caption."""
+    """The last sentence and </s> share CONCLUSION_WEIGHT, but no token weighs less than 1."""
     ids, weights = corpus.writer.answer(text, [tokenizer.eos_token_id])
     assert ids == [*tokenizer.text_ids(text), tokenizer.eos_token_id] and len(weights) == len(ids)
     last = len(tokenizer.text_ids(text.split(". ")[-1])) + 1
@@ -926,6 +926,31 @@ def test_what_learns_in_part_is_resumed_too(tmp_path, kind, monkeypatch, capsys)
                   for folder in (tmp_path / "a", tmp_path / "b", TINY))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], tiny[name]) for name in a)
+
+
+def test_rows_go_on_with_the_documents_that_waited(corpus):
+    twin = Corpus(corpus.writer, corpus.pictures, rng(5))
+    rows = documents.Rows(0)
+    while not rows.waiting:
+        rows.batch(twin.sft, 2, 256)
+    state, numbers = rows.state_dict(), twin.rng.bit_generator.state
+    expected = rows.batch(twin.sft, 2, 256)
+    again, twin.rng.bit_generator.state = documents.Rows(0), numbers
+    again.load_state_dict(state)
+    got = again.batch(twin.sft, 2, 256)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_without_vqvae_decoder_is_tuned_and_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "OWN_ROWS", 1)
+    model, processor = evaluate.load(TINY)
+    model.model.vqmodel.decoder = None
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "blind")
+    folder = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"})
+    assert train.main(["sft", "--data", str(folder), "--model", str(tmp_path / "blind"), "--steps",
+                       "1", "--out", str(tmp_path / "out")]) == 0
+    assert evaluate.load(tmp_path / "out")[0].model.vqmodel.decoder is None
 
 
 def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch):

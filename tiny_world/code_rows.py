@@ -48,7 +48,7 @@ class CodeRows(nn.Module):
 
 
 def standardize(codebook: Tensor) -> Tensor:
-    """(K, E) -> (K, E) with values of about 1. Medians ignore what Codebook.revive has retired."""
+    """(K, E) -> (K, E) with values of about 1. Medians hardly notice codes that were retired."""
     x = codebook.detach() - codebook.detach().median(0).values  # (K, E)
     return (x / (1.5 * x.abs().median()).clamp(min=1e-8)).clamp(-8, 8)
 
@@ -62,7 +62,7 @@ def add_code_rows(model: ChameleonForConditionalGeneration) -> None:
 
 
 def bake(model: ChameleonForConditionalGeneration) -> None:
-    """Replaces the tables that are parametrized by plain ones with the same numbers."""
+    """Turns parametrized tables into plain ones with the same numbers."""
     for table in (model.model.embed_tokens, model.lm_head):
         if parametrize.is_parametrized(table):
             parametrize.remove_parametrizations(table, "weight")

@@ -31,7 +31,7 @@ from tiny_world.world import Scene
 from tokenizer import Tokenizer
 
 IMAGE_WEIGHT = 0.6  # loss weight of a picture's token; a text token has 1; the paper: 1
-CONCLUSION_WEIGHT = 12.0  # loss weight of an answer's last sentence, divided among its tokens
+CONCLUSION_WEIGHT = 12.0  # loss weight of an answer's last sentence, at least 1 for a token
 EMPTY_PROMPT = 0.1  # share of drawings without a prompt; classifier-free guidance needs them
 # The share of input codes that are corrupted is drawn anew for each picture, from one of these.
 CORRUPTED_DRAWING = (0.0, 0.1, 0.3)  # in an answer, see Corpus.drawn
@@ -101,7 +101,7 @@ class Writer:
         """An answer -> its ids with `end`, and the loss weight of each.
 
         The last sentence is the conclusion, and often a single word. It weighs CONCLUSION_WEIGHT
-        as a whole, so that a long description in front does not outweigh it.
+        in total (or 1 a token, if that is more), so that a long description does not outweigh it.
         """
         ids = self.tokenizer.text_ids(text) + end
         last = len(end) + len(self.tokenizer.text_ids(text.rsplit(". ", 1)[-1]))
@@ -170,7 +170,7 @@ class Corpus:
     """Draws random documents about a fixed set of pictures."""
 
     row_tokens = 256  # the paper: 4096
-    shares = (0.14, 0.18)  # of `practice` and of `lists` in sft; see train.PRACTICE
+    shares = (0.14, 0.18)  # of `practice` and `lists` late in pretraining; sft: train.PRACTICE
 
     def __init__(self, writer: Writer, pictures: Pictures, rng: np.random.Generator) -> None:
         self.writer, self.pictures, self.rng = writer, pictures, rng
@@ -186,7 +186,7 @@ class Corpus:
         return self.one_of(self.pictures.singles)
 
     def busy_scene(self) -> Scene:
-        """A scene, rarely of one thing: there the answer does not depend on the question."""
+        """A scene, less often of one thing: there answers depend little on the question."""
         scene = self.scene()
         while len(scene.things) == 1 and self.chance(0.5):
             scene = self.scene()
@@ -242,7 +242,7 @@ class Corpus:
     def sft(self, room: int) -> Document:
         """Prompts with answers, of a random kind. `room` is as in `pretrain`.
 
-        `shares` counts documents. A document of `practice` fills the room.
+        `shares` are shares of the documents, not of the tokens.
         """
         kind, (practice, lists) = self.rng.random(), self.shares
         if kind < practice:
@@ -315,7 +315,7 @@ class Corpus:
                 scene = self.told_scene(count)
                 pair = world.sample_pair(rng, self.chance(0.3))
                 while pair[0].things[0].colour == pair[1].things[0].colour and self.chance(0.6):
-                    pair = world.sample_pair(rng, self.chance(0.3))  # equal shapes are harder
+                    pair = world.sample_pair(rng, self.chance(0.3))  # fewer: shapes are harder
                 edit = world.sample_edit(rng, self.chance(0.3))
             share = rng.random()
             if kind < 0.5:
@@ -336,7 +336,7 @@ class Corpus:
         return self.writer.branches((seen,), turns, 0.0, room)
 
     def told_scene(self, count: int) -> Scene:
-        """A scene for words alone: half of them have a pair that no picture shows."""
+        """A scene for words alone: at least half have a pair that no picture shows."""
         return world.sample_scene(self.rng, count, True if self.chance(0.5) else None)
 
     def again(self) -> tuple[str, str]:
@@ -429,7 +429,7 @@ class Corpus:
         turns = [ask(rng, *two) for ask in asks]
         turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
         if self.chance(0.7):
-            turns = [turns[i] for i in rng.permutation(len(turns))]  # the last ones may not fit
+            turns = [turns[i] for i in rng.permutation(len(turns))]  # the last may not fit
             return self.writer.branches(self.given(*two), turns, 0.0, room)
         question, answer = self.one_of(turns)
         return self.writer.chat((self.place_pictures(question, self.given(*two)), (answer,)))
@@ -446,6 +446,12 @@ class Rows:
 
     def __init__(self, pad: int) -> None:
         self.pad, self.waiting = pad, []
+
+    def state_dict(self) -> dict:
+        return {"waiting": [vars(document) for document in self.waiting]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.waiting = [Document(**values) for values in state["waiting"]]
 
     def row(self, draw: Callable[[int], Document], T: int) -> list[Document]:
         """The documents of one row, which ends when less than T / 8 is free. A document that does

@@ -208,8 +208,8 @@ def survival(vq, pictures: int, held_out: bool = False) -> float:
 
 
 def table(folder: Path, questions: int, device: str = "cpu") -> None:
-    """Prints the table, row by row as it is measured. A guided row costs twelve plain ones, so it
-    has a quarter of the questions.
+    """Prints the table, row by row as it is measured. A guided row costs up to twelve plain ones,
+    so it has a quarter of the questions.
     """
     model, processor = load(folder, device)
 

@@ -134,7 +134,7 @@ def growing(model, processor, prompt: str, pictures: int = 9, seed: int = 0) -> 
 
 
 def drawings(model, processor, count: int = 12) -> Image.Image:
-    """Drawings for the first requests of the evaluation, drawn once and not selected.
+    """Drawings for the first requests of a fixed seed, drawn once and not selected.
 
     The frame is green if the rule-based reader finds everything that was asked for, else red.
     """

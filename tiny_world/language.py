@@ -19,7 +19,7 @@ from tiny_world.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, ch
 Turn = tuple[str, str]  # question, answer
 
 # What can be counted, looked for or said to be absent: a colour, a shape, or both. HELD_OUT pairs
-# are left out: from many a "there is no purple star" the model would learn that there never is one.
+# are left out: from many a "there is no purple star" the model would learn that there is none.
 DESCRIPTIONS = [{"colour": colour} for colour in COLOURS] + [{"shape": shape} for shape in SHAPES]
 DESCRIPTIONS += [{"colour": colour, "shape": shape} for colour in COLOURS for shape in SHAPES
                  if (colour, shape) not in HELD_OUT]  # fmt: skip
@@ -210,7 +210,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 def ask_existence(rng: np.random.Generator, scene: Scene) -> Turn:
-    """Half of the answers are yes. What a "no" asks for has, if it can, a field of a real thing."""
+    """Half of the answers are yes. A "no" keeps a field of a real thing where it can."""
     fields = pick(rng, (("colour",), ("shape",), ("colour", "shape"), ("colour", "shape")))
     thing, wanted = pick(rng, scene.things), bool(rng.random() < 0.5)
     named = {field: getattr(thing, field) for field in fields}
@@ -223,8 +223,8 @@ def ask_existence(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 def relate(rng: np.random.Generator, scene: Scene) -> tuple[tuple, tuple, tuple] | None:
-    """Two things of a scene, their names, and (where the first is, seen from the second; the
-    opposite). None if there are no two things, or no names for them.
+    """Two things, their names, and two words: where the first is seen from the second, and the
+    opposite. None without two things, or without names for them.
     """
     if len(scene.things) < 2:
         return None

@@ -67,7 +67,7 @@ def read_example(line: object, folder: Path) -> tuple[str, str, list[Path]]:
     images = line.get("images", [])
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise ValueError("'images' must be a list of file names")
-    places = (line["prompt"] + line["answer"]).count("<image>")
+    places = line["prompt"].count("<image>") + line["answer"].count("<image>")
     if places != len(images):
         raise ValueError(f"{places} <image> but {len(images)} file(s) in 'images'")
     paths = [folder / name for name in images]
@@ -119,9 +119,8 @@ class OwnData:
 
 
 class ImageRows(nn.Module):
-    """A parametrization of the head (V, D): the image codes' rows are numbers of their own (K, D).
-
-    So they alone get gradients and states of the optimizer, and weight decay spares the others.
+    """A parametrization of the head (V, D): the rows of the image codes are a parameter (K, D).
+    Only they get gradients, and weight decay spares the other rows.
     """
 
     def __init__(self, table: Tensor, code_to_id: Tensor) -> None:

@@ -60,7 +60,8 @@ class Run:
             if self.rank == 0:
                 known.write_text(out, encoding="utf-8")
         self.began, self.curves = time.monotonic(), {}
-        self.made_by = {"--seed": options.seed, "--data": None}  # a saved state is for these alone
+        self.extra = None  # whatever else of a stage has to be saved; has state_dict
+        self.made_by = {"--seed": options.seed, "--data": None}  # `resume` compares these
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -79,7 +80,7 @@ class Run:
                 self.say(f"{name}: {reached} of {steps.stop}{losses}, {left:.0f} s to go")
 
     def share(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch -> this rank's rows, on its device, and "total": what divides their loss.
+        """A batch -> this rank's rows, on its device, and "total", the divisor of their loss.
 
         FSDP averages gradients over the ranks. So each rank divides its sum by the mean total
         weight of all ranks.
@@ -100,18 +101,18 @@ class Run:
     def file(self, stage: str) -> Path:
         return self.state / f"{stage}.pt"
 
-    def save(self, stage: str, step: int, model, optimizers, rng, codebook=None) -> None:
+    def save(self, stage: str, step: int, model, optimizers, rng) -> None:
         weights, state = self.whole_state(model, optimizers)
         data = {
             "step": step, "model": weights, "optimizer": state,
             "rng": rng.bit_generator.state, "torch_rng": torch.get_rng_state(),
-            "codebook": codebook and codebook.state_dict(), "made_by": self.made_by,
+            "extra": self.extra and self.extra.state_dict(), "made_by": self.made_by,
         }  # fmt: skip
         if self.rank == 0:
             write_atomically(self.file(stage), lambda part: torch.save(data, part))
 
     def take_over(self, stage: str, model: nn.Module, optimizers=()) -> dict:
-        """Loads the weights, and the optimizers' state, with which a stage ended -> all it saved.
+        """Loads the weights, and the optimizers' state, that a stage saved last -> all it saved.
 
         ValueError if the file is missing or damaged, or if they do not fit.
         """
@@ -128,9 +129,11 @@ class Run:
                                optim_state_dict=states[1], options=how)
         except (RuntimeError, ValueError, KeyError):
             raise ValueError(f"{path} was saved with other options: name another --state") from None
+        if not optimizers:
+            self.say(f"{stage}: its weights of step {data['step']} are used")
         return data
 
-    def resume(self, stage: str, model, optimizers, rng, codebook=None) -> int:
+    def resume(self, stage: str, model, optimizers, rng) -> int:
         """Restores what `save` wrote -> the next step, which is 0 if there is no such file.
 
         ValueError if other options or other data made it.
@@ -146,8 +149,8 @@ class Run:
                              f"{self.state} to begin anew, or name another --out")
         rng.bit_generator.state = data["rng"]
         torch.set_rng_state(data["torch_rng"])
-        if codebook is not None:
-            codebook.load_state_dict(data["codebook"])
+        if self.extra is not None:
+            self.extra.load_state_dict(data["extra"])
         self.say(f"{stage}: goes on at step {data['step']}")
         return data["step"]
 

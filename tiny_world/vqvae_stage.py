@@ -205,7 +205,9 @@ def train_vqvae(run: Run) -> None:
     weights = [p for p in vq.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, betas=BETAS, weight_decay=0.0)
     begin = math.ceil(AUTO_ENCODER * steps)  # the step at which the codebook starts
-    start = run.resume("vqvae", vq, optimizer, rng, codebook)
+    peak, run.extra = run.options.learning_rate or LEARNING_RATE, codebook
+    run.made_by["--learning-rate"] = peak
+    start = run.resume("vqvae", vq, optimizer, rng)
     for step in run.progress(range(start, steps), "vqvae"):
         if step == begin:
             codebook.start(*codebook_sample(vq, rng, run.device, 16 * min(75, steps)))
@@ -215,7 +217,7 @@ def train_vqvae(run: Run) -> None:
         pixels = torch.from_numpy(world.render_pixels(scenes)).to(run.device)
         loss, curves, patches = vqvae_loss(vq, pixels, quantized=step >= begin)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate("vqvae", step, steps)
+            group["lr"] = peak * rate("vqvae", step, steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         curves["grad_norm"] = nn.utils.clip_grad_norm_(weights, CLIP).item()
@@ -228,5 +230,5 @@ def train_vqvae(run: Run) -> None:
         if step % run.EVERY == 0:
             run.log("vqvae", step, curves)
         if run.due(step, steps):
-            run.save("vqvae", step + 1, vq, optimizer, rng, codebook)
+            run.save("vqvae", step + 1, vq, optimizer, rng)
     run.say(f"vqvae: {evaluate.survival(vq.eval(), 400):.1%} of things keep colour and shape")

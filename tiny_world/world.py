@@ -196,7 +196,7 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
     picture = np.full((side, side, 3), BACKGROUNDS[scene.background], np.float32)  # (N, N, 3)
     for thing in scene.things:
         cy, cx = thing_centre(thing, side)
-        reach = int(side * 0.22) + 2  # the largest radius, and two pixels
+        reach = int(side * 0.22) + 2  # more than any radius, and two pixels
         rows = slice(max(0, int(cy) - reach), int(cy) + reach)
         columns = slice(max(0, int(cx) - reach), int(cx) + reach)
         window = picture[rows, columns]  # (h, w, 3), a view
@@ -256,14 +256,14 @@ def read_place(difference: np.ndarray, place: tuple[int, int], background: float
     window = difference[rows, columns]  # (h, w, 3)
 
     def coverage_by(colour: str) -> tuple[float, np.ndarray]:
-        """A pixel is coverage * direction -> the squared rest of this fit, the coverage (h, w)."""
+        """Fits pixels by coverage * direction -> the squared error, the coverage (h, w)."""
         direction = np.array(COLOURS[colour], np.float32) - background  # (3,)
         alpha = np.clip(window @ direction / (direction @ direction), 0, 1)  # (h, w)
         return np.square(window - alpha[..., None] * direction).sum(), alpha
 
     colour = min(COLOURS, key=lambda name: coverage_by(name)[0])
     alpha = coverage_by(colour)[1]  # (h, w)
-    if alpha.sum() < 0.5 * (SIZES["small"] * side) ** 2:  # a small star: 3.5 times as much
+    if alpha.sum() < 0.5 * (SIZES["small"] * side) ** 2:  # a small star has 3.5 times as much
         return None
     y = np.arange(alpha.shape[0])[:, None] + 0.5  # (h, 1)
     x = np.arange(alpha.shape[1])[None] + 0.5  # (1, w)
