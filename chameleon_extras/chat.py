@@ -112,7 +112,7 @@ class Conversation:
         if names.begin_image_id in made:
             begun = len(made) - 1 - made[::-1].index(names.begin_image_id)
             made = made if names.end_image_id in made[begun:] else made[:begun]
-        ends = {tokenizer.eos_token_id, names.end_of_turn_id}
+        ends = {tokenizer.eos_token_id, names.end_of_turn_id, tokenizer.pad_token_id}
         return [i for i in made if i not in ends] + [names.end_of_turn_id]
 
     def pictures_of(self, ids: list[int]) -> list[int]:

@@ -39,12 +39,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
-from chameleon_extras.files import (
-    Stored,
-    load_pickle,
-    open_safetensors,
-    write_atomically,
-)
+from chameleon_extras.files import Stored, open_tensors, write_atomically
 from chameleon_extras.quantize import (
     KINDS,
     check_kind,
@@ -133,10 +128,7 @@ def open_checkpoint(
     else:
         (config, kind), tensors = open_config(folder), {}
         for path in checkpoint_files(folder, kind):
-            if path.suffix == ".bin":
-                tensors |= {name: Stored.of(tensor) for name, tensor in load_pickle(path).items()}
-            else:
-                tensors |= open_safetensors(path, device, apart or kind is not None)
+            tensors |= open_tensors(path, device, apart or kind is not None)
         tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
         head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if config.tie_word_embeddings and not kind and head and table:
@@ -151,7 +143,7 @@ def open_checkpoint(
 
 
 def check_layers(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored]) -> None:
-    """ValueError if the names count other layers than the config: before so many are built."""
+    """ValueError, before any layer is built, if weights and config differ in their number."""
     layers = [int(match[1]) for name in tensors
               if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
     found, said = max(layers, default=-1) + 1, config.num_hidden_layers
@@ -376,7 +368,7 @@ def load_vqvae(cls: type, folder: Path) -> ChameleonVQVAE:
     if values.get("model_type") == "chameleon_vqgan":
         config = ChameleonVQVAEConfig.from_dict(values)
         tensors = {name: tensor for path in checkpoint_files(folder, None)
-                   for name, tensor in open_safetensors(path, "cpu").items()}
+                   for name, tensor in open_tensors(path).items()}
     else:
         whole, _, tensors = open_checkpoint(folder, "cpu")
         config = whole.vq_config

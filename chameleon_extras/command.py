@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 
@@ -481,7 +481,8 @@ def converse(options: argparse.Namespace, config: ChameleonConfig,
         check_gradio()
     check_pair(config, processor, {})
     model = load_model(options)
-    whole = options.context == "whole" or (options.context is None and options.model != TINY)
+    tiny = options.model.resolve() == TINY
+    whole = options.context == "whole" or (options.context is None and not tiny)
     decoder = Decoder(model, options.compile, options.attention)
 
     def start() -> Conversation:
@@ -550,8 +551,7 @@ def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
     for ids in steps:
         yield ids
         if int(ids[0]) == model.model.vocabulary.begin_image_id:
-            bar = tqdm(total=rest, desc="image tokens", disable=None, leave=False)
-            with closing(bar):
+            with tqdm(total=rest, desc="image tokens", disable=None, leave=False) as bar:
                 for ids in islice(steps, rest):
                     bar.update()
                     yield ids
@@ -587,11 +587,11 @@ def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs)
     from chameleon_extras.explain import page, report, walk
 
     shown = walk(model, tokenizer, inputs["input_ids"], inputs.get("pixel_values"))
-    print(report(shown))
     if options.out is not None:
         html_page = page(shown, options.prompt[0])
         write_atomically(options.out, lambda part: part.write_text(html_page, encoding="utf-8"))
         say(str(options.out))
+    print(report(shown))
 
 
 def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor) -> None:

@@ -527,9 +527,9 @@ class Decoder:
             check_compile(model.device)
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
-            # Before each call torch asks whether all it has seen is still so; for N blocks that is
-            # a tenth of a step. Here only shapes are asked. That the rest is so, we know: layers of
-            # one model differ in their tensors alone, and this copy of the code serves one model.
+            # Before each call torch checks all its assumptions (guards); for N blocks that is a
+            # tenth of a step. Here it checks shapes only. The rest holds: layers of one model
+            # differ in their tensors alone, and this copy of the code serves one model.
             self.block = compile_step(copy_of(block), model.device,
                                       torch.compiler.keep_tensor_guards_unsafe)
             self.head = compile_step(lambda layer, x: layer(x), model.device)
@@ -542,7 +542,8 @@ class Decoder:
             self.cache = kind(self.model.config, B, L, self.model.dtype, self.model.device)
         else:
             self.cache.length = 0
-            self.cache.allowed.zero_()
+            for x in (self.cache.allowed, *self.cache.v):  # v: an inf or nan would stay, times 0
+                x.zero_()
         return self.cache
 
     def keep(self, cache: KVCache) -> None:
@@ -554,7 +555,7 @@ class Decoder:
         """The fastest kernels for so many rows, and room for every shape that comes."""
         form = form_of(self.model.lm_head, rows, self.model.dtype, compiled)
         enabled = torch.backends.mkldnn.enabled and form != "torch"
-        # Not to be named where nothing is compiled: its import takes a second.
+        # Imports torch._dynamo, which takes a second: only where something is compiled.
         limit = torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext()
         with onednn(enabled), limit, InFp32() if form == "fp32" else nullcontext():
             yield
@@ -618,17 +619,18 @@ class Decoder:
 
     def record(self, cache: StepCache, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         views = cache.first(columns)
-        # What runs first compiles and picks kernels, which a recording must not contain. It writes
-        # the same column as the recorded step will: nothing is lost.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "\\s*Online softmax is disabled")
-            self.walk(cache, *views)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden = self.walk(cache, *views)
+        with torch.cuda.device(self.model.device):  # it need not be the current one
+            # What runs first compiles and picks kernels, which a recording must not contain. It
+            # writes the same column as the recorded step will: nothing is lost.
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "\\s*Online softmax is disabled")
+                self.walk(cache, *views)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                hidden = self.walk(cache, *views)
         return graph, hidden
 
     def read(self, steps: Iterator[Tensor], behind: int | None = None) -> Iterator[Tensor]:
@@ -641,23 +643,24 @@ class Decoder:
         cuda = self.model.device.type == "cuda"
         behind = (1 if cuda else 0) if behind is None else behind
         waiting = []
+
+        def oldest() -> Tensor:
+            ids, arrived = waiting.pop(0)
+            if arrived is not None:
+                arrived.synchronize()  # of this copy alone: what was queued behind it goes on
+            return ids
+
         for n, ids in enumerate(steps):
             arrived = None
             if cuda:  # pinned memory, or the copy would wait
-                host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-                ids, arrived = host.copy_(ids, non_blocking=True), torch.cuda.Event()
-                arrived.record()
+                device, host = ids.device, torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+                ids = host.copy_(ids, non_blocking=True)
+                arrived = torch.cuda.current_stream(device).record_event()
             waiting.append((ids, arrived))
             if len(waiting) > (behind if n else 0):
-                yield self.arrive(*waiting.pop(0))
-        for ids, arrived in waiting:
-            yield self.arrive(ids, arrived)
-
-    @staticmethod
-    def arrive(ids: Tensor, arrived) -> Tensor:
-        if arrived is not None:
-            arrived.synchronize()  # of this copy alone: what was queued behind it goes on
-        return ids
+                yield oldest()
+        while waiting:
+            yield oldest()
 
     def __reduce__(self) -> tuple:
         """Copying or pickling gives None: a copy of a model begins without compiled code."""
@@ -667,7 +670,8 @@ class Decoder:
 def parts(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of: if one of them is another, it is out of date."""
     attends = [layer.self_attn.attend for layer in model.base_model.layers]
-    return [model.device, *model.modules(), *attends]
+    places = [getattr(t, "_local_tensor", t).data_ptr() for t in model.state_dict().values()]
+    return [model.device, model.dtype, *places, *model.modules(), *attends]
 
 
 def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:

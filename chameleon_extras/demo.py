@@ -23,7 +23,7 @@ from chameleon_extras.explain import Names, Token, bits, glances
 from chameleon_extras.files import say
 from chameleon_extras.sheets import data_uri, enlarge
 from generate import Piece, decode_pictures
-from processor import load_image
+from processor import load_image, rgb_levels
 
 MODES = {"Answer": "text", "Draw": "image", "Both": "interleaved"}
 KINDS = {"text": "of text", "code": "codes of pictures", "control": "marks"}
@@ -91,7 +91,7 @@ class Visit:
 
 def large(picture: Image.Image) -> Image.Image:
     """A picture at a size that one can see, small ones enlarged by a whole factor."""
-    picture = picture.convert("RGB")
+    picture = Image.fromarray(rgb_levels(picture))  # transparency on white, as the model sees it
     picture.thumbnail((2 * SIDE, 2 * SIDE))
     return enlarge(picture, SIDE)
 
@@ -133,7 +133,7 @@ def walk(conversation: Conversation) -> str:
         most = max(weights, key=lambda n, w=weights: float(w[n].sum()), default=None)
         if token.kind != "code":
             parts.append(chip(token, most and on_picture(pictures[most], weights[most])))
-    parts += [entropies(codes[n : n + S]) for n in range(0, len(codes), S)]
+    parts += [entropies(codes[n : n + S]) for n in range(0, len(codes) - S + 1, S)]
     looked = ", and where it looked in the picture that it looked at most" * bool(places)
     return ('<div class="side"><p>The last answer. Below each token its entropy in bits, which '
             f"says how open the choice was{looked}.</p>{''.join(parts)}</div>")
@@ -148,7 +148,7 @@ def decoded(model, ids: Tensor) -> Image.Image:
 
 
 def on_picture(picture: Image.Image, weights: Tensor) -> Image.Image:
-    """A picture, and on it where attention (S,) is strong, the strongest in full red."""
+    """A picture, and on it where attention (S,) is strong, the strongest in full cyan."""
     levels = grid(weights).resize(picture.size, Image.NEAREST)
     return Image.composite(Image.new("RGB", picture.size, HEAT), picture, levels).resize((54, 54))
 
@@ -231,11 +231,11 @@ def page(start: Callable[[], Conversation], seed: int, sampling: dict):
                         gr.Slider(0, 5, sampling["guidance_image"], label="Guidance by pictures")]
             with gr.Column(scale=2, min_width=320):
                 ids, walked = gr.HTML(), gr.HTML(elem_id="walk")
-        line.submit(ask, [visit, line, mode, *numbers], [visit, chat, line, ids, walked],
-                    concurrency_limit=1, show_progress="hidden")
+        asking = line.submit(ask, [visit, line, mode, *numbers], [visit, chat, line, ids, walked],
+                             concurrency_limit=1, show_progress="hidden")
         end.click(stop, visit, None, show_progress="hidden")
         for event in (anew.click, chat.clear):
-            event(stop, visit, None).then(lambda: (None, [], "", ""), None,
+            event(stop, visit, None, cancels=[asking]).then(lambda: (None, [], "", ""), None,
                                           [visit, chat, ids, walked])
     return blocks
 

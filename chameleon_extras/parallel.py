@@ -113,6 +113,9 @@ def shard_quantized(model: ChameleonForConditionalGeneration, rank: int, N: int,
             part = layer.rows(torch.arange(len(layer.weight)).chunk(N)[rank])
         model.set_submodule(name, part)
 
+    if isinstance(model.lm_head, nn.Linear):
+        return  # nf4 leaves the head as it is, whole on every rank
+
     def gather(head: nn.Module, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
         """Each rank's logits (..., its part of V) -> all of them (..., V)"""
         whole = torch.empty(*y.shape[:-1], V, device="meta")  # V may not divide by N

@@ -121,9 +121,11 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
     hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
     file = find_folder(folder, **hub) / str(changes.pop("subfolder", "")) / "config.json"
     values = read_json(file)
-    if issubclass(cls, ChameleonVQVAEConfig):
-        values = values.get("vq_config") or values
+    if issubclass(cls, ChameleonVQVAEConfig) and "vq_config" in values:
+        values = values["vq_config"] or {}
     try:
+        if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"it describes a {kind!s:.40}, not a {cls.model_type}")
         return cls.from_dict(values | changes)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

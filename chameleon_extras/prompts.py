@@ -80,7 +80,7 @@ def answered(out: Path, asked: list[Asked]) -> int:
         except (ValueError, LookupError, TypeError, RecursionError):
             known = False
         if not known:
-            raise ValueError(f"--out {out} line {n + 1} answers no such prompt: name another file")
+            raise ValueError(f"--out {out} line {n + 1} is not prompt {n + 1}: name another file")
     if rest := content[len(whole) :]:  # the beginning of the next line, or nothing of ours
         begin = asked[len(lines)].line("")[:-2].encode() if len(lines) < len(asked) else b""
         if not begin or not (rest.startswith(begin) or begin.startswith(rest)):
@@ -93,14 +93,16 @@ def answered(out: Path, asked: list[Asked]) -> int:
 def answer_all(options: argparse.Namespace, config: ChameleonConfig,
                processor: ChameleonProcessor) -> None:
     """--prompts. Checks all lines before the weights are read."""
-    asked = read_prompts(options.prompts)
+    asked, rooms = read_prompts(options.prompts), []
     for one in asked:
         try:
-            room_behind(config, len(processor.layout(one.prompt, options.completion)))
+            rooms.append(room_behind(config, len(processor.layout(one.prompt, options.completion))))
             for name in one.images:
                 load_image(options.prompts.parent / name)
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
+    if min(rooms) < (options.max_new_tokens or 256):
+        options.batch = 1  # a batch has the room of its longest prompt
     check_pair(config, processor, {})
     seeds_of(options.seed, len(asked))
     if not options.out:
@@ -117,6 +119,8 @@ def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, aske
     """Writes the answers after the first `done` to `file`."""
     from tqdm import tqdm
 
+    if done == len(asked):
+        return
     model = load_model(options)
     decoder = Decoder(model, options.compile, options.attention)
     with tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar:

@@ -89,15 +89,16 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         few = x.numel() <= FEW_ROWS * x.shape[-1]
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
-        # The kernel reads 16 numbers at once, and crashes where a row begins in between. (Offsets
-        # are nothing that a compiler traces; tensors that it makes begin where they should.)
+        # The kernel reads 16 numbers at once, and crashes where a row begins in between. (A
+        # compiler cannot trace offsets; its own tensors are aligned.)
         begin = 0 if torch.compiler.is_compiling() else flat.storage_offset()
         straight = flat.shape[1] % 16 == 0 and begin % 16 == 0
         if few and straight and x.device.type == "cpu" and x.dtype == torch.bfloat16:
             y = torch._weight_int8pack_mm(flat, self.weight, self.ones)  # (rows, O)
             y = y.unflatten(0, x.shape[:-1])  # (..., O)
         else:
-            y = F.linear(x, self.weight.to(x.dtype))  # (..., O)
+            wide = x.float() if x.dtype == torch.float16 else x  # sums may exceed 65504
+            y = F.linear(wide, self.weight.to(wide.dtype))  # (..., O)
         # In fp32: with a bf16 scale, torch.compile would pick a slow kernel on CUDA.
         y = (y * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias

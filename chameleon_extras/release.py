@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from chameleon import ChameleonConfig
-from chameleon_extras.files import Stored, load_pickle, open_safetensors
+from chameleon_extras.files import Stored, open_tensors
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tokenizer import IMAGE_PLACEHOLDERS, load_tokenizer, read_json
 from vqvae import ChameleonVQVAEConfig, whole
@@ -192,8 +192,7 @@ def load_shards(release: Path, params: dict) -> list[dict[str, Stored]]:
     if len(found) > P:
         raise ValueError(f"{release} has {len(found)} shards, but its params say "
                          f"model_parallel_size {P}: {', '.join(found)}")
-    return [{key: Stored.of(tensor) for key, tensor in load_pickle(release / name).items()}
-            for name in wanted]
+    return [open_tensors(release / name) for name in wanted]
 
 
 def release_config(release: Path, params: dict, shards: list[dict], vq: dict) -> ChameleonConfig:
@@ -292,11 +291,7 @@ def open_vqgan(path: Path) -> dict[str, Stored]:
     """vqgan.ckpt, or safetensors with a VQ-VAE -> its tensors. Others, as loss.*, are left out."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is a directory, a pipe or a device: name a file")
-    if path.suffix == ".safetensors":
-        found = open_safetensors(path, "cpu")
-    else:
-        found = {name: Stored.of(tensor) for name, tensor in load_pickle(path).items()}
-    found = {name.removeprefix(VQ_PREFIX): tensor for name, tensor in found.items()}
+    found = {name.removeprefix(VQ_PREFIX): tensor for name, tensor in open_tensors(path).items()}
     tensors = {VQ_PREFIX + n: t for n, t in found.items() if n.startswith(VQ_PARTS)}
     if not tensors:
         raise ValueError(f"{path} holds no VQ-VAE: give Meta's tokenizer/vqgan.ckpt")

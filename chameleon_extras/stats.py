@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Stats:
         self.seconds, self.rows, self.codes = [], 1, 0
         self.is_code = set(model.model.vocabulary.code_to_id.tolist())
         if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(model.device)
 
     def watch(self, steps: Iterator[Tensor]) -> Iterator[Tensor]:
         steps = iter(steps)
@@ -70,8 +71,7 @@ def step_bytes(model: ChameleonForConditionalGeneration,
     `share_of_codes` None: the layers alone.
     """
     def size(module: torch.nn.Module) -> int:
-        tensors = [*module.parameters(), *module.buffers()]
-        return sum(t.nbytes for t in tensors)
+        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
     if share_of_codes is None:
         return size(model.model.layers)
@@ -86,11 +86,12 @@ def bandwidth(device: torch.device) -> float:
     if cuda:  # a quarter of a gigabyte would be read in less time than a launch and a wait take
         size = min(READ_CUDA, torch.cuda.mem_get_info(device)[0] // 2)
     data = torch.ones(size // 8, dtype=torch.int64, device=device)
-    return data.nbytes / min(seconds_of(data.sum, cuda) for _ in range(5))
+    with torch.cuda.device(device) if cuda else nullcontext():
+        return data.nbytes / min(seconds_of(data.sum, cuda) for _ in range(5))
 
 
 def seconds_of(task: Callable[[], object], cuda: bool) -> float:
-    """On CUDA by the device's own clock, which knows nothing of launches."""
+    """Seconds of `task`; on CUDA by the clock of the current device, without launches."""
     if not cuda:
         start = time.perf_counter()
         task()
@@ -106,7 +107,7 @@ def seconds_of(task: Callable[[], object], cuda: bool) -> float:
 def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA those that tensors held, else those of the whole process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     import resource  # here: not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

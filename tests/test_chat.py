@@ -93,6 +93,11 @@ def test_what_is_stopped_stays_as_text_and_an_unfinished_picture_goes(tiny):
     assert len(talk.parts) == 4  # two questions, a picture in, one answer
 
 
+def test_padding_that_was_sampled_is_no_part_of_a_turn(tiny):
+    talk, tokenizer = Conversation(*tiny), tiny[1].tokenizer
+    assert talk.finished([900, tokenizer.pad_token_id, 901]) == [900, 901, tokenizer.sep_token_id]
+
+
 def test_a_turn_that_does_not_fit_is_one_line_and_no_turn(tiny):
     talk = Conversation(*tiny)
     said(talk.ask("Hello", []))

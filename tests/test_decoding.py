@@ -173,6 +173,20 @@ def test_generate_takes_fast_steps_unasked_and_compiled_ones_by_one_argument(tra
     assert model.model.layers[0].self_attn.attend is eager_attention
 
 
+def test_other_weights_or_another_dtype_make_a_new_compiled_decoder(traced):
+    model = small_model()
+    prompt, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=6, eos_token_id=[])
+    model.generate(prompt, **options, compile=True)
+    first = model.compiled_decoder
+    model.load_state_dict({n: -p for n, p in model.state_dict().items()}, assign=True)
+    expected = generate(model, prompt, **options, decoder=False)
+    assert torch.equal(model.generate(prompt, **options, compile=True), expected)
+    assert model.compiled_decoder is not first
+    second = model.bfloat16().compiled_decoder
+    model.generate(prompt, **options, compile=True)
+    assert model.compiled_decoder is not second
+
+
 def test_a_text_may_grow_past_any_guard_and_nothing_is_compiled_again(traced):
     """One block serves all three layers, whatever the step, the text, the picture, the answer."""
     model = with_any_logits(0, 0.3, 8.0)

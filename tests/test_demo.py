@@ -17,7 +17,7 @@ from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
 from chameleon_extras import demo
 from chameleon_extras.chat import Conversation
 from chameleon_extras.command import TINY
-from chameleon_extras.demo import Visit, row, walk
+from chameleon_extras.demo import Visit, large, row, walk
 
 ROOT = Path(module.__file__).parent
 SHAPES, STAR = (str(ROOT / "examples" / f"{name}.png") for name in ("shapes", "star"))
@@ -90,7 +90,7 @@ def test_the_row_shows_every_id_by_kind_and_escapes_what_is_typed(tiny):
     assert "<script>" not in page and "&lt;" in page and f"{1024 - len(talk.ids)} more fit" in page
 
 
-def test_the_walk_shows_each_tokens_entropy_and_where_it_looked(tiny):
+def test_the_walk_shows_each_tokens_entropy_and_where_it_looked(tiny, monkeypatch):
     visit = Visit(Conversation(*tiny, whole=False))
     assert walk(visit.conversation) == '<div class="side"></div>'
     ask(visit, "What do you see?", [SHAPES], "Answer")
@@ -103,6 +103,10 @@ def test_the_walk_shows_each_tokens_entropy_and_where_it_looked(tiny):
     assert "entropy of each code" in page and closed(page)
     assert page.count("<small>") == 3  # begin-image, end-image, end of turn
     assert page.count("data:image/png") == 1 + 2  # the last two look back at the drawing
+    talk.ids += talk.ids[talk.start :]
+    monkeypatch.setattr(demo, "WALKED", 40)  # cuts the second drawing, which has no map then
+    assert walk(talk).count("<figure>") == 1
+    assert large(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_token_is_shown_on_the_picture_that_it_looked_at_most(tiny, monkeypatch):

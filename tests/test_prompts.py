@@ -9,7 +9,9 @@ import generate as module
 from chameleon_extras import prompts
 from chameleon_extras.files import hold
 from chameleon_extras.prompts import read_prompts
+from processor import ChameleonProcessor
 from tiny_world.own_data import read_examples
+from tokenizer import read_json
 
 
 @pytest.fixture
@@ -41,6 +43,17 @@ def test_each_prompt_gets_a_line_whatever_the_batch(run):
         assert run("asked.jsonl", "--batch", size, *hot)[1] == out
     answers = [json.loads(line) for line in run("asked.txt")[1].splitlines()]
     assert [answer["prompt"] for answer in answers] == ["a", "abc"]
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_of_others(run, tmp_path, untrained_folder):
+    processor = ChameleonProcessor.from_pretrained(untrained_folder)
+    context = read_json(untrained_folder / "config.json")["max_position_embeddings"]
+    long = next("a " * n for n in range(context) if len(
+        processor.layout("a " * n, False)) >= context - 2)
+    (tmp_path / "asked.txt").write_text(f"{long}\nHi\n")
+    both = run("asked.txt", "--temperature", "3")[1]
+    assert len(both.splitlines()) == 2
+    assert both == run("asked.txt", "--batch", "1", "--temperature", "3")[1]
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):

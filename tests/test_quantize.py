@@ -67,6 +67,17 @@ def test_the_layer_computes_with_exactly_its_own_weights(kind, rows, bias, dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_sums_in_float16_do_not_overflow(kind):
+    weight = torch.nn.Linear(64, 48, bias=False)
+    weight.weight.data.fill_(5.0)
+    layer = KINDS[kind](64, 48, bias=False)
+    for name, tensor in KINDS[kind].pack(weight.weight.data).items():
+        setattr(layer, name, tensor)
+    y = layer(torch.full((2, 64), 100.0, dtype=torch.float16))  # 127 * 100 * 64 is above 65504
+    assert y.dtype == torch.float16 and (y - 32000).abs().max() < 0.01 * 32000
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_need_not_lie_one_behind_the_other(kind, dtype):
     """As when only the last position of each prompt goes through the head."""
