@@ -24,8 +24,8 @@ What differs from a plain Llama (Chameleon, https://arxiv.org/abs/2405.09818, se
 - The 34B model applies its norms after attention and feed-forward, not before (`swin_norm`). That
   bounds what each block adds to the residual stream.
 - Early fusion (section 2): the vocabulary holds 8192 image codes beside the text, and no layer
-  knows which is which. Image tokens are causal like all others, because the same next-token
-  objective must also be able to WRITE them one by one.
+  knows which is which. Image tokens are causal like all others, because the model must also be
+  able to WRITE them one by one.
 
 A section cited without an arXiv number is a section of that paper. Parameter names are those of
 the Hugging Face checkpoint, so its state dict loads without a table of names.
@@ -71,7 +71,7 @@ IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 # Config: every size and switch, and the sizes of the larger release
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,  # that of the releases; the others are for decoders of one's own
+    "silu": F.silu,  # the releases' choice; the others are for decoders of your own
     "relu": F.relu,
     "gelu": F.gelu,  # arXiv 1606.08415
     "gelu_new": partial(F.gelu, approximate="tanh"),
@@ -112,13 +112,14 @@ class ChameleonConfig(PreTrainedConfig):
     tie_word_embeddings: Flag = False  # one matrix for embedding and head (arXiv 1608.05859)
     rope_theta: Positive = 10000.0  # the base of RoPE's angles (arXiv 2104.09864, section 3.2.2)
     rope_scaling: Object | None = None  # {"type": "linear" or "dynamic", "factor": 2.0}
+    rope_parameters: Object | None = None  # transformers 5: both, {rope_type, rope_theta, factor}
     attention_bias: Flag = False
     attention_dropout: Share = 0.0
     # How many shards the model was trained in. In the release each shard has ONE q and k norm,
     # repeated here for each of its heads; the forward pass does not look at this number.
     model_parallel_size: Count = 1
     swin_norm: Flag = False
-    vq_config: VQ = field(default_factory=ChameleonVQVAEConfig)  # a dict or None is made one
+    vq_config: VQ = field(default_factory=ChameleonVQVAEConfig)  # may be given as a dict
     vocabulary_map: Object | None = None  # token name -> id; finds the image codes
     mlp_bias: Flag = False
     output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
@@ -129,6 +130,8 @@ class ChameleonConfig(PreTrainedConfig):
     def __post_init__(self) -> None:
         if self.vq_config is None or isinstance(self.vq_config, dict):
             self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
+        if isinstance(self.rope_parameters, dict):
+            self.take_rope_parameters(self.rope_parameters)
         check_fields(self)
         D, H = self.hidden_size, self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or H
@@ -151,14 +154,25 @@ class ChameleonConfig(PreTrainedConfig):
         check_ids({name: i for name, i in ids.items() if i is not None}, self.vocab_size)
         check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 
+    def take_rope_parameters(self, given: dict) -> None:
+        """They become rope_theta and rope_scaling. ValueError if those say something else."""
+        self.rope_parameters = None
+        kind = given.get("rope_type", given.get("type", "default"))
+        scaling = None if kind == "default" else {"type": kind, "factor": given.get("factor")}
+        theta = given.get("rope_theta", self.rope_theta)
+        if self.rope_theta not in (theta, ChameleonConfig.rope_theta) or (
+                self.rope_scaling and self.rope_scaling != scaling):
+            raise ValueError("rope_parameters contradict rope_theta or rope_scaling: give only one")
+        self.rope_theta, self.rope_scaling = theta, scaling
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
     @property
     def rope_type(self) -> str:
-        scaling = self.rope_scaling or {}
-        return scaling.get("rope_type", scaling.get("type", "default"))
+        scaling = self.rope_scaling or {"type": "default"}
+        return scaling.get("rope_type", scaling.get("type"))
 
     @property
     def rope_factor(self) -> float:
@@ -168,34 +182,16 @@ class ChameleonConfig(PreTrainedConfig):
     @classmethod
     def chameleon_34b(cls, **changes) -> "ChameleonConfig":
         """The larger release, called 30b on disk; sizes as in Hugging Face's converter."""
-        sizes: dict = dict(
+        return cls(**dict(
             hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
             num_attention_heads=64, num_key_value_heads=8, model_parallel_size=4, swin_norm=True,
-        )
-        return cls(**(sizes | changes))
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "ChameleonConfig":
-        """Reads a config.json of transformers 4 or 5.
-
-        Version 4 says rope_theta and rope_scaling {type, factor}; transformers 5 says
-        rope_parameters {rope_type, rope_theta, factor}.
-        """
-        values = dict(values)
-        rope = values.pop("rope_parameters", None)
-        if rope is not None and not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters must be an object or null, got {rope!r:.80}")
-        if rope:
-            values["rope_theta"] = rope.get("rope_theta", cls.rope_theta)
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                values["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
-        return super().from_dict(values)
+        ) | changes)
 
     def to_dict(self) -> dict:
         """The config.json of transformers 4, which every version of transformers reads."""
-        head = {"architectures": ["ChameleonForConditionalGeneration"]}
-        return super().to_dict() | head | {"vq_config": self.vq_config.to_dict()}
+        values = super().to_dict() | {"vq_config": self.vq_config.to_dict()}
+        del values["rope_parameters"]
+        return values | {"architectures": ["ChameleonForConditionalGeneration"]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,12 +336,12 @@ class ChameleonLayerNorm(nn.Module):
     the heads of one shard share them (`model_parallel_size`).
 
     Why: softmax is invariant to a constant added to all its inputs, so the loss does not keep the
-    scores from growing. Text and images share all weights, and each modality gains by larger norms.
+    scores from growing. Text and images share all weights, and each competes by larger norms.
     In bf16 the scores then lose precision; without QK-norm (arXiv 2302.05442), the paper's 7B
     training diverged after 20 % of an epoch.
-    Why before RoPE: a rotation keeps lengths, and so it keeps the bound. A weight and bias behind
-    the rotation would scale the two halves of a pair differently, and then q.k would no longer
-    depend on the distance of the positions alone.
+    Why before RoPE: a rotation keeps lengths. After it, a weight and bias would change the two
+    halves of a pair differently, and then q.k would no longer depend on the distance of the
+    positions alone.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -364,8 +360,8 @@ def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor,
 
         angle(p, i) = p * theta^(-2i / Dh)       i = 0 .. Dh/2 - 1
 
-    cos and sin are (B, 1, T, Dh) in fp32. They are computed in each call from the config alone, so
-    nothing is stored that a cast to bf16 could round.
+    cos and sin are (B, 1, T, Dh) in fp32. They are computed anew in each call, so there is no
+    table that a cast to bf16 could round.
     linear:   p is divided by the factor (arXiv 2306.15595).
     dynamic:  beyond max_position_embeddings, theta grows with the highest position, cache included.
     DIFFERS: transformers keeps the theta of the longest sequence that it has seen, so that a long
@@ -437,8 +433,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
             mask = None  # the processor always sends a mask; most often nothing is padded
     if mask is None:
         return None if T == 1 or past == 0 else (j <= q)[None, None]  # (1, 1, T, L)
-    real = mask.bool() if mask.ndim == 3 else mask.bool()[:, None]  # (B, T or 1, L)
-    return ((j <= q) & real | (j == q))[:, None]  # (B, 1, T, L)
+    token = mask.bool() if mask.ndim == 3 else mask.bool()[:, None]  # (B, T or 1, L)
+    return ((j <= q) & token | (j == q))[:, None]  # (B, 1, T, L)
 
 
 def eager_attention(
@@ -465,8 +461,7 @@ def eager_attention(
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
-    """The same by PyTorch's fused kernels, which never hold the (T, L) weights (arXiv 2205.14135).
-    """
+    """The same by PyTorch. Its fused kernels never hold the (T, L) weights (arXiv 2205.14135)."""
     causal = mask is None and q.shape[2] > 1  # one query may see every key: nothing to forbid
     output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
@@ -481,7 +476,7 @@ class KVCache:
     With `max_length`, one buffer (B, Hkv, max_length, Dh) for k and one for v is allocated for each
     layer, and `length` of its columns are filled. Without, the cache grows: each call copies what
     is there, which is simple, and slower for long answers.
-    Memory: 2 * layers * Hkv * Dh * bytes per token = 512 KiB a token for 7B in bf16.
+    Memory per token: 2 * layers * Hkv * Dh * 2 bytes = 512 KiB for 7B in bf16.
     """
 
     def __init__(self, config: ChameleonConfig, batch_size: int = 1, max_length: int | None = None,
@@ -499,7 +494,7 @@ class KVCache:
         """Writes k, v (B, Hkv, T, Dh) behind the filled columns -> all filled (B, Hkv, L, Dh).
 
         With `max_length` it writes in place and returns views of the buffers, which change when a
-        later call overwrites their columns. ValueError for another batch, or a full buffer.
+        later call overwrites their columns. ValueError for a full buffer.
         """
         if self.max_length is None:
             if self.length:
@@ -623,7 +618,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         layer_class = ChameleonSwinDecoderLayer if config.swin_norm else ChameleonDecoderLayer
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = ChameleonRMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Frozen: no gradient passes the nearest code. VectorQuantizer.forward trains one by itself.
+        # Frozen: argmin has no gradient. ChameleonVQVAE.forward trains a VQ-VAE by itself.
         self.vqmodel = ChameleonVQVAE(config.vq_config, with_vq_decoder).requires_grad_(False)
         self.vocabulary = VocabularyMap(config.vocabulary_map)  # codes <-> ids, by name
         n, K = self.vocabulary.num_codes, config.vq_config.num_embeddings
@@ -657,8 +652,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
                                    pixel_values: Tensor | None) -> Tensor:
         """input_ids (B, T) with `<image>` placeholders -> ids (B, T) with the pictures' own ids.
 
-        Pictures (N, 3, height, width) fill the placeholders in order, row after row. Feeding the
-        result is the same as feeding pictures. ValueError if there are not exactly N * S
+        Pictures (N, 3, height, width) fill the placeholders in order, row after row. The result
+        gives the same output as the pictures. ValueError if there are not exactly N * S
         placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
         synchronizations, so a single token is not checked, nor anything while torch.compile traces.
         """
@@ -686,11 +681,15 @@ class ChameleonModel(ChameleonPreTrainedModel):
     def embed_pictures(self, inputs_embeds: Tensor, pixel_values: Tensor | None) -> Tensor:
         """inputs_embeds (B, T, D) -> the same, with the pictures in place of `<image>`."""
         mark = self.vocabulary.image_token_id
-        if pixel_values is None or mark is None:
+        if mark is None:
+            if pixel_values is not None:
+                raise ValueError("this vocabulary has no <image>, so no place for pictures")
             return inputs_embeds
         here = (inputs_embeds == self.embed_tokens.weight[mark]).all(-1)  # (B, T)
         ids = torch.where(here, mark, 0)  # (B, T), any other id where there is no picture
         ids = self.replace_image_placeholders(ids, pixel_values)  # (B, T)
+        if pixel_values is None:
+            return inputs_embeds
         return torch.where(here[..., None], self.embed_tokens(ids), inputs_embeds)  # (B, T, D)
 
     def forward(
@@ -698,10 +697,10 @@ class ChameleonModel(ChameleonPreTrainedModel):
         input_ids: Tensor | None = None,  # (B, T)
         pixel_values: Tensor | None = None,  # (N, 3, height, width), N pictures over all rows
         attention_mask: Tensor | None = None,  # see `allowed_keys`
-        position_ids: Tensor | None = None,  # (B, T); default: on from what the cache holds
+        position_ids: Tensor | None = None,  # (B, T); default: continues after the cache
         past_key_values: KVCache | None = None,  # read and, in place, written
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
-        use_cache: bool | None = None,  # None: the config's; without a cache given, a new one
+        use_cache: bool | None = None,  # None: the config's; a new one if none is given
         output_attentions: bool | None = None,  # None: the config's; computed by eager attention
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,  # False: a plain tuple
@@ -784,7 +783,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
     def generate(self, input_ids: Tensor, *inputs: Tensor | None, **options) -> Tensor:
         """As `generate` of generate.py, which explains it; options are those of its `stream`."""
-        from chameleon_extras.pretrained import generation_options  # those of transformers only
+        from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
         return generate(self, input_ids, *inputs, **generation_options(**options))
@@ -803,13 +802,13 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
-        logits_to_keep: int = 0,  # only the last so many positions get logits; 0 is all
+        logits_to_keep: int = 0,  # how many of the last positions get logits; 0: all
         mask_image_logits: bool = True,
     ) -> "ChameleonOutput | tuple":
         """-> logits (B, T, V) and, with labels, loss. Other arguments as in ChameleonModel.
 
-        `mask_image_logits` sets the logits of the image codes to the lowest number, as the
-        released text models and transformers do; drawing and training need it off.
+        `mask_image_logits` sets the logits of the image codes to the lowest number, as in the
+        released models and transformers. Turn it off to draw, or to train on pictures.
         Raises ValueError if labels contain image codes while it is on.
         """
         if labels is not None:
@@ -820,16 +819,14 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
             if logits_to_keep:
                 raise ValueError("labels need all logits: leave logits_to_keep at 0")
             mark = self.model.vocabulary.image_token_id
-            if input_ids is None:
-                looks = mark is not None and not torch.compiler.is_compiling()
-                if looks and (labels == mark).any():
-                    raise ValueError("labels hold <image>: with inputs_embeds, put the pictures' "
-                                     "ids there")
-            elif pixel_values is not None:
+            if input_ids is not None and pixel_values is not None:
                 # DIFFERS: transformers leaves the placeholder as the label.
                 filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
                 labels = torch.where(labels == mark, filled, labels)
                 input_ids, pixel_values = filled, None
+            looks = mark is not None and not torch.compiler.is_compiling()
+            if looks and (labels == mark).any():
+                raise ValueError("labels hold <image>: put the pictures' ids there")
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache, output_attentions, output_hidden_states, True, cache_position)

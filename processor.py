@@ -26,11 +26,11 @@ level          what a picture file holds: uint8, 0..255
 pixel          what the VQ-VAE takes and gives: float, about [-1, 1]
 
 What differs from the processors of most models
-- The S <image> ids only hold the place. The model replaces them by the codes of pixel_values.
+- The S <image> ids only hold the place. The model replaces them by the picture's ids.
 - A prompt for a chat ends with the end-of-turn id, a text to be completed does not.
 - The factor is 0.0078 as in transformers, not 2 / 255 = 0.00784, so white is 0.989. Meta trained
   with level / 255 * 2 - 1, which rescale_factor=2 / 255 gives.
-- All numbers equal those of transformers 4.43 to 4.57 (ChameleonImageProcessor), bit for bit.
+- Except at DIFFERS, all numbers equal those of transformers 4.43 to 4.57, bit for bit.
 - The EXIF orientation of a PIL picture is ignored, and 16-bit levels above 255 are clipped, as in
   Meta's code and in transformers. `load_image`, for files, turns the picture and scales the levels.
 
@@ -84,7 +84,7 @@ def load_image(path: str | Path) -> Image.Image:
     ValueError, in one line, if the file is missing, damaged, too large or no picture, or if its
     pixels have 32 bits.
     """
-    if re.search(r"(^|/)\w\w+:/", str(path)):  # Path makes one / of two
+    if re.search(r"(^|/)\w\w+:/", str(path)):  # Path turns // into /
         raise ValueError(f"picture {str(path)!r} is an address, and nothing is fetched from the "
                          "network: download it and name the file")
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
@@ -199,7 +199,7 @@ def to_array(image: Loaded, layout: str | None = None) -> tuple[np.ndarray, str]
 
 
 def strips(height: int, width: int) -> list[slice]:
-    """Rows of about 2^18 pixels at a time: in float64, all of a photograph would take gigabytes."""
+    """Slices of about 2^18 pixels: a whole photograph in float64 would take gigabytes."""
     step = max(1, 2**18 // max(1, width))
     return [slice(top, min(top + step, height)) for top in range(0, height, step)]
 
@@ -219,7 +219,7 @@ def on_white(array: np.ndarray) -> np.ndarray:
     blended = np.empty((*array.shape[:2], 3), array.dtype)
     for rows in strips(*array.shape[:2]):
         rgb, alpha = array[rows, :, :3], array[rows, :, 3:] / white  # (h, W, 3), (h, W, 1)
-        # out = (1 - alpha) * 255 + alpha * rgb, which the assignment truncates to a level
+        # out = (1 - alpha) * 255 + alpha * rgb, truncated to a level where levels are integers
         blended[rows] = (1 - alpha) * white + alpha * rgb
     return blended
 
@@ -247,7 +247,7 @@ def to_levels(array: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, C) -> (height, width, C) from offset (n - size) // 2. A smaller picture gets zeros."""
+    """(H, W, C) -> (height, width, C), cut at (H - height) // 2. Zeros fill a smaller picture."""
     top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
     if top < 0 or left < 0:
         more_rows, more_columns = max(height - array.shape[0], 0), max(width - array.shape[1], 0)
@@ -266,7 +266,7 @@ def sides(*keys: set[str]) -> Callable[[object], bool]:
 
 
 def numbers(v: Any, least: float = 0.0) -> bool:
-    """Beyond these limits float32 would make 0 or infinity of a number."""
+    """Is v a number, or several, that float32 does not round to infinity, or to 0?"""
     values = v if isinstance(v, (list, tuple)) else [v]
     return all(real(-1e9, 1e9)(x) and abs(x) >= least for x in values)
 
@@ -285,12 +285,12 @@ Divisors = Annotated[list, "finite numbers other than 0", lambda v: numbers(v, 1
 class ChameleonImageProcessor:
     """Pictures -> pixel_values, and back: transformers' class of that name, with its options.
 
-    None is the default. A call may override the options of the constructor. TypeError for an
+    None means the default. A call may override the options of the constructor. TypeError for an
     unknown option, ValueError for an impossible value.
     """
 
     do_resize: Flag = True
-    # longest_edge beside it limits the other edge. Or {height, width}, or an int: the shortest.
+    # Also: with longest_edge, a limit; {height, width}; an int, which is the shortest edge.
     size: Edges = field(default_factory=lambda: {"shortest_edge": 512})
     resample: Filter = 1  # the filter's number in PIL: Lanczos
     do_center_crop: Flag = True
@@ -318,18 +318,15 @@ class ChameleonImageProcessor:
             self.crop_size = {"height": self.crop_size, "width": self.crop_size}
         check_fields(self)
 
-    def __call__(self, images: Pictures, *values, **options) -> BatchFeature:
-        """The same as preprocess."""
-        return self.preprocess(images, *values, **options)
-
     def preprocess(self, images: Pictures, *values, return_tensors: str | None = None,
                    data_format: str | None = "channels_first",
                    input_data_format: str | None = None, **options) -> BatchFeature:
         """Pictures -> {"pixel_values": (N, 3, H, W)}: a tensor ("pt"), array ("np") or list (None).
 
         A picture is a PIL image, a file, or an array or tensor (H, W), (H, W, C) or (C, H, W). It
-        holds levels 0..255, or fractions 0..1 with do_rescale=False. data_format: "channels_first",
-        "channels_last", or None for the layout of the input. ValueError for anything else.
+        holds levels 0..255. (Fractions 0..1 need rescale_factor=255 * 0.0078.) data_format:
+        "channels_first", "channels_last", or None for the layout of the input. ValueError for
+        anything else.
         """
         given = signature(ChameleonImageProcessor).bind_partial(*values, **options).arguments
         settings = replace(self, **{name: v for name, v in given.items() if v is not None})
@@ -346,6 +343,8 @@ class ChameleonImageProcessor:
             arrays.append(array.transpose(2, 0, 1) if target == "channels_first" else array)
         return BatchFeature(pixel_values=stack(arrays, return_tensors))  # (N, C, H', W')
 
+    __call__ = preprocess
+
     def prepare(self, array: np.ndarray) -> np.ndarray:
         """(H, W, C) levels -> (H', W', C) float32 pixels, by the steps at the top of this file."""
         if self.do_convert_rgb:
@@ -355,8 +354,10 @@ class ChameleonImageProcessor:
         if self.do_center_crop:
             array = center_crop(array, **self.crop_size)  # (height, width, C)
         if self.do_rescale:
-            if array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1:
-                warnings.warn("pixels lie in 0..1 already: pass do_rescale=False", stacklevel=3)
+            fractions = array.dtype.kind == "f" and array.min() >= 0 and array.max() <= 1
+            if fractions and abs(self.rescale_factor) < 1:
+                warnings.warn("a picture's values lie in 0..1: pass rescale_factor=255 * 0.0078, "
+                              "or levels 0..255", stacklevel=3)
             # In float64, rounded once, as in transformers. In float32 some last bits would differ.
             array = (array.astype(np.float64) * self.rescale_factor).astype(np.float32)
         if self.do_normalize:
@@ -383,7 +384,7 @@ class ChameleonImageProcessor:
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) of a picture -> (H', W'), the shorter one equal to size["shortest_edge"], or less
-        if the longer one would exceed size["longest_edge"]: as in transformers 5; 4 ignores it.
+        if the longer one would exceed size["longest_edge"] (as in transformers 5; 4 ignores it).
         """
         if "height" in self.size:
             return self.size["height"], self.size["width"]
@@ -455,9 +456,8 @@ class ChameleonImageProcessor:
 
 def is_text(value: object) -> TypeGuard[str | list[str]]:
     """Is it a string, or a list of one or more strings and nothing else?"""
-    if isinstance(value, (list, tuple)):
-        return len(value) > 0 and all(isinstance(item, str) for item in value)
-    return isinstance(value, str)
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return len(items) > 0 and all(isinstance(item, str) for item in items)
 
 
 def parts_of(turn: dict) -> list[str | Picture]:
@@ -474,7 +474,7 @@ def parts_of(turn: dict) -> list[str | Picture]:
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif picture is not None:
-            parts += map(opened, flat_pictures(picture))
+            parts += map(opened, flat_pictures(picture))  # a file's name would pass for text
         else:
             raise ValueError("a part of a message is {'type': 'text', 'text': ...} or {'type': "
                              f"'image', 'image': ...}}, not {part!r:.80}")
@@ -494,7 +494,7 @@ class ChameleonProcessor:
     """
 
     model_input_names = ["input_ids", "attention_mask", "pixel_values"]
-    MAX_CODES = 2**16  # of a picture: no prompt is longer than memory allows
+    MAX_CODES = 2**16  # of a picture: more would exhaust the memory
 
     def __init__(self, image_processor: ChameleonImageProcessor, tokenizer: Tokenizer,
                  image_seq_length: int = 1024, image_token: str = "<image>") -> None:
@@ -520,8 +520,8 @@ class ChameleonProcessor:
         return_for_text_completion: without the end-of-turn id. add_special_tokens: with <s>.
         answers: one for each prompt, to learn from. Each row ends with its answer and </s>, and
         labels (B, T) are -100 on prompts and padding. Pictures of an answer follow those of its
-        prompt; their labels are <image>, which the model replaces by their codes if it is called
-        with mask_image_logits=False.
+        prompt; their labels are <image>, which the model replaces by their ids if it is called with
+        mask_image_logits=False.
         options: those of `Tokenizer.batch`, such as padding=True, and of ChameleonImageProcessor.
         ValueError for an empty prompt, a wrong number of pictures, unequal lengths without padding,
         or a max_length inside a picture.
@@ -538,13 +538,13 @@ class ChameleonProcessor:
         prompts = [text] if isinstance(text, str) else text
         replies = self.replies(prompts, answers)
         pictures = self.match(prompts, images, replies)
-        rows = [self.layout(prompt, return_for_text_completion)[not add_special_tokens :]
-                for prompt in prompts]
+        rows = [self.layout(prompt, return_for_text_completion) for prompt in prompts]
+        rows = rows if add_special_tokens else [row[1:] for row in rows]  # without <s>
         ends = [self.answer_ids(reply) for reply in replies]
-        labels = [[IGNORE] * len(row) + end for row, end in zip(rows, ends)]
+        labels = None if answers is None else [[IGNORE] * len(row) + end
+                                               for row, end in zip(rows, ends)]
         rows = [row + end for row, end in zip(rows, ends)]
-        return self.features(rows, pictures, return_tensors, options,
-                             None if answers is None else labels)
+        return self.features(rows, pictures, return_tensors, options, labels)
 
     def features(self, rows: list[list[int]], pictures: list[Picture], return_tensors: str | None,
                  options: dict, labels: list[list[int]] | None = None) -> BatchFeature:
@@ -590,14 +590,14 @@ class ChameleonProcessor:
             groups = [flat_pictures(item or []) for item in images]
             for n, (group, count) in enumerate(zip(groups, places)):
                 if len(group) != count:
-                    raise ValueError(f"prompt {n + 1} has {count} {self.image_token} but "
-                                     f"{len(group)} picture(s): give one for each")
+                    raise ValueError(f"prompt {n + 1} has {count} {mark} but {len(group)} "
+                                     "picture(s): give one for each")
             return [picture for group in groups for picture in group]
         pictures = [] if images is None else flat_pictures(images)
         if len(pictures) != sum(places):
             counts = ", ".join(f"prompt {n + 1} has {count}" for n, count in enumerate(places))
-            raise ValueError(f"{len(pictures)} picture(s) for {sum(places)} {self.image_token} "
-                             f"({counts}): give one for each")
+            raise ValueError(f"{len(pictures)} picture(s) for {sum(places)} {mark} ({counts}): "
+                             "give one for each")
         return pictures
 
     def layout(self, prompt: str, completion: bool) -> list[int]:
@@ -625,7 +625,7 @@ class ChameleonProcessor:
         return ids
 
     def picture_ids(self) -> list[int]:
-        """<racm3:break> <image> x S <eoss>: the model puts the codes in place of <image>."""
+        """<racm3:break> <image> x S <eoss>: the model replaces <image> by the picture's ids."""
         names = self.tokenizer.vocabulary
         begin, place, end = names.begin_image_id, names.image_token_id, names.end_image_id
         if begin is None or place is None or end is None:
@@ -646,8 +646,8 @@ class ChameleonProcessor:
                                           {"type": "image", "image": picture}]}, ...]
 
         <s> first turn, end of turn, second turn, end of turn ...: turns alternate (section 3), so
-        the roles need no names of their own, and the next turn is the model's. Text is text here:
-        neither "<image>" nor "<reserved08706>" in it has a meaning. options: those of `__call__`.
+        the ids need no roles. The first and the last are the user's. Text is text here: neither
+        "<image>" nor "<reserved08706>" in it has a meaning. options: those of `__call__`.
         ValueError for what is no conversation, and for tokenize=False, because a string could not
         tell the end of turn from text that looks like it.
         """
@@ -670,6 +670,10 @@ class ChameleonProcessor:
                         ids += self.picture_ids()
                         pictures.append(part)
                 ids += self.end_of_turn()
+            roles = [turn.get("role") for turn in turns]
+            if roles != [("user", "assistant")[n % 2] for n in range(len(turns) | 1)]:
+                raise ValueError("roles must be user, assistant, user ..., and the last one user, "
+                                 f"got {', '.join(map(str, roles)):.80}")
             rows.append(ids)
         return self.features(rows, pictures, return_tensors, options)
 
@@ -688,7 +692,7 @@ class ChameleonProcessor:
         """Writes the tokenizer's files, preprocessor_config.json and processor_config.json, from
         which `from_pretrained` and transformers' AutoProcessor give the same ids.
         """
-        from chameleon_extras.convert import write_for_transformers  # files it alone needs
+        from chameleon_extras.convert import write_for_transformers  # only to write files
 
         self.tokenizer.save_pretrained(folder)
         write_for_transformers(Path(folder))
@@ -702,7 +706,7 @@ class ChameleonProcessor:
         """Reads a folder or a hub id. Without processor_config.json the defaults hold; `changes` of
         image_seq_length and image_token replace either, others are options of the hub.
         """
-        from chameleon_extras.files import find_folder  # the hub is for files, not for this file
+        from chameleon_extras.files import find_folder  # only to find files
 
         own = {"image_seq_length", "image_token"}
         folder = find_folder(folder, **{name: changes[name] for name in changes.keys() - own})

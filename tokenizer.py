@@ -11,7 +11,7 @@ N, S          pictures in a batch; codes per picture
 K, code       number of codes (8192); code: 0..K-1, a row of the VQ-VAE's codebook
 V, id         number of ids (65536); id: 0..V-1, a row of the decoder's embedding table
 token, name   what an id stands for; its string in the vocabulary
-word          a pre-token: merges never join two of them
+word          a pre-token: merges never cross its ends
 
 What differs from the tokenizer of a text-only Llama
 - K ids are codes of pictures. Their names spell the code with A..J for the digits 0..9: "IMGIMGFDZ"
@@ -251,7 +251,7 @@ class Tokenizer:
 
     vocab: name -> id. special_ids: the control ids, which text never becomes. bos_token_id "<s>",
     pad_token_id "<pad>", eos_token_id "</s>", unk_token_id "<unk>", sep_token_id (end of turn) and
-    image_token_id: all but the first two may be None. padding_side is for ChameleonProcessor:
+    image_token_id: the last four may be None. padding_side is for ChameleonProcessor:
     "left" aligns the ends of all prompts, where generation continues. ValueError: no <s> or <pad>.
     """
 
@@ -299,8 +299,8 @@ class Tokenizer:
 
     def __call__(self, text: str | list[str], *, add_special_tokens: bool = True,
                  return_tensors: str | None = None, **options) -> BatchFeature:
-        """One text or several -> input_ids and attention_mask: (T,) lists of one, (B, T) of several
-        or with return_tensors. options: those of `batch`.
+        """One text -> input_ids and attention_mask, lists (T,). Several, or return_tensors: (B, T).
+        options: those of `batch`.
         """
         texts = text if isinstance(text, (list, tuple)) else [text]
         if not texts:
@@ -341,7 +341,7 @@ class Tokenizer:
         """A name or several -> ids; an unknown name is <unk>, as in transformers."""
         if isinstance(tokens, str):
             return self.vocab.get(tokens, self.unk_token_id)
-        return [self.vocab.get(name, self.unk_token_id) for name in tokens]
+        return [self.convert_tokens_to_ids(name) for name in tokens]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.decode(self.convert_tokens_to_ids(tokens))
@@ -403,7 +403,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one id at a time. The returned strings, joined, equal Tokenizer.decode of all ids.
+    """Decodes one id at a time. All strings, and that of `flush`, joined equal Tokenizer.decode.
 
     One character may need up to four ids. So the bytes of each id go through an incremental utf-8
     decoder, which holds back the bytes of an incomplete character.
@@ -425,7 +425,7 @@ class StreamDecoder:
 
 
 def check_text(text: str) -> None:
-    """ValueError for no string, and for one that utf-8 cannot encode: half of a surrogate pair."""
+    """ValueError unless it is a string that utf-8 can encode (no half of a surrogate pair)."""
     if not isinstance(text, str):
         raise ValueError(f"a text must be a string, not {type(text).__name__}")
     try:
@@ -444,8 +444,8 @@ STRUCTURE = re.compile(r"(<sentinel:[0-9]+>|IMGIMG[A-I]{1,4}Z|[\t\n]|    |  )")
 
 # Splits 4-6, on the shape of a piece (see Shapes): each number character; each punctuation mark;
 # GPT-2's pattern without "'s|'t|'re..." and numbers, whose characters splits 4 and 5 have taken.
-# GPT-2's \s+(?!\S) leaves the last of several spaces to the next word. Here that is (?![LO]): a
-# number or a punctuation mark takes no space, because it has already been split off.
+# GPT-2's \s+(?!\S) leaves the last of several spaces to the next word. Here (?![LO]) does so:
+# numbers and punctuation take no space.
 WORDS = re.compile(r"N|P| ?L+| ?O+|[ _]+(?![LO])|[ _]+")
 
 # Unicode's white space except " ". Python's \s and isspace would also accept U+001C..U+001F.
@@ -623,7 +623,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor  # the release does not need it
 
         try:
-            content = Path(path).read_bytes() or b"empty"  # which sentencepiece logs and accepts
+            content = Path(path).read_bytes() or b"empty"  # sentencepiece accepts b""
             self._model = model = SentencePieceProcessor(model_proto=content)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
@@ -655,7 +655,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 TOKENIZER_FILES = {
-    "tokenizer.model": SentencePieceTokenizer,  # first: a tokenizer.json beside it derives from it
+    "tokenizer.model": SentencePieceTokenizer,  # first: tokenizer.json is made from it
     "tokenizer.json": ByteLevelBPE,  # transformers' conversion
     "text_tokenizer.json": ByteLevelBPE,  # Meta's release
     "tokenizer/text_tokenizer.json": ByteLevelBPE,  # the same, from the release's root folder
@@ -677,6 +677,6 @@ class AutoTokenizer:
 
     @staticmethod
     def from_pretrained(folder: str | Path, **hub: object) -> Tokenizer:
-        from chameleon_extras.files import find_folder  # the hub is for files, not for this file
+        from chameleon_extras.files import find_folder  # only to find files
 
         return load_tokenizer(find_folder(folder, **hub))

@@ -23,7 +23,7 @@ What differs from a plain VQ-VAE (van den Oord et al., 2017, https://arxiv.org/a
   its image tokenizer after Make-A-Scene (https://arxiv.org/abs/2203.13131).
 
 Three words for three spaces: `pixels` are floats in [-1, 1]; `codes` are integers in 0..K-1;
-`ids` are integers in 0..V-1, the vocabulary of the decoder in chameleon.py. No id occurs here.
+`ids` are integers in 0..V-1, the vocabulary of the decoder in chameleon.py, not used here.
 
 To reuse this file, copy it: it needs torch alone, except for from_pretrained and save_pretrained.
 """
@@ -51,7 +51,7 @@ GROUPS, GROUP_NORM_EPS = 32, 1e-6
 
 
 # ---------------------------------------------------------------------------------------------
-# Config. The types of its fields say in words, and by a check, which values are possible.
+# Config. The type of a field holds a check of its values, and words for the error.
 
 
 def whole(low: int, high: int) -> Callable[[object], bool]:
@@ -62,7 +62,7 @@ def real(low: float, high: float) -> Callable[[object], bool]:
     return lambda x: type(x) is not bool and isinstance(x, (int, float)) and low <= x <= high
 
 
-# A name, its type, what an error message calls it, and the check.
+# name = Annotated[type, words for the error, check]
 Size = Annotated[int, "a whole number from 1 to 1000000", whole(1, 10**6)]
 Count = Annotated[int, "a whole number from 1 to 256", whole(1, 256)]
 Counts = Annotated[tuple[int, ...], "a list of 1 to 20 whole numbers from 1 to 256",
@@ -77,7 +77,7 @@ Text = Annotated[str, "text", lambda x: type(x) is str]
 
 
 def check_fields(config: object) -> None:
-    """ValueError, naming the field of a dataclass, for a value that its type does not allow."""
+    """ValueError, naming the field, if a dataclass holds a value that the field's type forbids."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, optional = getattr(config, name), type(None) in get_args(hint)
         _, words, holds = get_args(get_args(hint)[0] if optional else hint)
@@ -90,16 +90,18 @@ Config = TypeVar("Config", bound="PreTrainedConfig")
 
 
 def keeping_others(cls: type[Config]) -> type[Config]:
-    """A keyword that is no field of the dataclass becomes an attribute and is written back."""
+    """A keyword that is no field of the dataclass becomes an attribute and is written back, unless
+    it describes weights, begins with "_", or has the name of something else of the class.
+    """
     init = cls.__init__
 
     @wraps(init)
     def __init__(self, *values, **named) -> None:
         fields = get_type_hints(cls)
         init(self, *values, **{name: named[name] for name in named if name in fields})
-        vars(self).update({name: value for name, value in named.items() if not (
-            name in fields or name in cls.OF_WEIGHTS or not name or name[0] == "_"
-            or hasattr(cls, name))})
+        for name in named.keys() - fields.keys() - cls.OF_WEIGHTS:
+            if name[:1] not in ("", "_") and not hasattr(cls, name):
+                setattr(self, name, named[name])
 
     cls.__init__ = __init__
     return cls
@@ -131,7 +133,7 @@ class PreTrainedConfig:
     @classmethod
     def from_pretrained(cls, folder: str | PathLike, **changes) -> Self:
         """Reads the config.json of a folder or a hub id; `changes` replace its values."""
-        from chameleon_extras.pretrained import load_config  # late: only it needs another file
+        from chameleon_extras.pretrained import load_config  # so that this file stands alone
 
         return load_config(cls, folder, **changes)
 
@@ -277,7 +279,8 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution; the encoder adds `downsample`, the decoder `upsample`.
 
-    channels: C in front of the first block, then behind each block. resolution: H of the maps.
+    channels: C in front of the first block, then behind each block. resolution: H of the maps, of
+    a picture that is c.resolution high.
     """
 
     downsample: Downsample
@@ -357,13 +360,12 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.latent_channels, previous, kernel_size=3, padding=1)
         self.mid = Middle(c, previous)
         levels = []
-        for i in reversed(range(len(widths))):
-            blocks = [previous] + [widths[i]] * (c.num_res_blocks + 1)
-            level = Level(c, blocks, c.resolution >> i)
+        for i, width in reversed(list(enumerate(widths))):
+            level = Level(c, [previous] + [width] * (c.num_res_blocks + 1), c.resolution >> i)
             if i > 0:
-                level.upsample = Upsample(widths[i])
+                level.upsample = Upsample(width)
             levels.append(level)
-            previous = widths[i]
+            previous = width
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the full resolution, as in checkpoints
         self.norm_out = group_norm(previous)
         self.conv_out = nn.Conv2d(previous, c.in_channels, kernel_size=3, padding=1)
@@ -422,8 +424,7 @@ class VectorQuantizer(nn.Module):
         # Straight-through estimator (VQ-VAE, section 3.2):      zq = z + sg[e - z]
         # Forward: zq is the code vector e. Backward: d zq / d z = 1, as if there were no argmin.
         # The code vectors get no gradient through zq. Only `losses.codebook` moves them.
-        zq = flat + (e - flat).detach()
-        zq = zq.view(B, h, w, E).permute(0, 3, 1, 2)  # (B, E, h, w)
+        zq = (flat + (e - flat).detach()).view(B, h, w, E).permute(0, 3, 1, 2)  # (B, E, h, w)
         return zq, codes.view(B, h * w), losses  # (B, E, h, w), (B, S)
 
     def losses(self, z: Tensor, e: Tensor, codes: Tensor) -> VQLosses:
@@ -470,7 +471,7 @@ class PreTrainedModel(nn.Module):
         VQ-VAE is fp32 in any case), device_map, attn_implementation, quantization_config.
         ValueError, in one line, says what is wrong.
         """
-        # Files and their checks are no part of a model; they import this file.
+        # Here, because that file imports this one.
         from chameleon_extras.pretrained import load_pretrained
 
         return load_pretrained(cls, pretrained_model_name_or_path, **options)
@@ -539,8 +540,8 @@ class ChameleonVQVAE(PreTrainedModel):
 
         DIFFERS: transformers encodes in the model's dtype, and in bf16 1.6 % of the codes change.
         Here encoding is always fp32: `from_pretrained(dtype=torch.bfloat16)` leaves this module so.
-        Raises ValueError if the shape is not a batch of pictures, the weights are not fp32, or inf
-        or nan comes out.
+        Raises ValueError if pixels are no floats (B, 3, H, W), the weights are not fp32, or inf or
+        nan comes out.
         """
         channels = self.config.in_channels
         if not pixel_values.is_floating_point():
@@ -555,19 +556,20 @@ class ChameleonVQVAE(PreTrainedModel):
                              "changes codes: load with from_pretrained(dtype=...), which leaves "
                              "them in float32")
         # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
-        # TF32 in matrix products remains the caller's choice.
+        # TF32 in matrix products remains the caller's choice, and while torch.compile traces, also
+        # in convolutions.
         exact = nullcontext() if torch.compiler.is_compiling() else exact_convolutions()
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # channels_last changes the order in memory only. It spares convolutions a reordering.
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)
             z = self.quant_conv(self.encoder(pixels))  # (B, E, h, w)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*S, E)
-            # argmin would take NaN for the nearest. To look is a GPU synchronization.
+            # argmin would take NaN for the nearest. The check is a GPU synchronization.
             finite = flat.isfinite().all() & self.quantize.embedding.weight.isfinite().all()
             if not torch.compiler.is_compiling() and not finite:
                 raise ValueError("the VQ-VAE computes inf or nan: pixel_values hold such numbers, "
                                  "or its weights are damaged (download them again)")
-            return self.quantize.nearest(flat).view(len(z), -1)  # (B, S)
+            return self.quantize.nearest(flat).view(len(z), z.shape[2] * z.shape[3])  # (B, S)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -582,13 +584,13 @@ class ChameleonVQVAE(PreTrainedModel):
                              f"{tuple(codes.shape)}")
         K, S = self.config.num_embeddings, codes.shape[1]
         h, w = grid or (isqrt(S), isqrt(S))
-        if h * w != S:
+        if h * w != S or h < 1:
             raise ValueError(f"{S} codes are not a {h} x {w} grid: pass grid=(h, w)")
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= K):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")
         zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, E, h, w)
         features = self.post_quant_conv(zq)  # (B, latent_channels, h, w)
-        # As in encode, but behind post_quant_conv: a 1x1 convolution may change the memory order.
+        # As in encode; after post_quant_conv, because a 1x1 convolution may reorder the memory.
         features = features.contiguous(memory_format=torch.channels_last)
         return decoder(features)  # (B, 3, H, W)
 
@@ -599,7 +601,8 @@ class ChameleonVQVAE(PreTrainedModel):
 
         The reconstruction loss is the caller's: its gradient reaches the decoder and, straight
         through the codes, the encoder. VQGAN (2012.09841) adds a perceptual and an adversarial
-        loss, Make-A-Scene (2203.13131) also losses on faces and objects. ValueError: no decoder.
+        loss, Make-A-Scene (2203.13131) also losses on faces and objects. ValueError without a
+        decoder.
         """
         decoder = self.needed_decoder()
         zq, _, losses = self.quantize(self.quant_conv(self.encoder(pixels)))  # (B, E, h, w)

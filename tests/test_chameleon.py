@@ -400,6 +400,8 @@ def test_both_generations_of_config_are_read():
         dtype="bfloat16", image_token_id=8711,
         rope_parameters=dict(rope_type="linear", rope_theta=5e5, factor=2.0)))
     assert old == new and (old.rope_type, old.rope_factor, old.rope_theta) == ("linear", 2.0, 5e5)
+    assert ChameleonConfig(rope_parameters=dict(
+        rope_type="linear", rope_theta=5e5, factor=2.0)).to_dict() == old.to_dict()
     short = dict(rope_parameters=dict(type="linear", rope_theta=5e5, factor=2.0))
     assert ChameleonConfig.from_dict(short) == old
     plain = ChameleonConfig.from_dict(dict(rope_parameters=dict(rope_type="default")))
@@ -423,6 +425,11 @@ def test_absent_values_mean_what_the_documentation_says():
     (dict(rope_theta=-1.0), "rope_theta"),
     (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope_scaling"),
     (dict(rope_scaling={"type": "linear"}), "rope_scaling"),
+    (dict(rope_scaling={"factor": 2.0}), "rope_scaling type None"),
+    (dict(rope_parameters={"rope_theta": "10"}), "rope_theta must be"),
+    (dict(rope_parameters={"rope_theta": 5e5}, rope_theta=4e5), "rope_parameters contradict"),
+    (dict(rope_parameters={"rope_theta": 5e5}, rope_scaling={"type": "linear", "factor": 2.0}),
+     "rope_parameters contradict"),
     (dict(rope_scaling={"type": "dynamic", "factor": 2.0}, num_attention_heads=32), "head_dim"),
     (dict(vocabulary_map={"<image>": 160}), "vocabulary_map"),
     (dict(num_hidden_layers="3"), "num_hidden_layers"),

@@ -296,6 +296,13 @@ def test_embeddings_and_pictures_together():
         expected = model(**inputs).logits
         logits = model(inputs_embeds=embeds, attention_mask=mask, pixel_values=pixels).logits
     assert torch.equal(logits, expected)
+    with pytest.raises(ValueError, match="no pixel_values"):
+        model(inputs_embeds=embeds, attention_mask=mask)
+    with pytest.raises(ValueError, match="1 pictures are 64 image tokens"):
+        model(inputs_embeds=embeds, attention_mask=mask, pixel_values=pixels[:1])
+    names = {n: i for n, i in model.config.vocabulary_map.items() if n != "<image>"}
+    with pytest.raises(ValueError, match="no <image>"):
+        small_model(vocabulary_map=names)(inputs_embeds=embeds, pixel_values=pixels)
 
 
 def test_placeholders_without_pictures_and_a_cache_of_another_batch_are_errors():
@@ -429,6 +436,16 @@ def test_the_bare_model_saves_and_loads_and_reads_transformers_folder(folder, tm
     assert torch.equal(theirs(ids).last_hidden_state, expected)
     with pytest.raises(ValueError, match="missing lm_head.weight"):
         ChameleonForConditionalGeneration.from_pretrained(tmp_path / "ours")
+
+
+def test_a_config_of_another_kind_is_refused(folder, tmp_path):
+    model = ChameleonForConditionalGeneration.from_pretrained(folder)
+    model.model.vqmodel.save_pretrained(tmp_path)
+    config = model.config.vq_config
+    assert chameleon.ChameleonVQVAEConfig.from_pretrained(tmp_path) == config
+    assert chameleon.ChameleonVQVAEConfig.from_pretrained(folder) == config
+    with pytest.raises(ValueError, match="describes a chameleon_vqgan, not a chameleon"):
+        ChameleonConfig.from_pretrained(tmp_path)
 
 
 def test_a_hub_id_is_read_from_the_librarys_cache(folder, tmp_path, monkeypatch):
@@ -702,6 +719,10 @@ def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
             processor.apply_chat_template(wrong)
     with pytest.raises(ValueError, match="gives ids"):
         processor.apply_chat_template(turns, tokenize=False)
+    system = {"role": "system", "content": "Be brief."}
+    for wrong in (turns[:2], turns[1:], [turns[0], turns[2]], [system, turns[2]], [system, *turns]):
+        with pytest.raises(ValueError, match="roles must be user, assistant, user"):
+            processor.apply_chat_template(wrong)
 
 
 def test_transformers_reads_the_processor_that_is_saved_and_we_read_theirs(

@@ -191,8 +191,11 @@ def test_fractions_equal_transformers_when_rescaling_is_off(oracle):
     processor = ChameleonImageProcessor(**SMALL)
     got = processor(fractions, return_tensors="np", do_rescale=False).pixel_values
     assert np.array_equal(got, want) and np.ptp(got) > 0.5
-    with pytest.warns(UserWarning, match="do_rescale=False"):
+    with pytest.warns(UserWarning, match="rescale_factor=255"):
         processor(fractions, return_tensors="np")
+    levels = processor((fractions * 255).astype(np.uint8), return_tensors="np").pixel_values
+    parts = processor(fractions, return_tensors="np", rescale_factor=255 * 0.0078).pixel_values
+    assert np.abs(levels - parts).max() < 0.01
 
 
 def test_nested_lists_are_flattened_in_order_and_data_formats_are_kept():
