@@ -178,6 +178,23 @@ def json_lines(file: Path) -> Iterator[tuple[str, object]]:
             raise ValueError(f"{where}: not JSON ({error})") from None
 
 
+def check_line(line: object, *texts: str) -> dict:
+    """A prompt or an example, of JSON -> {"prompt", "answer", "images"}, [] without pictures.
+    ValueError unless the keys in `texts` hold texts, and "images" names of files.
+    """
+    if not isinstance(line, dict):
+        raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
+    if unknown := sorted(set(line) - {"prompt", "images", "answer"}):
+        raise ValueError(f"unknown key {unknown[0]!r}: the keys are prompt, images, answer")
+    for key in texts:
+        if not isinstance(line.get(key), str) or not line[key]:
+            raise ValueError(f"{key!r} must be a text that is not empty")
+    images = line.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
+        raise ValueError("'images' must be a list of file names")
+    return {**line, "images": images}
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Does the device multiply bf16 in hardware? A CPU that emulates it is 20 times as slow."""
     if device.type != "cpu":

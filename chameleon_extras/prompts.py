@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 from chameleon import ChameleonConfig
 from chameleon_extras.command import check_pair, load_model, place_images, sampling
 from chameleon_extras.decoding import Decoder
-from chameleon_extras.files import hold, json_lines, say, text_lines
+from chameleon_extras.files import check_line, hold, json_lines, say, text_lines
 from generate import generate, room_behind, seeds_of
 from processor import ChameleonProcessor, load_image
 
@@ -42,7 +42,14 @@ def read_prompts(file: Path) -> list[Asked]:
     if not file.is_file():
         raise ValueError(f"--prompts {file} is no file: write one prompt a line into it")
     if file.suffix.lower() == ".jsonl":
-        asked = [read_line(where, data) for where, data in json_lines(file)]
+        asked = []
+        for where, line in json_lines(file):
+            try:
+                data = check_line(line, "prompt")
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            prompt, images = data["prompt"], data["images"]
+            asked.append(Asked(where, place_images([prompt], len(images))[0], images))
     else:
         asked = [Asked(where, line, []) for where, line in text_lines(file)]
     for one in asked:
@@ -52,18 +59,6 @@ def read_prompts(file: Path) -> list[Asked]:
     if not asked:
         raise ValueError(f"{file} is empty: write one prompt a line")
     return asked
-
-
-def read_line(where: str, data: object) -> Asked:
-    """A parsed line {"prompt", "images"} -> what is asked. An "answer" in it is not read."""
-    images = data.get("images", []) if isinstance(data, dict) else None
-    if images is None or set(data) - {"prompt", "images", "answer"}:
-        raise ValueError(f'{where}: a line is an object with "prompt" and "images"')
-    if not isinstance(data.get("prompt"), str) or not data["prompt"]:
-        raise ValueError(f"{where}: 'prompt' must be a text that is not empty")
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise ValueError(f"{where}: 'images' must be a list of file names")
-    return Asked(where, place_images([data["prompt"]], len(images))[0], images)
 
 
 def answered(out: Path, asked: list[Asked]) -> int:

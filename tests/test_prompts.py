@@ -78,8 +78,8 @@ def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}', "a.jsonl line 2: 'prompt' must be"),
-    ("a.jsonl", '{"prompt": "a", "image": []}', "line 1: a line is an object"),
-    ("a.jsonl", "[]", "line 1: a line is an object"),
+    ("a.jsonl", '{"prompt": "a", "image": []}', "line 1: unknown key 'image'"),
+    ("a.jsonl", "[]", "line 1: a line must be an object"),
     ("a.jsonl", "{", "line 1: not JSON"),
     ("a.jsonl", '{"prompt": "a", "images": "b.png"}', "line 1: 'images' must be"),
     ("a.jsonl", '{"prompt": "a", "images": ["b.png"]}', "line 1: picture 'b.png'"),
@@ -102,9 +102,9 @@ def test_a_wrong_file_is_one_line_before_the_weights_are_read(
     (("--batch", "0"), "1 to 1024"),
     (("--mode", "image"), "in text: leave --mode out"),
     (("--out", "missing/a.jsonl"), "a folder that exists"),
-    (("--out", "other.jsonl"), "line 1 answers no such prompt"),
+    (("--out", "other.jsonl"), "line 1 is not prompt 1"),
     (("--out", "/dev/full"), "is no file in a folder that exists"),
-    (("--out", "deep.jsonl"), "line 1 answers no such prompt"),
+    (("--out", "deep.jsonl"), "line 1 is not prompt 1"),
 ])
 def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
     (tmp_path / "other.jsonl").write_text('{"prompt": "b", "answer": "c"}\n')

@@ -161,8 +161,8 @@ class Writer:
 GAPS = ("",) * 6 + (" ", " ", "\n")  # what a user may type between a picture and the words
 # How often sft asks each kind of question, relative to the others: hard kinds more often.
 ASKED = {
-    "caption": 1.5, "existence": 3.0, "relation": 3.0, "shape": 1.5, "colour": 1.5,
-    "size": 1.0, "place": 3.5, "count": 3.0, "background": 0.3,
+    "caption": 1.5, "existence": 3.0, "relation": 4.0, "shape": 1.2, "colour": 1.0,
+    "size": 1.0, "place": 4.0, "count": 3.0, "background": 0.3,
 }  # fmt: skip
 
 
@@ -263,9 +263,9 @@ class Corpus:
             return self.writer.chat((prompt, (answer,)))
         if kind < 0.30:
             return self.conversation()
-        if kind < 0.64:
+        if kind < 0.59:
             return self.drawing()
-        if kind < 0.81:
+        if kind < 0.76:
             return self.two_pictures(room)
         if kind < 0.98:
             return self.edit()
@@ -322,7 +322,7 @@ class Corpus:
                 turn = self.question(scene)
             elif kind < 0.7:
                 turn = language.ask_difference(rng, *edit)
-                if share < 0.6:
+                if share < 0.4:
                     turn = language.ask_which(rng, *edit)
             else:
                 ask = language.ask_common if share < 0.6 else language.ask_which
@@ -352,8 +352,7 @@ class Corpus:
 
     def lists(self) -> Document:
         """The two texts of `again` as prompt and answer."""
-        words, found = self.again()
-        return self.writer.chat(((words,), (found,)))
+        return self.writer.chat(tuple((text,) for text in self.again()))
 
     def drawing(self) -> Document:
         """A request to draw, and the picture; sometimes a caption behind it, or no request."""

@@ -152,8 +152,7 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 
 def look(scene: Scene) -> str:
     """All things with their places: "A small red circle at the top and a ... on the left." """
-    names = [f"{article(str(thing))} {PLACES[thing.place]}" for thing in scene.things]
-    return sentence(listed(names))
+    return sentence(listed([f"{article(str(t))} {PLACES[t.place]}" for t in scene.things]))
 
 
 def found(*things: Thing) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from chameleon import ChameleonForConditionalGeneration
-from chameleon_extras.files import json_lines
+from chameleon_extras.files import check_line, json_lines
 from processor import IGNORE, ChameleonProcessor, load_image
 from tiny_world.documents import IMAGE_WEIGHT, Document, packed
 
@@ -56,24 +56,14 @@ def read_examples(folder: Path) -> list[Example]:
 
 def read_example(line: object, folder: Path) -> tuple[str, str, list[Path]]:
     """A parsed line -> prompt, answer, files of its pictures. ValueError names the error."""
-    if not isinstance(line, dict):
-        raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
-    unknown = sorted(set(line) - {"prompt", "images", "answer"})
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}: the keys are prompt, images, answer")
-    for key in ("prompt", "answer"):
-        if not isinstance(line.get(key), str) or not line[key]:
-            raise ValueError(f"{key!r} must be a text that is not empty")
-    images = line.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise ValueError("'images' must be a list of file names")
-    places = line["prompt"].count("<image>") + line["answer"].count("<image>")
-    if places != len(images):
-        raise ValueError(f"{places} <image> but {len(images)} file(s) in 'images'")
-    paths = [folder / name for name in images]
+    data = check_line(line, "prompt", "answer")
+    prompt, answer, paths = data["prompt"], data["answer"], [folder / n for n in data["images"]]
+    places = prompt.count("<image>") + answer.count("<image>")
+    if places != len(paths):
+        raise ValueError(f"{places} <image> but {len(paths)} file(s) in 'images'")
     for path in paths:
         load_image(path)  # ValueError for a file that is no picture
-    return line["prompt"], line["answer"], paths
+    return prompt, answer, paths
 
 
 class OwnData:

@@ -123,8 +123,7 @@ class Codebook(nn.Module):
         self.sum.mul_(self.DECAY).index_add_(0, codes, z * w[:, None])
         self.e.copy_(self.sum / self.count[:, None].clamp(min=1e-8))
         self.uses += torch.bincount(codes, minlength=self.K)
-        one = torch.ones_like(w)
-        self.plain.index_put_((level[~thing], codes[~thing]), one[~thing], accumulate=True)
+        self.plain.index_put_((level[~thing], codes[~thing]), w.new_ones(()), accumulate=True)
         self.pool = torch.cat((self.pool, z[thing]))[-2000:]
 
     @torch.no_grad()

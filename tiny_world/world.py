@@ -79,9 +79,8 @@ def sample_thing(
     while True:
         colour, shape = pick(rng, COLOURS), pick(rng, SHAPES)
         if held_out is None or ((colour, shape) in HELD_OUT) == held_out:
-            break
-    dy, dx = rng.uniform(-JITTER, JITTER, 2)
-    return Thing(colour, shape, pick(rng, SIZES), place, float(dy), float(dx))
+            dy, dx = rng.uniform(-JITTER, JITTER, 2)
+            return Thing(colour, shape, pick(rng, SIZES), place, float(dy), float(dx))
 
 
 def sample_scene(
