@@ -19,7 +19,7 @@ layer (quantize.py explains them):
 
     NAME.weight  (O, I) int8              NAME.scale  (O,) fp32          "quantized_weights": "int8"
     NAME.weight  (O, I/2) uint8, two in   NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
-                 a byte, the first high
+                 a byte, the first high   NAME.scale  (O, I/64) fp32     "quantized_weights": "nf4"
 
 Its files are called model.int8.safetensors, so that no other reader takes them for plain weights.
 

@@ -74,7 +74,7 @@ CHAT = {"context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
 PROMPTS = {"prompts", "batch", "completion", "max_new_tokens", "seed", "compile", *OF_WEIGHTS,
            *OF_TEXT} - {"image"}
 RECONSTRUCTED = 512  # pixels of a picture's longer side on the sheet of --reconstruct
-DRAWN = 144  # pixels of a picture's longer side on a contact sheet, at most, unless it has more
+DRAWN = 144  # on a contact sheet, smaller pictures are enlarged to at most so many pixels
 ASKS_TO_DRAW = re.compile(r"\s*(please\s+|can you\s+)*(draw|paint|sketch)\b", re.IGNORECASE)
 
 
@@ -115,7 +115,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="many prompts, one a line, or .jsonl with pictures; a JSON line for each answer goes "
         "to --out or stdout; started again, it goes on where it was stopped")
     add("--batch", type=int, default=8, metavar="N",
-        help="so many of --prompts at a time (1 to 1024; default 8)")
+        help="prompts that are answered at a time (1 to 1024; default 8)")
     add("--context", choices=("whole", "last"),
         help="what a turn of --chat sees: all turns, or the last pictures (default: whole; last "
         "for tiny/, which has learned short conversations)")
@@ -126,8 +126,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--count", type=int, default=1, metavar="N",
         help=f"so many pictures of each prompt, and a sheet of all (default 1; 1 to {MAX_COUNT})")
     add("--scale", type=int, default=0, metavar="N",
-        help="enlarge the picture or sheet at --out by a whole factor (1 to 64; default: 1, and "
-        "for a sheet what one can see); the pictures beside a sheet stay as drawn")
+        help="enlarge the picture or sheet at --out by a whole factor (1 to 64; default: 1; on a "
+        f"sheet, up to {DRAWN} pixels); the pictures beside a sheet stay as drawn")
     add("--completion", action="store_true", help="continue the prompt instead of answering it")
     add("--reconstruct", action="store_true", help="only send --image through the VQ-VAE and back")
     add("--explain", action="store_true",
@@ -139,7 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "always whole)")
     add("--temperature", type=float, default=0.0, metavar="X",
         help="0, the default, takes the most likely token; else 0.0001 or more")
-    add("--top-k", type=int, default=0, metavar="N", help="0, the default, is no limit; else 1 up")
+    add("--top-k", type=int, default=0, metavar="N", help="1 or more; 0: no limit (default)")
     add("--top-p", type=float, default=1.0, metavar="X", help="above 0, to 1 (default 1)")
     add("--repetition-penalty", type=float, default=1.0, metavar="X",
         help="0.01 to 100 (default 1: none)")
@@ -154,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--guidance-text", type=float, default=1.0, metavar="X",
         help="how much the words count, 0 to 1000 (default 1; Meta uses 3)")
     add("--guidance-image", type=float, default=1.0, metavar="X",
-        help="how much pictures do, 0 to 1000 (default 1; Meta uses 1.2)")
+        help="how much the pictures count, 0 to 1000 (default 1; Meta uses 1.2)")
     add = parser.add_argument_group("the model").add_argument
     add("--model", type=Path, default=TINY, metavar="FOLDER",
         help="of weights, or a hub id (default: tiny/)")
@@ -167,7 +167,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true",
         help="faster steps, after some seconds of compiling: for long answers and large models")
     add("--attention", default="auto", choices=ATTENTIONS,
-        help="the kernel: eager is the readable one, sdpa torch's, the others kinds of it")
+        help="the kernel: eager is the readable one, sdpa is torch's choice, the others force one")
     options = parser.parse_args(arguments)
     options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
     options.unnamed, options.reserved = options.out is None, []

@@ -431,7 +431,7 @@ def block(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, allowed: Tensor
 
 
 def copy_of(function: types.FunctionType) -> types.FunctionType:
-    """The same function with code of its own: torch keeps what it has compiled with the code."""
+    """The same function with code of its own: torch stores what it compiles on the code."""
     return types.FunctionType(function.__code__.replace(), function.__globals__)
 
 

@@ -128,7 +128,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
     last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True,
                        return_dict=True)
     attention = torch.cat([weights[0].mean(0) for weights in last.attentions])  # (layers, T)
-    allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); a 2-D mask: None
+    allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); 2-D would give None
     tokens = tokens_of(model, names, ids[0], hidden)
     segments, codes, images = pictures_of(model, input_ids[0], ids[0], pixel_values)
     best = [(i, names.name(i), probs[i].item()) for i in probs.topk(10).indices.tolist()]

@@ -37,7 +37,7 @@ Config, Model = TypeVar("Config"), TypeVar("Model")
 
 @dataclass
 class BitsAndBytesConfig:
-    """As transformers' class of that name; the names that are not here are refused by Python.
+    """As transformers' class of that name; another name is a TypeError.
 
     load_in_8bit   one scale for each output row, as `--quantize int8`
                    DIFFERS: bitsandbytes computes rows with large activations in fp16 (LLM.int8)

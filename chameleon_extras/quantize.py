@@ -49,10 +49,10 @@ NF4 = (  # quantiles of the normal distribution, as printed in arXiv 2305.14314,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0)
-ROWS_AT_ONCE = 64  # of a weight, while it is packed: the way leads through wider numbers
+ROWS_AT_ONCE = 64  # of a weight, while it is packed: it passes through fp32
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
 INT4_ROWS = 64  # the same for 4 bits, whose unpacking takes longer
-IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: on the way they stay in the cache
+IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the cache
 
 
 class Int8Linear(nn.Module):
@@ -206,7 +206,7 @@ class NF4Linear(Int4Linear):
         groups = weight.float().unflatten(1, (-1, NF4Linear.GROUPS[0]))  # (O, I/g, g)
         scale = groups.abs().amax(2)  # (O, I/g)
         values = torch.tensor(NF4, device=weight.device)  # (16,)
-        middles = (values[1:] + values[:-1]) / 2  # nearer to the value above where beyond it
+        middles = (values[1:] + values[:-1]) / 2  # beyond one, the value above is nearer
         safe = torch.where(scale == 0, 1.0, scale)
         q = torch.bucketize(groups / safe[..., None], middles)  # (O, I/g, g), 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
@@ -254,7 +254,7 @@ def empty_twin(inputs: int, outputs: int, bias: bool, kind: str) -> nn.Module:
 def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
     """A weight (O, I) -> the tensors of its twin; memory on the way is that of ROWS_AT_ONCE."""
     shapes = empty_twin(weight.shape[1], len(weight), False, kind).state_dict()
-    # Before all that is thrown away again, so that the heap has no holes behind it.
+    # Allocated before the temporary tensors, which then leave no holes in the heap.
     packed = {name: torch.empty(t.shape, dtype=t.dtype, device=weight.device)
               for name, t in shapes.items()}
     for start in range(0, len(weight), ROWS_AT_ONCE):

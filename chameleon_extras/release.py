@@ -268,12 +268,12 @@ def open_release(release: Path) -> tuple[ChameleonConfig, dict[str, Stored]]:
     table = name_table(config)
     unknown = set().union(*shards) - {metas for metas, _ in table.values()} - {"rope.freqs"}
     if unknown:
-        raise ValueError(f"{release}: params.json knows nothing of {len(unknown)} tensors, such as "
+        raise ValueError(f"{release}: params.json does not imply {len(unknown)} of the tensors, as "
                          f"{min(unknown)}: they do not belong together")
     tensors = {}
     for ours, (metas, join) in table.items():
         if any(metas not in shard for shard in shards):
-            raise ValueError(f"{release}: a shard has no tensor {metas}: params.json says there is")
+            raise ValueError(f"{release}: a shard lacks {metas}, which params.json implies")
         parts = [shard[metas] for shard in shards]
         try:
             tensors[ours] = join_stored(parts, join)

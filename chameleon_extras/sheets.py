@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw
 from chameleon_extras.files import own_rank, write_atomically
 from processor import ChameleonImageProcessor
 
-SIDE = 216  # pixels of a picture's longer side in a document, at most, unless it has more
+SIDE = 216  # in a document, smaller pictures are enlarged to at most so many pixels
 GAP = 4  # pixels between pictures of a sheet
 LARGEST = 500_000_000  # pixels of a sheet
-LONGEST = {"WEBP": 16383, "ICO": 256, "ICNS": 1024}  # pixels of a side, by format
-MOST = 65500  # of other formats, as JPEG
+LONGEST = {"PNG": 2**31 - 1, "WEBP": 16383, "ICO": 256, "ICNS": 1024}  # pixels of a side, by format
+MOST = 65500  # of JPEG, and of others
 GOLDEN_ANGLE = 137.508  # degrees between the hues of code k and k + 1; few codes look alike
 
 
