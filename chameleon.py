@@ -170,7 +170,7 @@ class ChameleonConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def rope_type(self) -> str:
+    def rope_type(self) -> str | None:
         scaling = self.rope_scaling or {"type": "default"}
         return scaling.get("rope_type", scaling.get("type"))
 
@@ -182,10 +182,11 @@ class ChameleonConfig(PreTrainedConfig):
     @classmethod
     def chameleon_34b(cls, **changes) -> "ChameleonConfig":
         """The larger release, called 30b on disk; sizes as in Hugging Face's converter."""
-        return cls(**dict(
+        sizes: dict = dict(
             hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
             num_attention_heads=64, num_key_value_heads=8, model_parallel_size=4, swin_norm=True,
-        ) | changes)
+        )
+        return cls(**sizes | changes)
 
     def to_dict(self) -> dict:
         """The config.json of transformers 4, which every version of transformers reads."""

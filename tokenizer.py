@@ -341,10 +341,10 @@ class Tokenizer:
         """A name or several -> ids; an unknown name is <unk>, as in transformers."""
         if isinstance(tokens, str):
             return self.vocab.get(tokens, self.unk_token_id)
-        return [self.convert_tokens_to_ids(name) for name in tokens]
+        return [self.vocab.get(name, self.unk_token_id) for name in tokens]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.decode(self.convert_tokens_to_ids(tokens))
+        return self.decode([self.vocab[name] for name in tokens])
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
         return self.name_of(ids) if isinstance(ids, int) else [self.name_of(i) for i in ids]

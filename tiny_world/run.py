@@ -19,6 +19,7 @@ import pickle
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Run:
             if self.rank == 0:
                 known.write_text(out, encoding="utf-8")
         self.began, self.curves = time.monotonic(), {}
-        self.extra = None  # whatever else of a stage has to be saved; has state_dict
+        self.extra: Any = None  # what else of a stage has to be saved; has state_dict
         self.made_by = {"--seed": options.seed, "--data": None}  # `resume` compares these
 
     def say(self, text: str) -> None:
