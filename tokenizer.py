@@ -344,7 +344,8 @@ class Tokenizer:
         return [self.vocab.get(name, self.unk_token_id) for name in tokens]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.decode([self.vocab[name] for name in tokens])
+        ids: Any = self.convert_tokens_to_ids(tokens)
+        return self.decode(ids)
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> str | list[str]:
         return self.name_of(ids) if isinstance(ids, int) else [self.name_of(i) for i in ids]
