@@ -78,7 +78,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 # Types of fields as in vqvae.py: what an error message calls them, and the check.
-Activation = Annotated[str, f"one of {', '.join(ACTIVATIONS)}", lambda x: x in list(ACTIVATIONS)]
+Activation = Annotated[str | Callable, f"one of {', '.join(ACTIVATIONS)}, or a function",
+                       lambda x: callable(x) or x in list(ACTIVATIONS)]
 Positive = Annotated[float, "a number above 0, up to 1e9", lambda x: real(0, 1e9)(x) and x > 0]
 Id = Annotated[int, "an id", whole(0, 10**6)]
 Ids = Annotated[int | list[int], "an id or a list of ids", lambda x: all(
@@ -192,6 +193,9 @@ class ChameleonConfig(PreTrainedConfig):
         """The config.json of transformers 4, which every version of transformers reads."""
         values = super().to_dict() | {"vq_config": self.vq_config.to_dict()}
         del values["rope_parameters"]
+        if not isinstance(self.hidden_act, str):
+            raise ValueError("hidden_act is a function, which no config.json can hold: name one of "
+                             + ", ".join(ACTIVATIONS))
         return values | {"architectures": ["ChameleonForConditionalGeneration"]}
 
 
@@ -514,6 +518,13 @@ class KVCache:
     def get_seq_length(self) -> int:
         return self.length
 
+    def __len__(self) -> int:
+        return len(self.k)
+
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The filled columns of a layer's keys and values, (B, Hkv, L, Dh) each."""
+        return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
+
     def check_batch(self, B: int) -> None:
         """ValueError for a batch that is not the cache's own."""
         if (self.length or self.max_length) and len(self.k[0]) != B:
@@ -566,7 +577,7 @@ class ChameleonMLP(nn.Module):
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-        self.act = ACTIVATIONS[c.hidden_act]
+        self.act = ACTIVATIONS[c.hidden_act] if isinstance(c.hidden_act, str) else c.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
         # y = down(act(gate(x)) * up(x))

@@ -312,6 +312,7 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     from safetensors.torch import save_file
     from tqdm import tqdm
 
+    documents = {"config.json": config.to_dict()}  # first: ValueError before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     found = [match for old in folder.iterdir() if (match := OWN_FILES.fullmatch(old.name))]
     if kind and (plain := [match[0] for match in found if match[1] is None]):
@@ -342,8 +343,8 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     bar.close()
     dtype = next((t.dtype for name, t in tensors.items() if name.endswith("embed_tokens.weight")),
                  torch.float32)  # of a VQ-VAE alone
-    values = {"architectures": [architecture], "torch_dtype": str(dtype).removeprefix("torch.")}
-    documents = {"config.json": config.to_dict() | values}
+    documents["config.json"] |= {"architectures": [architecture],
+                                 "torch_dtype": str(dtype).removeprefix("torch.")}
     if kind:
         documents["config.json"][QUANTIZED] = kind
     if n > 1:

@@ -554,7 +554,18 @@ def test_head_and_cache_have_the_methods_of_the_page():
     head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
     model.set_output_embeddings(head)
     assert model.get_output_embeddings() is head
-    assert model(PROMPT).past_key_values.get_seq_length() == PROMPT.shape[1]
+    cache = model(PROMPT).past_key_values
+    assert cache.get_seq_length() == PROMPT.shape[1] and len(cache) == len(list(cache)) == 3
+    for k, v in cache:
+        assert k.shape == v.shape == (1, 4, PROMPT.shape[1], 16)
+
+
+def test_an_activation_may_be_a_function(tmp_path):
+    named, own = small_model(hidden_act="gelu"), small_model(hidden_act=torch.nn.functional.gelu)
+    assert torch.equal(named(PROMPT).logits, own(PROMPT).logits)
+    with pytest.raises(ValueError, match="hidden_act is a function"):
+        own.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_streams_of_a_model_in_training_do_not_disturb_each_other():
