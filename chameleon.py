@@ -515,7 +515,7 @@ class KVCache:
         self.v[layer][:, :, self.length : end] = v
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]  # (B, Hkv, L, Dh)
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
     def __len__(self) -> int:
@@ -697,7 +697,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
             if pixel_values is not None:
                 raise ValueError("this vocabulary has no <image>, so no place for pictures")
             return inputs_embeds
-        here = (inputs_embeds == self.embed_tokens.weight[mark]).all(-1)  # (B, T)
+        image = self.embed_tokens(torch.tensor([mark], device=inputs_embeds.device))  # (1, D)
+        here = (inputs_embeds == image).all(-1)  # (B, T)
         ids = torch.where(here, mark, 0)  # (B, T), any other id where there is no picture
         ids = self.replace_image_placeholders(ids, pixel_values)  # (B, T)
         if pixel_values is None:
@@ -794,7 +795,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         return self.model.get_image_tokens(pixel_values)
 
     def generate(self, input_ids: Tensor, *inputs: Tensor | None, **options) -> Tensor:
-        """As `generate` of generate.py, which explains it; options are those of its `stream`."""
+        """As `generate` of generate.py, which explains it; takes a generation_config, too."""
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
@@ -836,8 +837,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
                 filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
                 labels = torch.where(labels == mark, filled, labels)
                 input_ids, pixel_values = filled, None
-            looks = mark is not None and not torch.compiler.is_compiling()
-            if looks and (labels == mark).any():
+            elif mark is not None and not torch.compiler.is_compiling() and (labels == mark).any():
                 raise ValueError("labels hold <image>: put the pictures' ids there")
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,

@@ -673,8 +673,8 @@ def generate(
 ) -> Tensor:
     """Prompt ids (B, T) -> prompt and answer (B, T + new), ended rows padded.
 
-    Further options are those of `stream`. `model.generate(**inputs, ...)` is the same function; it
-    has the arguments of transformers' method of that name.
+    Further options are those of `stream`. `model.generate(**inputs, ...)` is the same, and takes a
+    GenerationConfig and num_beams=1, too: the arguments of transformers' method of that name.
     DIFFERS: makes pictures, if asked to. An answer ends at end of turn, too. Text never contains
     begin-image, end-image or <image>; transformers masks the codes only. top_k defaults to none,
     not 50, and the default length is 256 new ids, not 20 in all.

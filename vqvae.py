@@ -99,7 +99,7 @@ def keeping_others(cls: type[Config]) -> type[Config]:
     def __init__(self, *values, **named) -> None:
         fields = get_type_hints(cls)
         init(self, *values, **{name: named[name] for name in named if name in fields})
-        for name in named.keys() - fields.keys() - cls.OF_WEIGHTS:
+        for name in [n for n in named if n not in fields and n not in cls.OF_WEIGHTS]:
             if name[:1] not in ("", "_") and not hasattr(cls, name):
                 setattr(self, name, named[name])
 
@@ -584,7 +584,7 @@ class ChameleonVQVAE(PreTrainedModel):
                              f"{tuple(codes.shape)}")
         K, S = self.config.num_embeddings, codes.shape[1]
         h, w = grid or (isqrt(S), isqrt(S))
-        if h * w != S or h < 1:
+        if h * w != S or min(h, w) < 1:
             raise ValueError(f"{S} codes are not a {h} x {w} grid: pass grid=(h, w)")
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= K):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")

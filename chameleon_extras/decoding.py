@@ -542,7 +542,7 @@ class Decoder:
             self.cache = kind(self.model.config, B, L, self.model.dtype, self.model.device)
         else:
             self.cache.length = 0
-            for x in (self.cache.allowed, *self.cache.v):  # v: an inf or nan would stay, times 0
+            for x in (self.cache.allowed, *self.cache.k, *self.cache.v):  # inf and nan would stay
                 x.zero_()
         return self.cache
 
@@ -629,7 +629,7 @@ class Decoder:
                 self.walk(cache, *views)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=aside):
                 hidden = self.walk(cache, *views)
         return graph, hidden
 

@@ -235,8 +235,8 @@ def page(start: Callable[[], Conversation], seed: int, sampling: dict):
                              concurrency_limit=1, show_progress="hidden")
         end.click(stop, visit, None, show_progress="hidden")
         for event in (anew.click, chat.clear):
-            event(stop, visit, None, cancels=[asking]).then(lambda: (None, [], "", ""), None,
-                                          [visit, chat, ids, walked])
+            event(stop, visit, None, cancels=[asking]).then(
+                lambda: (None, [], "", ""), None, [visit, chat, ids, walked])
     return blocks
 
 

@@ -289,7 +289,7 @@ def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
 
 def open_tensors(path: Path, device: str | torch.device = "cpu", apart: bool = False
                  ) -> dict[str, Stored]:
-    """A file of weights, safetensors or pickle -> {name: tensor on disk}, see the two below."""
+    """A file of weights, safetensors or pickle -> {name: tensor on disk}, by its ending."""
     if path.suffix == ".safetensors":
         return open_safetensors(path, device, apart)
     return {name: Stored.of(tensor) for name, tensor in load_pickle(path).items()}
@@ -355,7 +355,7 @@ def find_folder(name: str | PathLike, **options: object) -> Path:
         raise ValueError(f'no folder {name}: pip install -e ".[hub]" to load it from the hub, '
                          + by_hand) from None
     try:
-        files = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
+        files = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.jinja"]
         return Path(snapshot_download(name, allow_patterns=files, **options))
     except Exception as e:  # of many kinds: no network, no token, a gated or missing repository
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -121,8 +121,13 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
     hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
     file = find_folder(folder, **hub) / str(changes.pop("subfolder", "")) / "config.json"
     values = read_json(file)
-    if issubclass(cls, ChameleonVQVAEConfig) and "vq_config" in values:
-        values = values["vq_config"] or {}
+    if issubclass(cls, ChameleonVQVAEConfig) and (
+            "vq_config" in values or values.get("model_type") == "chameleon"):
+        values = values.get("vq_config") or {}
+    if (told := values.get("rope_parameters")) and {"rope_theta", "rope_scaling"} & changes.keys():
+        given = cls.from_dict({"rope_parameters": told})  # transformers 5's name for both
+        values |= {"rope_theta": given.rope_theta, "rope_scaling": given.rope_scaling,
+                   "rope_parameters": None}
     try:
         if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"it describes a {kind!s:.40}, not a {cls.model_type}")
@@ -136,7 +141,7 @@ def load_pretrained(
     torch_dtype: torch.dtype | str | None = None, device_map=None, device=None,
     low_cpu_mem_usage: bool = True,  # accepted: memory never holds the checkpoint twice
     attn_implementation: str | None = None, quantization_config: object = None,
-    use_safetensors: bool = True,  # accepted: safetensors are what is read
+    use_safetensors: bool = True,  # accepted: safetensors are read first
     **hub: object,
 ) -> Model:
     """What `from_pretrained` of all models does. ValueError, in one line, for what is wrong."""

@@ -97,7 +97,8 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
     if min(rooms) < (options.max_new_tokens or 256):
-        options.batch = 1  # a batch has the room of its longest prompt
+        options.batch = 1
+        say("--batch 1: behind one of the prompts is less room than an answer may take")
     check_pair(config, processor, {})
     seeds_of(options.seed, len(asked))
     if not options.out:

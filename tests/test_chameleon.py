@@ -182,6 +182,8 @@ def test_labels_that_count_for_nothing_give_no_loss():
     (lambda ids: dict(input_ids=ids[0]), "must be a tensor \\(B, T\\)"),
     (lambda ids: dict(input_ids=ids.tolist()), "must be a tensor \\(B, T\\)"),
     (lambda ids: dict(input_ids=ids + 10**6), "the ids of this model are 0 to"),
+    (lambda ids: dict(input_ids=ids, labels=ids * 0 + MODEL.model.vocabulary.image_token_id),
+     "hold <image>"),
     (lambda ids: dict(inputs_embeds=MODEL.get_input_embeddings()(ids),
                       labels=ids * 0 + MODEL.model.vocabulary.image_token_id), "hold <image>"),
 ])

@@ -173,6 +173,18 @@ def test_generate_takes_fast_steps_unasked_and_compiled_ones_by_one_argument(tra
     assert model.model.layers[0].self_attn.attend is eager_attention
 
 
+@pytest.mark.parametrize("name", ["auto", "sdpa"])
+def test_what_an_earlier_answer_left_in_the_cache_is_not_read(traced, name):
+    prompt, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=6, eos_token_id=[])
+    model = small_model()
+    decoder = Decoder(model, compiled=True, attention=name)
+    expected = generate(model, prompt, **options, decoder=decoder)
+    with torch.inference_mode():
+        for x in (*decoder.spare.k, *decoder.spare.v):
+            x.fill_(float("nan"))
+    assert torch.equal(generate(model, prompt, **options, decoder=decoder), expected)
+
+
 def test_other_weights_or_another_dtype_make_a_new_compiled_decoder(traced):
     model = small_model()
     prompt, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=6, eos_token_id=[])

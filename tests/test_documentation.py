@@ -5,6 +5,7 @@ pictures. The oracle for what the calls give is transformers itself.
 """
 
 import inspect
+import json
 import types
 import warnings
 from pathlib import Path
@@ -448,6 +449,20 @@ def test_a_config_of_another_kind_is_refused(folder, tmp_path):
         ChameleonConfig.from_pretrained(tmp_path)
 
 
+def test_a_change_replaces_what_a_config_of_transformers_5_says(folder, tmp_path):
+    values = ChameleonConfig.from_pretrained(folder).to_dict()
+    del values["rope_theta"], values["rope_scaling"]
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    dynamic = {"type": "dynamic", "factor": 2.0}
+    config = ChameleonConfig.from_pretrained(tmp_path, rope_scaling=dynamic)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, dynamic)
+    assert ChameleonConfig.from_pretrained(tmp_path, rope_theta=4e5).rope_theta == 4e5
+    assert ChameleonConfig.from_pretrained(tmp_path).rope_theta == 5e5
+    config.save_pretrained(tmp_path)  # as transformers 4 writes it
+    assert ChameleonConfig.from_pretrained(tmp_path, rope_scaling=None).rope_theta == 5e5
+
+
 def test_a_hub_id_is_read_from_the_librarys_cache(folder, tmp_path, monkeypatch):
     """A cache as huggingface_hub lays it out, and no network."""
     store = tmp_path / "models--org--small"
@@ -731,7 +746,8 @@ def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
     with pytest.raises(ValueError, match="gives ids"):
         processor.apply_chat_template(turns, tokenize=False)
     system = {"role": "system", "content": "Be brief."}
-    for wrong in (turns[:2], turns[1:], [turns[0], turns[2]], [system, turns[2]], [system, *turns]):
+    for wrong in (turns[:2], turns[1:], [turns[0], turns[2]], [system, turns[2]], [system, *turns],
+                  [turns[0]] * 3, [turns[0], system, turns[2]]):
         with pytest.raises(ValueError, match="roles must be user, assistant, user"):
             processor.apply_chat_template(wrong)
 

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,9 @@ def test_fractions_equal_transformers_when_rescaling_is_off(oracle):
     with pytest.warns(UserWarning, match="rescale_factor=255"):
         processor(fractions, return_tensors="np")
     levels = processor((fractions * 255).astype(np.uint8), return_tensors="np").pixel_values
-    parts = processor(fractions, return_tensors="np", rescale_factor=255 * 0.0078).pixel_values
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts = processor(fractions, return_tensors="np", rescale_factor=255 * 0.0078).pixel_values
     assert np.abs(levels - parts).max() < 0.01
 
 

@@ -29,7 +29,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 883, "generate.py": 806, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_155, 32
+ALL_LINES, ALL_FILES = 11_160, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:

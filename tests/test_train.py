@@ -665,6 +665,7 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     train.main(["sft", "--out", str(out), "--steps", "4"])
     assert "goes on at step 3" in capsys.readouterr().err
     saved = torch.load(tmp_path / "tiny.train" / "sft.pt")
+    assert saved["extra"].keys() == {"waiting"}
     rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
     assert rates == {train.LEARNING_RATE * train.rate("sft", 3, 4)}
     options = train.parse(["sft", "--out", str(out), "--steps", "3"])  # begins where pretrain ended
@@ -688,7 +689,8 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     capsys.readouterr()
     assert train.main(["sft", "--no-qk-norm", "--out", str(out), "--steps", "3"]) == 2
     message = capsys.readouterr().err
-    assert "pretrain.pt was saved with other options" in message and message.count("\n") == 1
+    assert message.startswith("vqvae: its weights of step 3 are used\n")
+    assert "pretrain.pt was saved with other options" in message and message.count("\n") == 2
     assert torch.get_num_threads() == threads
 
 
@@ -717,7 +719,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.train").mkdir()
         (tmp_path / name).mkdir()
-        torch.save({"model": vq}, tmp_path / f"{name}.train" / "vqvae.pt")
+        torch.save({"model": vq, "step": 0, "extra": None}, tmp_path / f"{name}.train" / "vqvae.pt")
         shutil.copy(TINY / "tokenizer.model", tmp_path / name)
     running = [subprocess.Popen(
         [sys.executable, "-c", RANK, str(tmp_path / "two")], cwd=ROOT, text=True,

@@ -229,6 +229,8 @@ def test_a_model_without_decoder_says_so():
 
 @pytest.mark.parametrize("codes, grid, message", [
     (torch.zeros(1, 5, dtype=torch.long), None, "5 codes are not a 2 x 2 grid"),
+    (torch.zeros(1, 0, dtype=torch.long), None, "0 codes are not a 0 x 0 grid"),
+    (torch.zeros(1, 0, dtype=torch.long), (1, 0), "0 codes are not a 1 x 0 grid"),
     (torch.full((1, 4), 32), None, r"codes must lie in 0\.\.31"),
     (torch.full((1, 4), -1), None, r"codes must lie in 0\.\.31"),
     (torch.zeros(4, dtype=torch.long), None, r"codes must be \(B, S\)"),

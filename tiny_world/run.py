@@ -123,6 +123,7 @@ class Run:
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
             states = data["model"], data["optimizer"] if optimizers else {}
+            step, _ = data["step"], data["extra"]
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
         try:
@@ -131,7 +132,7 @@ class Run:
         except (RuntimeError, ValueError, KeyError):
             raise ValueError(f"{path} was saved with other options: name another --state") from None
         if not optimizers:
-            self.say(f"{stage}: its weights of step {data['step']} are used")
+            self.say(f"{stage}: its weights of step {step} are used")
         return data
 
     def resume(self, stage: str, model, optimizers, rng) -> int:
