@@ -96,11 +96,11 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
                 load_image(options.prompts.parent / name)
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
-    if min(rooms) < (options.max_new_tokens or 256):
-        options.batch = 1
-        say("--batch 1: behind one of the prompts is less room than an answer may take")
     check_pair(config, processor, {})
     seeds_of(options.seed, len(asked))
+    if min(rooms) < (options.max_new_tokens or 256) and options.batch > 1:
+        options.batch = 1
+        say("--batch 1: behind one of the prompts is less room than an answer may take")
     if not options.out:
         return answer_rest(options, processor, asked, 0, sys.stdout)
     options.out.touch()

@@ -167,7 +167,10 @@ def test_a_bar_grows_with_the_picture_and_passes_every_id_on(untrained_folder, m
         def update(self):
             self.n += 1
 
-        def close(self):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
             self.closed = True
 
     monkeypatch.setattr(tqdm, "tqdm", Bar)

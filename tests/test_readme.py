@@ -86,7 +86,7 @@ def test_a_command_prints_what_is_shown(line, output, capsys, monkeypatch):
 
 
 def test_the_answer_quoted_in_a_table_is_that_of_a_transcript():
-    compare = re.search(r'^\| `circle\.png` \|.*\| "(.*?)" \|$', README, re.MULTILINE)
+    compare = re.search(r'^\| `drawing\.png` \|.*\| "(.*?)" \|$', README, re.MULTILINE)
     assert compare[1] in {output.strip() for _, output in transcripts()}
 
 

@@ -254,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder (default: figures)")
     parser.add_argument("--curves", nargs="+", metavar="[LABEL=]FILE",
                         help="draw the curves of these files and nothing else")
-    parser.add_argument("--draw", default="Draw a large red circle above a small blue star.",
+    parser.add_argument("--draw", default="Draw a large yellow star above a small blue square.",
                         help="request for growing.png")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing in growing.png")
     options = parser.parse_args(arguments)
