@@ -93,6 +93,16 @@ def test_what_is_stopped_stays_as_text_and_an_unfinished_picture_goes(tiny):
     assert len(talk.parts) == 4  # two questions, a picture in, one answer
 
 
+@pytest.mark.parametrize("options, whole", [
+    ([], False), (["--model", "tiny"], False), (["--context", "whole"], True),
+])
+def test_tiny_by_any_name_shows_a_turn_the_last_pictures(options, whole, monkeypatch):
+    talks = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(chat, "chat", lambda talk, *_: talks.append(talk))
+    assert module.main(["--chat", *options]) == 0 and talks[0].whole == whole
+
+
 def test_padding_that_was_sampled_is_no_part_of_a_turn(tiny):
     talk, tokenizer = Conversation(*tiny), tiny[1].tokenizer
     assert talk.finished([900, tokenizer.pad_token_id, 901]) == [900, 901, tokenizer.sep_token_id]

@@ -335,6 +335,10 @@ def test_the_vqvae_comes_back_from_several_files(folder, tmp_path):
     vq.save_pretrained(tmp_path / "vq", max_shard_size="50KB")
     assert len(list((tmp_path / "vq").glob("*.safetensors"))) > 1
     assert bits_equal(ChameleonVQVAE.from_pretrained(tmp_path / "vq"), vq)
+    shutil.rmtree(tmp_path / "vq")
+    vq.config.save_pretrained(tmp_path / "vq")
+    torch.save(vq.state_dict(), tmp_path / "vq" / "pytorch_model.bin")
+    assert bits_equal(ChameleonVQVAE.from_pretrained(tmp_path / "vq"), vq)
 
 
 def test_a_head_that_is_called_tied_but_is_another_matrix_is_refused(folder):
