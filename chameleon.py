@@ -113,7 +113,6 @@ class ChameleonConfig(PreTrainedConfig):
     tie_word_embeddings: Flag = False  # one matrix for embedding and head (arXiv 1608.05859)
     rope_theta: Positive = 10000.0  # the base of RoPE's angles (arXiv 2104.09864, section 3.2.2)
     rope_scaling: Object | None = None  # {"type": "linear" or "dynamic", "factor": 2.0}
-    rope_parameters: Object | None = None  # transformers 5: both, {rope_type, rope_theta, factor}
     attention_bias: Flag = False
     attention_dropout: Share = 0.0
     # How many shards the model was trained in. In the release each shard has ONE q and k norm,
@@ -126,6 +125,8 @@ class ChameleonConfig(PreTrainedConfig):
     output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
     output_attentions: Flag = False
     return_dict: Flag = True
+    # transformers 5's name for rope_theta and rope_scaling: {rope_type, rope_theta, factor}
+    rope_parameters: Object | None = None
     model_type = "chameleon"
 
     def __post_init__(self) -> None:

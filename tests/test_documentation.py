@@ -251,6 +251,17 @@ def test_the_arguments_of_forward_stand_in_the_order_of_the_page(cls, names):
     assert [*inspect.signature(cls.forward).parameters][1 : len(names) + 1] == names
 
 
+def test_the_fields_of_the_config_stand_in_the_order_of_the_page():
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings",
+        "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
+        "eos_token_id", "tie_word_embeddings", "rope_theta", "rope_scaling", "attention_bias",
+        "attention_dropout", "model_parallel_size", "swin_norm", "vq_config", "vocabulary_map",
+        "mlp_bias")
+    assert tuple(ChameleonConfig.__dataclass_fields__)[: len(names)] == names
+
+
 def test_outputs_are_read_by_attribute_name_and_index():
     ours, theirs = pair()
     ids = torch.tensor([[0, 80, 81]])
