@@ -82,8 +82,8 @@ AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of s
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """x as it is. torch.compile would compute it anew wherever it is used, which for a vector that
-    meets every row of a matrix is once a row; a view with strides must lie in memory.
+    """x as it is, but stored: a view with strides must lie in memory. Else torch.compile would
+    compute it anew wherever it is used, for a vector once for each row of a matrix.
     """
     return x.as_strided(x.shape, x.stride())
 
@@ -99,7 +99,7 @@ CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the fo
     (torch.float32, torch.float32, True): ("loop", "torch"),
 }
 MEASURED = 512  # columns of a cache from which on a measurement pays
-LARGE = 2**19  # numbers in a matrix from which on it does: smaller ones stay in the CPU's caches
+LARGE = 2**19  # numbers in a matrix; smaller ones stay in the CPU's caches, no use to measure
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
 MANY_CODES = 256  # of a picture from which on bf16 pays; smaller ones are fp32 on every machine
@@ -307,7 +307,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype,
 
 def set_attention(model: ChameleonForConditionalGeneration,
                   name: str) -> ChameleonForConditionalGeneration:
-    """As `model.set_attention`, for all of ATTENTIONS; returns the model."""
+    """Sets one of ATTENTIONS in all layers; returns the model."""
     check_attention(name, model.device, model.dtype)
     known = {"auto": auto_attention, "eager": eager_attention, "sdpa": sdpa_attention}
     attend = known.get(name) or only(name)
@@ -324,10 +324,12 @@ def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
     """sum_i w_oi x_ni in fp32.   weight (O, I), rows (n, I) -> (n, O)
 
     One sum for each row n, which torch.compile joins into one loop: it reads each weight once, as
-    it is stored, and writes nothing but the sums.
+    it is stored, and writes nothing but the sums. On a CPU the loop computes one output of each
+    half at once: it loads x once for both, and neither sum waits for the other.
     """
-    weight = weight.float()  # (O, I)
-    return torch.stack([(in_memory(row.float()) * weight).sum(-1) for row in rows])  # (n, O)
+    parts = weight.float().chunk(2 if weight.device.type == "cpu" else 1)  # (O/2, I) each
+    sums = [[(row * part).sum(-1) for part in parts] for row in map(in_memory, rows.float())]
+    return torch.stack([torch.cat(halves) for halves in sums])  # (n, O)
 
 
 def packed_row_sums(weight: Tensor, rows: Tensor) -> Tensor:
@@ -411,7 +413,7 @@ def decode_codes(vq: ChameleonVQVAE, codes: Tensor) -> Tensor:
 class Column:
     """A layer's part of the cache with the interface of KVCache: writes one column in place.
 
-    The column is a number on the device, so neither a compiled step nor a CUDA graph knows it.
+    The column is a tensor on the device, so a compiled step or a CUDA graph serves all columns.
     """
 
     def __init__(self, k: Tensor, v: Tensor, column: Tensor) -> None:
@@ -437,11 +439,13 @@ def copy_of(function: types.FunctionType) -> types.FunctionType:
 
 def compile_step(function: Callable, device: torch.device,
                  guards: Callable | None = None) -> Callable:
-    options = {"guard_filter_fn": guards} if guards else {}
+    options: dict = {"guard_filter_fn": guards} if guards else {}
+    if device.type == "cpu":  # a product and its sum in one instruction
+        options |= {"cpp.enable_floating_point_contract_flag": "fast"}
     if device.type == "cuda":
         # Tries some shapes of each loop, and puts loops that do not need each other in one launch.
         options |= {"max_autotune_pointwise": True, "combo_kernels": True}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options or None)
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
 def check_compile(device: torch.device) -> None:
@@ -552,7 +556,7 @@ class Decoder:
 
     @contextmanager
     def kernels(self, rows: int, compiled: bool) -> Iterator[None]:
-        """The fastest kernels for so many rows, and room for every shape that comes."""
+        """The fastest kernels for so many rows; torch may compile up to 64 shapes."""
         form = form_of(self.model.lm_head, rows, self.model.dtype, compiled)
         enabled = torch.backends.mkldnn.enabled and form != "torch"
         # Imports torch._dynamo, which takes a second: only where something is compiled.
@@ -584,8 +588,8 @@ class Decoder:
                  cache: KVCache) -> Tensor:
         """One more column: ids (B, 1) -> hidden states (B, D).
 
-        `mask` (B, L) is 1 where a row sees a column, the new one too unless its guidance stream
-        skips it, 0 behind; `positions` (B, 1). Both None: nothing is padded.
+        `mask` (B, L): 1 where a row may see a column; 0 for those not written yet, and for a new
+        one that its guidance stream skips. `positions` (B, 1). Both None: nothing is padded.
         """
         with self.kernels(len(new), compiled=True):
             cache.fill(new, mask, positions)
@@ -615,7 +619,7 @@ class Decoder:
             cache.graphs[columns] = self.record(cache, columns)
         graph, hidden = cache.graphs[columns]
         graph.replay()
-        return hidden  # the next replay writes over it, when the ids are chosen already
+        return hidden  # until the next replay, before which the ids are chosen
 
     def record(self, cache: StepCache, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         views = cache.first(columns)
