@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import VocabularyMap, check_ids
+from tokenizer import IGNORE, VocabularyMap, check_ids
 from vqvae import (
     ChameleonVQVAE,
     ChameleonVQVAEConfig,
@@ -64,7 +64,6 @@ from vqvae import (
 )
 
 QK_NORM_EPS = 1e-5  # fixed in the release, whatever rms_norm_eps says
-IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 
 
 # ---------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ class ChameleonConfig(PreTrainedConfig):
         check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 
     def take_rope_parameters(self, given: dict) -> None:
-        """They become rope_theta and rope_scaling. ValueError if those say something else."""
+        """Turns them into rope_theta and rope_scaling. ValueError if those hold other values."""
         self.rope_parameters = None
         kind = given.get("rope_type", given.get("type", "default"))
         scaling = None if kind == "default" else {"type": kind, "factor": given.get("factor")}
@@ -178,7 +177,7 @@ class ChameleonConfig(PreTrainedConfig):
 
     @property
     def rope_factor(self) -> float:
-        """The context is so many times as long as max_position_embeddings."""
+        """How many times longer rope_scaling makes the context; 1 without it."""
         return 1.0 if self.rope_type == "default" else (self.rope_scaling or {}).get("factor", 0)
 
     @classmethod
@@ -215,7 +214,7 @@ class ChameleonOutput(Mapping):
     logits: Tensor | None = None  # (B, T, V), or the last logits_to_keep of T
     last_hidden_state: Tensor | None = None  # (B, T, D), after the final norm; ChameleonModel only
     past_key_values: "KVCache | None" = None
-    hidden_states: tuple[Tensor, ...] | None = None  # embedding, then each layer; the last normed
+    hidden_states: tuple[Tensor, ...] | None = None  # embedding, then layers; the last normed
     attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
 
     def to_tuple(self) -> tuple:
@@ -277,7 +276,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         """
         V = new_num_tokens or self.config.vocab_size
         V += -V % (pad_to_multiple_of or 1)
-        replace(self.config, vocab_size=V)  # its checks
+        replace(self.config, vocab_size=V)  # a copy, only for its checks
         table, head = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(head, nn.Linear | None):
             raise ValueError("a quantized head cannot be resized: resize before quantizing")
@@ -341,13 +340,13 @@ class ChameleonLayerNorm(nn.Module):
     Each head has its own weight and bias here, as in the Hugging Face checkpoint. In the release,
     the heads of one shard share them (`model_parallel_size`).
 
-    Why: softmax is invariant to a constant added to all its inputs, so the loss does not keep the
-    scores from growing. Text and images share all weights, and each competes by larger norms.
-    In bf16 the scores then lose precision; without QK-norm (arXiv 2302.05442), the paper's 7B
-    training diverged after 20 % of an epoch.
-    Why before RoPE: a rotation keeps lengths. After it, a weight and bias would change the two
-    halves of a pair differently, and then q.k would no longer depend on the distance of the
-    positions alone.
+    Why: a constant added to all scores changes no softmax, so the loss does not keep scores small.
+    Text and images share all weights, and each modality gains by making its q and k a little
+    longer. In bf16 such large scores lose precision: without QK-norm (arXiv 2302.05442), the
+    paper's 7B training diverged after 20 % of an epoch.
+    Why before RoPE: RoPE keeps lengths, so the norm still holds after it. In the other order,
+    weight and bias would change the two halves of a pair differently, and q.k would no longer
+    depend on the distance of the positions alone.
     """
 
     def __init__(self, heads: int, head_dim: int) -> None:
@@ -714,7 +713,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         position_ids: Tensor | None = None,  # (B, T); default: continues after the cache
         past_key_values: KVCache | None = None,  # read and, in place, written
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
-        use_cache: bool | None = None,  # None: the config's; a new one if none is given
+        use_cache: bool | None = None,  # None: the config's; True makes a cache if none is given
         output_attentions: bool | None = None,  # None: the config's; computed by eager attention
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,  # False: a plain tuple

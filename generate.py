@@ -16,8 +16,8 @@ masked. In a picture, only the codes' logits are computed. The KV cache stays as
 tokens share one model. Each row of a batch switches on its own.
 
 Rows of a batch are independent. Each has its own positions, modality, end and random numbers, so
-each row gives the ids that it would give alone, if the longest prompt leaves it as much room as it
-has alone. (Dynamic RoPE is the exception: its theta follows the longest row.)
+each row gives the ids that it would give alone. Two exceptions: the longest prompt decides how much
+room is left for all answers, and with dynamic RoPE theta follows the longest row.
 
 Letter  meaning
 B, T    rows of the batch; tokens of a row so far
@@ -50,7 +50,7 @@ from tokenizer import Tokenizer, VocabularyMap, check_ids
 from vqvae import Flag, check_fields, real, whole
 
 MODES = ("text", "image", "interleaved")
-NO_ID = -1  # in place of an id: argmax would choose a logit that is nan
+NO_ID = -1  # in place of an id where logits are inf or nan: argmax would choose the nan
 CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes are compiled
 
 # ---------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ class Options:
     """How `stream` and `generate` choose ids. ValueError, naming the option, for a wrong value."""
 
     mode: Mode = "text"  # "image": one picture at once; "interleaved": as the model decides
-    max_new_tokens: Number | None = None  # None: 256 of text, else all that fits; one picture
+    max_new_tokens: Number | None = None  # None: 256 of "text", else all that fits; not for "image"
     min_new_tokens: NumberOr0 = 0  # a text does not end before
     do_sample: Flag = False  # of text; pictures are sampled unless image_temperature is 0
     temperature: Temperature = 1.0
@@ -124,7 +124,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     probs = ordered.softmax(-1)
     # The sum BEFORE an id decides, so the id with which the sum crosses p is kept.
     out = probs.cumsum(-1) - probs >= p
-    out[..., 0] = False  # fp32 has no p below 1e-45
+    out[..., 0] = False  # a p below 1e-45 is 0 in fp32, and would drop even the first
     return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
 
 
@@ -198,7 +198,7 @@ class Grammar:
         return room >= self.S + 2
 
     def places(self, ids: Tensor) -> list[int | None]:
-        """Prompts ids (B, T) -> each row's place at its end."""
+        """ids of prompts (B, T) -> the place at each row's end."""
         T = ids.shape[1]
         if self.mode == "text" or self.begin is None:
             return [None] * len(ids)
@@ -305,7 +305,7 @@ class Contexts:
         self.mask = torch.stack([F.pad(torch.ones_like(row), (T - len(row), size - T))
                                  for row in rows])  # (GB, size)
         self.padded = len(streams) > 1 or not bool(self.mask[:, :T].all())
-        if decoder:  # which may have one, with what was recorded for it
+        if decoder:  # it may reuse the last answer's cache, and CUDA graphs recorded for it
             self.cache = decoder.new_cache(len(rows), size)
         else:
             self.cache = KVCache(model.config, len(rows), size, model.dtype, model.device)
@@ -313,8 +313,8 @@ class Contexts:
             self.take_over(past)
 
     def take_over(self, past: KVCache) -> None:
-        """The columns whose ids an earlier call has read come from its cache, and only the rest is
-        new. The last id is always new, because its hidden state is not in a cache.
+        """Copies from `past` the columns of the ids with which both begin. Only the rest is new.
+        The last id is always new, because a cache holds no hidden states.
         """
         ids = self.new if past.ids is None else past.ids  # None: only forward has filled it
         n = min(past.length, ids.shape[1], self.new.shape[1] - 1)
@@ -326,7 +326,7 @@ class Contexts:
 
     def hand_over(self, past: KVCache, seen: Tensor) -> None:
         """`past` gets the columns of the stream "full", and their ids out of `seen` (B, T)."""
-        n = min(self.cache.length, seen.shape[1] - 1)  # the last may be unfinished, after Ctrl-C
+        n = min(self.cache.length, seen.shape[1] - 1)  # Ctrl-C may leave the last unwritten
         past.k, past.v = ([x[: self.B, :, :n].clone() for x in kind]
                           for kind in (self.cache.k, self.cache.v))
         past.ids, past.length, past.max_length = seen[:, :n].clone(), n, None
@@ -391,7 +391,7 @@ class Picker:
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
                  options: Options, generators: list[torch.Generator], stops: list[int],
                  may_end: int, decoder=None) -> None:
-        self.stops, self.may_end = stops, may_end  # a text may end when at most so many are left
+        self.stops, self.may_end = stops, may_end  # no end while more than may_end ids remain
         self.grammar, self.options, self.generators = grammar, options, generators
         self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
         self.head = self.code_head = model.lm_head  # (..., D) -> (..., V), (..., K)
@@ -475,26 +475,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tensor,
+def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: Tensor,
          pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, decoder=None,
          past: KVCache | None = None) -> Iterator[Tensor]:
     """One iteration for each token: hidden states, choice, update. `stream` checks the arguments.
 
-    `real` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
+    `is_token` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
     asking the device for that in each step would be a GPU synchronization. `until_ended`, which
     reads ids that have arrived on the host, stops it.
     """
     input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
     o = pick.options
-    input_ids, real = (x.repeat_interleave(o.num_return_sequences, dim=0)
-                       for x in (input_ids, real))  # (B, T)
-    rows = [ids[here] for ids, here in zip(input_ids, real)]
+    input_ids, is_token = (x.repeat_interleave(o.num_return_sequences, dim=0)
+                           for x in (input_ids, is_token))  # (B, T)
+    rows = [ids[here] for ids, here in zip(input_ids, is_token)]
     has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
     streams = guidance_streams(o.guidance_text, o.guidance_image, o.mode, has_pictures)
     contexts = Contexts(model, pick.grammar, rows, streams, steps, decoder, past)
     # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
     # id, which is in the row anyway.
-    seen = torch.where(real, input_ids, input_ids[:, -1:])  # (B, T)
+    seen = torch.where(is_token, input_ids, input_ids[:, -1:])  # (B, T)
     places = pick.grammar.places(seen)
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
     ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
@@ -505,7 +505,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, real: Tens
             chosen = pick(hidden, seen, places, room).masked_fill(ended, pad)  # (B,)
             yield chosen
             if room > 1:
-                chosen = chosen.clamp(min=0)  # who reads NO_ID stops the loop
+                chosen = chosen.clamp(min=0)  # NO_ID is no index; until_ended raises on it
                 ended = ended | (chosen[:, None] == ends).any(1)
                 places = pick.grammar.advance(places, chosen, room)
                 seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
@@ -567,17 +567,17 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     return attention_mask.bool()
 
 
-def check_past(config: ChameleonConfig, past: KVCache, rows: int, real: Tensor) -> None:
-    """ValueError for a cache that these rows, `real` (B, T) where no padding, cannot go on from."""
+def check_past(config: ChameleonConfig, past: KVCache, rows: int, is_token: Tensor) -> None:
+    """ValueError for a cache that these rows cannot go on from. is_token (B, T): no padding."""
     shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     if not isinstance(past, KVCache) or (len(past.k), *past.k[0].shape[1::2]) != shape:
         raise ValueError("past_key_values is no cache of this model: begin with KVCache(config)")
     past.check_batch(rows)
-    if not real.all():
+    if not is_token.all():
         raise ValueError("past_key_values is for rows of one length, without padding")
-    if past.ids is None and past.length >= real.shape[1]:
-        raise ValueError(f"past_key_values holds {past.length} columns, the prompt {real.shape[1]} "
-                         "ids: pass all ids from the beginning, also those that it has read")
+    if past.ids is None and past.length >= is_token.shape[1]:
+        raise ValueError(f"past_key_values holds {past.length} columns, the prompt has "
+                         f"{is_token.shape[1]} ids: pass all ids, also those that it has read")
 
 
 def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
@@ -648,13 +648,14 @@ def stream(
     for name, ids in (("pad_token_id", [pad]), ("eos_token_id", stops)):
         for i in ids:
             check_ids({name: i}, model.config.vocab_size)
-    real = real_tokens(model, input_ids, attention_mask, pad, stops)
+    is_token = real_tokens(model, input_ids, attention_mask, pad, stops)
     seeds = seeds_of(seed, len(input_ids) * o.num_return_sequences)
     if past_key_values is not None:
-        check_past(model.config, past_key_values, len(seeds), real)
+        check_past(model.config, past_key_values, len(seeds), is_token)
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
     pick = Picker(model, grammar, o, generators, stops, steps - o.min_new_tokens, decoder)
-    chosen = loop(model, input_ids, real, pixel_values, pick, pad, steps, decoder, past_key_values)
+    chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, steps, decoder,
+                  past_key_values)
     return until_ended(decoder.read(chosen) if decoder else chosen, stops)
 
 
@@ -713,14 +714,16 @@ def generate(
 def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer, pad: int
                ) -> Iterator[Tensor]:
     """Passes the ids (B,) on; a row ends with the id whose text completes one of `words`."""
-    rows = None
+    decoders, texts, ended = [], [], []
     for ids in steps:
-        rows = rows or [[tokenizer.stream_decoder(), "", False] for _ in ids]
-        yield torch.where(torch.tensor([ended for *_, ended in rows]), pad, ids.cpu())
-        for row, i in zip(rows, ids.tolist()):
-            row[1] += row[0].feed(i)
-            row[2] = row[2] or any(word in row[1] for word in words)
-        if all(ended for *_, ended in rows):
+        if not decoders:
+            decoders = [tokenizer.stream_decoder() for _ in ids]
+            texts, ended = [""] * len(ids), [False] * len(ids)
+        yield torch.where(torch.tensor(ended), pad, ids.cpu())
+        for row, i in enumerate(ids.tolist()):
+            texts[row] += decoders[row].feed(i)
+            ended[row] = ended[row] or any(word in texts[row] for word in words)
+        if all(ended):
             return
 
 

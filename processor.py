@@ -56,6 +56,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tokenizer import (
+    IGNORE,
     BatchFeature,
     Tokenizer,
     load_tokenizer,
@@ -68,7 +69,6 @@ from vqvae import Flag, check_fields, real, whole
 Loaded = Image.Image | np.ndarray | torch.Tensor
 Picture = Loaded | str | Path  # the last two: a file
 Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of both
-IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def on_white(array: np.ndarray) -> np.ndarray:
     blended = np.empty((*array.shape[:2], 3), array.dtype)
     for rows in strips(*array.shape[:2]):
         rgb, alpha = array[rows, :, :3], array[rows, :, 3:] / white  # (h, W, 3), (h, W, 1)
-        # out = (1 - alpha) * 255 + alpha * rgb, truncated to a level where levels are integers
+        # out = (1 - alpha) * white + alpha * rgb; where levels are integers, truncated
         blended[rows] = (1 - alpha) * white + alpha * rgb
     return blended
 
@@ -234,7 +234,9 @@ def rgb_levels(image: Image.Image) -> np.ndarray:
 
 
 def to_levels(array: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Levels, or fractions 0..1 -> uint8 levels, and True for fractions. ValueError for others."""
+    """Levels, or fractions 0..1 -> uint8 levels, and True for fractions. ValueError for others.
+    Floats that are all 0 or 1 count as levels, as in transformers.
+    """
     if array.dtype == np.uint8:
         return array, False
     low, high = float(array.min()), float(array.max())
@@ -266,7 +268,7 @@ def sides(*keys: set[str]) -> Callable[[object], bool]:
 
 
 def numbers(v: Any, least: float = 0.0) -> bool:
-    """Is v a number, or several, that float32 does not round to infinity, or to 0?"""
+    """Is v a number, or a list of them, each from -1e9 to 1e9 and at least `least` in size?"""
     values = v if isinstance(v, (list, tuple)) else [v]
     return all(real(-1e9, 1e9)(x) and abs(x) >= least for x in values)
 
@@ -538,7 +540,7 @@ class ChameleonProcessor:
         prompts = [text] if isinstance(text, str) else text
         replies = self.replies(prompts, answers)
         pictures = self.match(prompts, images, replies)
-        rows = [self.layout(prompt, return_for_text_completion) for prompt in prompts]
+        rows = [self.prompt_ids(prompt, return_for_text_completion) for prompt in prompts]
         rows = rows if add_special_tokens else [row[1:] for row in rows]  # without <s>
         ends = [self.answer_ids(reply) for reply in replies]
         labels = None if answers is None else [[IGNORE] * len(row) + end
@@ -600,7 +602,7 @@ class ChameleonProcessor:
                              "give one for each")
         return pictures
 
-    def layout(self, prompt: str, completion: bool) -> list[int]:
+    def prompt_ids(self, prompt: str, completion: bool) -> list[int]:
         """One prompt -> its T ids: <s> text <racm3:break> <image> x S <eoss> text <reserved08706>
 
         Each piece of text is tokenized by itself. With completion there is no <reserved08706>, the
@@ -671,7 +673,7 @@ class ChameleonProcessor:
                         pictures.append(part)
                 ids += self.end_of_turn()
             roles = [turn.get("role") for turn in turns]
-            if roles != [("user", "assistant")[n % 2] for n in range(len(turns) | 1)]:
+            if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
                 raise ValueError("roles must be user, assistant, user ..., and the last one user, "
                                  f"got {', '.join(map(str, roles)):.80}")
             rows.append(ids)

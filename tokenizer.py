@@ -11,6 +11,7 @@ N, S          pictures in a batch; codes per picture
 K, code       number of codes (8192); code: 0..K-1, a row of the VQ-VAE's codebook
 V, id         number of ids (65536); id: 0..V-1, a row of the decoder's embedding table
 token, name   what an id stands for; its string in the vocabulary
+mark          begin-image, end-image, end of turn, or <image>
 word          a pre-token: merges never cross its ends
 
 What differs from the tokenizer of a text-only Llama
@@ -41,6 +42,7 @@ import torch
 
 BEGIN_IMAGE, END_IMAGE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
 IMAGE_PLACEHOLDERS = ("<image>", "<reserved08707>")  # HF's name, and Meta's for the same id
+IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")
 
 
@@ -445,8 +447,8 @@ STRUCTURE = re.compile(r"(<sentinel:[0-9]+>|IMGIMG[A-I]{1,4}Z|[\t\n]|    |  )")
 
 # Splits 4-6, on the shape of a piece (see Shapes): each number character; each punctuation mark;
 # GPT-2's pattern without "'s|'t|'re..." and numbers, whose characters splits 4 and 5 have taken.
-# GPT-2's \s+(?!\S) leaves the last of several spaces to the next word. Here (?![LO]) does so:
-# numbers and punctuation take no space.
+# GPT-2's \s+(?!\S) leaves the last of several spaces to the next word. Here (?![LO]) is enough,
+# because only words of L and O can begin with a space.
 WORDS = re.compile(r"N|P| ?L+| ?O+|[ _]+(?![LO])|[ _]+")
 
 # Unicode's white space except " ". Python's \s and isspace would also accept U+001C..U+001F.

@@ -6,14 +6,14 @@
     pretrain   the decoder   statements, pictures, and both       every token
     sft        the decoder   prompts with answers                 the tokens of the answer
 
-    python train.py all --out tiny      the four stages in turn, then a table of results
-    python train.py sft --out tiny      one stage; run again, it continues from its last save
+    python train.py all --out mine      the four stages in turn, then a table of results
+    python train.py sft --out mine      one stage; run again, it continues from its last save
 
 Loss: cross entropy plus z-loss, with a weight for each token (`decoder_loss`). In `pretrain` a text
 token weighs 1 and a picture token IMAGE_WEIGHT. In `sft` only the answer has weight, be it text or
 a drawn picture; the prompt and the pictures in it weigh 0. The last sentence of the answer to a
-question weighs CONCLUSION_WEIGHT in total, or 1 a token. In the last fifth of `pretrain` every
-second batch is made and weighted as in `sft`.
+question weighs CONCLUSION_WEIGHT in total, at least 1 a token. In the last fifth of `pretrain`
+every second batch is made and weighted as in `sft`.
 
 Attention mask (`visible`): causal, and several documents packed into one row do not attend to each
 other. Several questions about one picture share its tokens, but do not attend to each other, so
@@ -57,7 +57,7 @@ from tiny_world.code_rows import add_code_rows, bake
 from tiny_world.documents import Corpus, Rows, Writer
 from tiny_world.own_data import OwnData, add_learned, read_examples
 from tiny_world.pictures import Pictures
-from tiny_world.run import Run, autocast, fingerprint, rate, shard, whole
+from tiny_world.run import Run, autocast, fingerprint, gathered, rate, shard
 from tiny_world.vqvae_stage import VQ, train_vqvae
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name
 from vqvae import ChameleonVQVAE
@@ -223,9 +223,10 @@ class Muon(torch.optim.Optimizer):
             x = x.bfloat16() if fast_bf16(p.device) else x
             x = x / x.norm().clamp(min=1e-7)
             x = x.T if p.shape[0] > p.shape[1] else x
-            for _ in range(5):  # x <- a x + (b A + c A^2) x with A = x x^T
-                a = x @ x.T
-                x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+            for _ in range(5):
+                A = x @ x.T
+                # x <- 3.4445 x + (-4.7750 A + 2.0315 A^2) x
+                x = torch.addmm(x, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
             x = x.T if p.shape[0] > p.shape[1] else x
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
@@ -240,7 +241,7 @@ def decoder_loss(
 
     Z_t = sum_v exp(logit_v) is the denominator of the softmax. Adding a constant to all logits
     changes Z but not p, so cross entropy lets the logits drift until bf16 cannot represent them.
-    The z-loss keeps log Z near 0 (section 2.3).
+    The z-loss pulls log Z towards 0 (section 2.3).
     """
     ids, weight = batch["ids"], batch["weight"][:, 1:]  # position t predicts token t + 1
     with autocast(ids.device):
@@ -333,7 +334,7 @@ def train_decoder(stage: str, run: Run) -> None:
                 group["lr"] = peak * rate(stage, step, steps)
             optimizer.step()
         if step % run.EVERY == 0:
-            curves |= {"q_norm": query_norm(), "grad_norm": float(whole(grad_norm))}
+            curves |= {"q_norm": query_norm(), "grad_norm": float(gathered(grad_norm))}
             run.log(stage, step, curves)
         if run.due(step, steps):
             run.save(stage, step + 1, model, optimizers, rng)
@@ -370,7 +371,7 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator) -> Prepared:
     model.to(run.device)
     if stage == "sft":
         run.take_over("pretrain", model)
-    pictures = Pictures.sample(options.seed, min(PICTURES, 100 * steps))
+    pictures = Pictures.sample(options.seed, min(PICTURES, 100 * steps))  # few for a smoke run
     pictures.encode(vq, run.state / f"codes-{run.rank}.int16", run.progress)
     corpus = Corpus(Writer(tokenizer, pictures.codes), pictures, rng)
     rows = run.extra = Rows(tokenizer.pad_token_id)
@@ -424,7 +425,7 @@ def export(
     bake(twin)
     twin.to(torch.bfloat16)
     for weight in twin.model.vqmodel.parameters():  # fp32 in any model, so that codes stay equal
-        rounded = weight.data.bfloat16()  # `trained_vqvae` rounded the toy world's
+        rounded = weight.data.bfloat16()  # exact where trained_vqvae has rounded
         weight.data = rounded if torch.equal(rounded.float(), weight.data) else weight.data
     twin.save_pretrained(run.out)
     processor.save_pretrained(run.out)
@@ -444,7 +445,7 @@ STAGES = {
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked: a wrong one exits with status 2 and one line that names it."""
-    parser = OneLineParser(prog="train.py", description="Train the tiny Chameleon's toy world.")
+    parser = OneLineParser(prog="train.py", description="Train a tiny Chameleon, or fine-tune.")
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"])
     add("--out", type=Path, required=True, help="checkpoint folder to write, or to evaluate")

@@ -90,8 +90,9 @@ Config = TypeVar("Config", bound="PreTrainedConfig")
 
 
 def keeping_others(cls: type[Config]) -> type[Config]:
-    """A keyword that is no field of the dataclass becomes an attribute and is written back, unless
-    it describes weights, begins with "_", or has the name of something else of the class.
+    """Keeps keywords that are no fields, as from a newer config.json, as attributes that are
+    written back. Left out are those about weights, those that begin with "_", and names that the
+    class has for something else.
     """
     init = cls.__init__
 
@@ -279,8 +280,8 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution; the encoder adds `downsample`, the decoder `upsample`.
 
-    channels: C in front of the first block, then behind each block. resolution: H of the maps, of
-    a picture that is c.resolution high.
+    channels: of the input, then of each block's output. resolution: the height of the maps when
+    the picture is c.resolution pixels high.
     """
 
     downsample: Downsample
@@ -336,7 +337,7 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv_in(pixels)  # (B, C, H, W)
         # Level has no forward, because a call keeps its input alive until it returns: at 512x512
-        # that is 134 MB for each open call. A list of hidden states would keep every map alive.
+        # that is 134 MB for each open call. Nor are the maps kept in a list.
         for level in self.down:
             assert isinstance(level, Level)
             for step in level.steps():
@@ -556,8 +557,8 @@ class ChameleonVQVAE(PreTrainedModel):
                              "changes codes: load with from_pretrained(dtype=...), which leaves "
                              "them in float32")
         # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
-        # TF32 in matrix products remains the caller's choice, and while torch.compile traces, also
-        # in convolutions.
+        # Matrix products may use TF32 if the caller allows it. While torch.compile traces,
+        # convolutions may, too.
         exact = nullcontext() if torch.compiler.is_compiling() else exact_convolutions()
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # channels_last changes the order in memory only. It spares convolutions a reordering.

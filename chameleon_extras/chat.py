@@ -10,9 +10,10 @@ The ids of the whole conversation go into each call of `stream`, with the cache 
 so a turn reads only its own tokens. A drawn picture is context like any other. The paper trains on
 turns that alternate (section 3), so each turn ends with the end-of-turn id.
 
-Without `whole`, a turn does not see the turns before it, but the last pictures only. tiny/ is used
-like this, because it has learned from conversations of two or three turns: of 100 questions about a
-picture it answers all right to the letter, 96 in a second turn, 86 in a third and 65 in a fourth.
+Without `whole`, a turn sees no turn before it; a question without a picture of its own sees the
+last pictures. tiny/ is used like this, because it has learned from conversations of two or three
+turns: of 100 questions about a picture it answers all right to the letter, 96 in a second turn, 86
+in a third and 65 in a fourth.
 """
 
 import os
@@ -39,7 +40,7 @@ TEXT            a turn; <image> in it marks a picture's place, else pictures com
 /image FILE     adds a picture to the next turn; more files add more; /image last: the last again
 /draw TEXT      answers with a picture, saved as picture.png, picture-2.png ...
 /both TEXT      answers with text and pictures
-/seed N         of the next answer, or the word random; each turn adds 1
+/seed N         sets the next answer's seed, a number or random; each turn adds 1
 /reset          begins a new conversation
 /save FOLDER    writes the conversation as document.html and document.md
 /help, /quit    Ctrl-C ends an answer and keeps the conversation"""
@@ -124,7 +125,7 @@ class Conversation:
     def room(self) -> tuple[int, int]:
         """-> the tokens that the next turn and its answer may have, and those of the context."""
         context = room_behind(self.model.config, 0)
-        return context - len(self.ids) * self.whole, context
+        return context - (len(self.ids) if self.whole else 0), context
 
 
 # ---------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ class Terminal:
 def chat(conversation: Conversation, seed: int, sampling: dict) -> None:
     """The conversation on this terminal. Ctrl-C ends an answer; other signals end the program."""
     for number in STOPS:
-        if signal.getsignal(number) is stop:  # which works once
+        if signal.getsignal(number) is stop:  # it ignores what comes after the first
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT
                           else signal.SIG_DFL)
     say("A line is a turn, /help lists the commands."

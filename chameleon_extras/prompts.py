@@ -91,7 +91,8 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
     asked, rooms = read_prompts(options.prompts), []
     for one in asked:
         try:
-            rooms.append(room_behind(config, len(processor.layout(one.prompt, options.completion))))
+            ids = processor.prompt_ids(one.prompt, options.completion)
+            rooms.append(room_behind(config, len(ids)))
             for name in one.images:
                 load_image(options.prompts.parent / name)
         except ValueError as error:

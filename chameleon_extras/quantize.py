@@ -22,13 +22,13 @@ multiplies the finished sum, so it costs nothing:
 
     y_o = sum_i w_oi x_i  ~  s_o * (sum_i q_oi x_i),     q = round(w / s),  s_o = max |w_o| / 127
 
-With 4 bits there are 15 steps, and one scale for each GROUP of weights in a row:
+With 4 bits there are 16 values, and one scale for each GROUP of weights in a row:
 
     y_o = sum_g s_og * (sum_{i in g} q_oi x_i)
 
 Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE (its codes change).
 
-"nf4" has 16 unequal steps instead, see NF4Linear.
+"nf4" has 16 values at unequal distances, see NF4Linear.
 
 Three ways to get there:
     load_checkpoint(..., quantize="int8")       each matrix on its own as it comes from the disk, so
@@ -52,6 +52,7 @@ NF4 = (  # quantiles of the normal distribution, as printed in arXiv 2305.14314,
 ROWS_AT_ONCE = 64  # of a weight, while it is packed: it passes through fp32
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
 INT4_ROWS = 64  # the same for 4 bits, whose unpacking takes longer
+KERNEL_ROWS = 64  # of a 4-bit weight, which that kernel orders by blocks of so many
 IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the cache
 
 
@@ -107,8 +108,8 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs.
 
-    For few rows of x, the CPU's kernel wants them in an order of its own: a second copy, as large,
-    in memory only. For a prompt, and elsewhere, they are unpacked in each call.
+    For few rows of x, the CPU's kernel wants them in an order of its own: a second copy of the same
+    size, in memory only. In all other cases each call unpacks them.
     """
 
     VALUES = tuple(range(-8, 8))  # what the 16 numbers of 4 bits stand for, times the scale
@@ -179,9 +180,9 @@ class Int4Linear(nn.Module):
     def cpu_product(self, x: Tensor) -> Tensor:
         """x (rows, I) -> (rows, O) by PyTorch's 4-bit kernel."""
         if self.kernel is None or self.kernel[1].dtype != x.dtype:
-            packed = torch.cat([  # row blocks of 64 and fewer: what the kernel orders on its own
+            packed = torch.cat([
                 torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.nibbles(rows), 1)
-                for rows in self.weight.split(ROWS_AT_ONCE)])  # (O, I/2)
+                for rows in self.weight.split(KERNEL_ROWS)])  # (O, I/2)
             scale = self.scale.T.to(x.dtype)  # (I/g, O)
             self.kernel = packed, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.kernel[0], self.group,
@@ -189,7 +190,7 @@ class Int4Linear(nn.Module):
 
 
 class NF4Linear(Int4Linear):
-    """As Int4Linear with 16 unequal steps, NF4 of QLoRA (arXiv 2305.14314, appendix E).
+    """As Int4Linear with 16 other values, NF4 of QLoRA (arXiv 2305.14314, appendix E).
 
         w_oi = NF4[q_oi] * scale_og        scale_og: the largest magnitude of the group's 64 weights
 

@@ -49,7 +49,7 @@ def test_a_long_prompt_does_not_shorten_the_answers_of_others(run, tmp_path, unt
     processor = ChameleonProcessor.from_pretrained(untrained_folder)
     context = read_json(untrained_folder / "config.json")["max_position_embeddings"]
     long = next("a " * n for n in range(context) if len(
-        processor.layout("a " * n, False)) >= context - 2)
+        processor.prompt_ids("a " * n, False)) >= context - 2)
     (tmp_path / "asked.txt").write_text(f"{long}\nHi\n")
     both = run("asked.txt", "--temperature", "3")[1]
     assert len(both.splitlines()) == 2

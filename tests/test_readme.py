@@ -349,14 +349,17 @@ def walk_table() -> str:
     _, first, end = walk.segments[1]
     tokens, layers, S = walk.tokens, model.config.num_hidden_layers, end - first
     T, texts = len(tokens), [token for token in tokens[:first] if token.kind == "text"]
+    names = processor.tokenizer.vocabulary
+    mark = {names.begin_image_id: "begin-image", names.end_image_id: "end-image",
+            names.end_of_turn_id: "end of turn"}
     some = lambda items: " ".join(map(str, items)) + " ..."  # noqa: E731
     best = walk.best[0][0]
     steps = [
         ("text", "`tokenizer.py` `Tokenizer.encode`",
          " ".join(t.name for t in texts) + " = " + " ".join(str(t.id) for t in texts)),
-        ("one row", "`processor.py` `ChameleonProcessor.layout`",
-         f"(1, {T}): {tokens[0].name}, {len(texts)} of text, {tokens[first - 1].name}, {S} times "
-         f"<image>, {tokens[end].name}, {tokens[-1].name}"),
+        ("one row", "`processor.py` `ChameleonProcessor.prompt_ids`",
+         f"(1, {T}): {tokens[0].name}, {len(texts)} of text, {mark[tokens[first - 1].id]}, {S} "
+         f"times <image>, {mark[tokens[end].id]}, {mark[tokens[-1].id]}"),
         ("pixels", "`processor.py` `ChameleonImageProcessor.prepare`",
          f"{tuple(pixels.shape)}, {pixels.min():.3f} to {pixels.max():.3f}"),
         ("vectors before quantization", "`vqvae.py` `ChameleonVQVAE.encode`", shape["quant_conv"]),

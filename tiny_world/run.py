@@ -159,7 +159,7 @@ class Run:
     @staticmethod
     def check_gradient(stage: str, step: int, norm: Tensor | float) -> None:
         """ValueError for the norm of a gradient that would spoil the weights."""
-        if not math.isfinite(float(whole(norm))):
+        if not math.isfinite(float(gathered(norm))):
             raise ValueError(f"{stage}: the gradient of step {step} is inf or nan: lower "
                              "--learning-rate; the last save is as it was")
 
@@ -211,6 +211,6 @@ def shard(model: ChameleonForConditionalGeneration) -> None:
     fully_shard(model.model, ignored_params=set(model.model.vqmodel.parameters()))
 
 
-def whole(x: Tensor) -> Tensor:
+def gathered(x: Tensor) -> Tensor:
     """A sharded tensor -> the whole tensor. Other tensors are returned unchanged."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
