@@ -170,7 +170,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="the kernel: eager is the readable one, sdpa is torch's choice, the others force one")
     options = parser.parse_args(arguments)
     options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
-    options.unnamed, options.reserved = options.out is None, []
+    options.unnamed = options.out is None
     return options
 
 
@@ -261,8 +261,7 @@ def check_output(options: argparse.Namespace) -> None:
         check_folder(options.out)
     else:
         picture_format(options.out)
-        others = [path for path in numbered_names(options) if os.path.lexists(path)]
-        if others:
+        if others := [path for path in numbered_names(options) if os.path.lexists(path)]:
             raise ValueError(f"--out {options.out} would replace {others[0]}, too: name another "
                              "file")
 
@@ -281,32 +280,16 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds a document already: name another folder")
 
 
-def reserve(options: argparse.Namespace) -> None:
-    """Turns --out picture.png into the first of picture-2.png, picture-3.png ... that is free.
-
-    Its files are made, empty: another process that runs at the same time takes other names.
+def choose_name(options: argparse.Namespace) -> None:
+    """Without --out, turns picture.png into the first of picture-2.png, picture-3.png ... that
+    replaces no file. Called when there is something to write: other processes may write, too.
     """
     path = options.out
-    for n in count(1):
-        options.out = path.with_stem(f"{path.stem}-{n}") if n > 1 else path
-        try:
-            for name in [options.out, *numbered_names(options)]:
-                name.mkdir() if options.mode == "interleaved" else name.touch(exist_ok=False)
-                options.reserved.append(name)
+    for n in count(2):
+        if not options.unnamed or not any(
+                map(os.path.lexists, [options.out, *numbered_names(options)])):
             return
-        except FileExistsError:
-            release(options)
-
-
-def release(options: argparse.Namespace) -> None:
-    """Removes what is reserved and still empty."""
-    for path in options.reserved:
-        with suppress(OSError):  # a folder that is not empty
-            if path.is_dir():
-                path.rmdir()
-            elif path.stat().st_size == 0:
-                path.unlink()
-    options.reserved = []
+        options.out = path.with_stem(f"{path.stem}-{n}")
 
 
 def numbered_names(options: argparse.Namespace) -> list[Path]:
@@ -317,17 +300,11 @@ def numbered_names(options: argparse.Namespace) -> list[Path]:
 
 def check_writable(options: argparse.Namespace) -> None:
     """Tries to write at --out, as the last check before the weights are read. ValueError."""
-    out, claimed = options.out, []  # claimed: made at once, so that no other process takes them
+    out = options.out
     if out is None or own_rank() > 0:
         return
-    if options.unnamed:
-        return reserve(options)
-    if options.mode == "interleaved":
-        if not out.is_dir():
-            out.mkdir(parents=True)
-            options.reserved = [out]
-        out = out / "document.html"
-        claimed = [out]
+    if options.mode == "interleaved":  # a folder that is made when there is something to write
+        out = next(path for path in (out, *out.absolute().parents) if path.exists()) / "document.md"
     elif not options.explain:
         kind = picture_format(out)
         try:
@@ -335,13 +312,9 @@ def check_writable(options: argparse.Namespace) -> None:
         except (OSError, ValueError, KeyError) as e:
             raise ValueError(f"--out {out}: pictures are not written as {kind} ({e}): name it "
                              ".png") from None
-        claimed = numbered_names(options)
-        out = [out, *claimed][-1]
+        out = [out, *numbered_names(options)][-1]
     try:
         write_atomically(out, lambda part: part.touch(), keep=False)
-        for path in claimed:
-            path.touch(exist_ok=False)
-            options.reserved.insert(0, path)
     except OSError as e:
         raise ValueError(f"--out {options.out} cannot be written: {e.strerror}") from None
 
@@ -534,6 +507,7 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
         ignore_stops()
         pictures = [picture for picture in done if picture is not None]
         if pictures:
+            choose_name(options)
             for path, picture in zip(numbered_names(options), pictures):
                 save_picture(picture, path)
             side = max(pictures[0].size)
@@ -560,6 +534,9 @@ def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
 def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
     """Streams text to stdout, with a line for each picture. Writes the document to --out."""
     parts, pictures = [], 0
+    choose_name(options)
+    if own_rank() == 0:
+        options.out.mkdir(parents=True, exist_ok=True)  # at once: so other processes take others
     try:
         for piece in pieces(model, tokenizer, with_bar(steps, model)):
             if piece.image is not None:
@@ -577,6 +554,8 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
         ignore_stops()
         if parts:
             write_document(options.out, parts)
+        with suppress(OSError):
+            options.out.rmdir()  # if nothing was written
         print(flush=True)  # fails if stdout is closed or full
         if parts:
             say(f"{options.out / 'document.html'}: seed {options.seed}")
@@ -601,6 +580,7 @@ def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor) -> N
     check_writable(options)
     model = load_model(options)
     sheet, (h, w), psnr = there_and_back(model, pixels.to(model.device), RECONSTRUCTED)
+    choose_name(options)
     save_picture(sheet, options.out)
     say(f"{options.out}: {len(pixels)} picture(s), {h} x {w} codes each, PSNR {psnr:.1f} dB")
 
@@ -608,7 +588,4 @@ def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor) -> N
 def run(arguments: list[str] | None = None) -> int:
     """The words of the command line (None: those of this process) -> exit code, see `exit_code`."""
     options = parse(arguments)
-    try:
-        return exit_code("generate.py", lambda: answer(options))
-    finally:
-        release(options)
+    return exit_code("generate.py", lambda: answer(options))
