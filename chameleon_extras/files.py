@@ -158,30 +158,44 @@ def hold(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def text_lines(file: Path) -> list[tuple[str, str]]:
-    """Each line of a file that is not blank, as (file and line, text). ValueError: not UTF-8."""
+class Line(NamedTuple):
+    """A prompt or an example in a file of the user."""
+
+    where: str  # file and line
+    prompt: str
+    images: list  # files, as the line names them
+    answer: str = ""
+
+
+def read_lines(file: Path, *texts: str) -> list[Line]:
+    """The lines of a file that are not blank: of JSON if it is named .jsonl, else each is a prompt.
+
+    ValueError, with file and line, for what is none, or lacks one of the `texts`.
+    """
     try:
         # utf-8-sig leaves a byte order mark out. Inside a string, JSON allows characters at which
         # splitlines() would split.
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is no text in UTF-8") from None
-    return [(f"{file} line {n}", line) for n, line in enumerate(lines, start=1) if line.strip()]
+    found = []
+    for n, line in enumerate(lines, start=1):
+        if line.strip():
+            where, of_json = f"{file} line {n}", file.suffix.lower() == ".jsonl"
+            try:
+                values = read_line(line, texts) if of_json else {"prompt": line}
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            found.append(Line(where, **{"images": [], **values}))
+    return found
 
 
-def json_lines(file: Path) -> Iterator[tuple[str, object]]:
-    """The same of a .jsonl file, with the value of each line. ValueError for what is no JSON."""
-    for where, line in text_lines(file):
-        try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:  # JSONDecodeError, or too many digits
-            raise ValueError(f"{where}: not JSON ({error})") from None
-
-
-def check_line(line: object, *texts: str) -> dict:
-    """A prompt or an example, of JSON -> {"prompt", "answer", "images"}, [] without pictures.
-    ValueError unless the keys in `texts` hold texts, and "images" names of files.
-    """
+def read_line(text: str, texts: tuple[str, ...]) -> dict:
+    """A line of JSON -> some of prompt, images and answer. ValueError: see `read_lines`."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, or too many digits
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(line, dict):
         raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
     if unknown := sorted(set(line) - {"prompt", "images", "answer"}):
@@ -192,7 +206,7 @@ def check_line(line: object, *texts: str) -> dict:
     images = line.get("images", [])
     if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
         raise ValueError("'images' must be a list of file names")
-    return {**line, "images": images}
+    return line
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -1,6 +1,6 @@
 """`generate.py --prompts FILE`: many prompts, answered in batches, each answer a line of JSON.
 
-    FILE --read_prompts--> Asked (prompt, images) --batches--> {"prompt", "images", "answer"} a line
+    FILE --read_prompts--> Line (prompt, images) --batches--> {"prompt", "images", "answer"} a line
 
 Who needs it: whoever measures a model on questions of their own. The answers have the form that
 `train.py sft --data` reads; pictures are relative to the folder of FILE. A run that was stopped
@@ -12,56 +12,40 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TextIO
 
 from chameleon import ChameleonConfig
 from chameleon_extras.command import check_pair, load_model, place_images, sampling
 from chameleon_extras.decoding import Decoder
-from chameleon_extras.files import check_line, hold, json_lines, say, text_lines
+from chameleon_extras.files import Line, hold, read_lines, say
 from generate import generate, room_behind, seeds_of
 from processor import ChameleonProcessor, load_image
 
 
-class Asked(NamedTuple):
-    """A prompt of the file, and its pictures as the file names them."""
-
-    where: str  # file and line
-    prompt: str
-    images: list[str]
-
-    def line(self, answer: str) -> str:
-        images = {"images": self.images} if self.images else {}
-        return json.dumps({"prompt": self.prompt, **images, "answer": answer}, ensure_ascii=False)
-
-
-def read_prompts(file: Path) -> list[Asked]:
-    """The prompts of a file: of JSON lines if it is named .jsonl, else one a line, blank ones not.
-
-    ValueError names the line and the error.
+def read_prompts(file: Path) -> list[Line]:
+    """The prompts of a file, each picture at its <image>. ValueError names the line and the error.
     """
     if not file.is_file():
         raise ValueError(f"--prompts {file} is no file: write one prompt a line into it")
-    if file.suffix.lower() == ".jsonl":
-        asked = []
-        for where, line in json_lines(file):
-            try:
-                data = check_line(line, "prompt")
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            prompt, images = data["prompt"], data["images"]
-            asked.append(Asked(where, place_images([prompt], len(images))[0], images))
-    else:
-        asked = [Asked(where, line, []) for where, line in text_lines(file)]
-    for one in asked:
-        if one.prompt.count("<image>") != len(one.images):
-            raise ValueError(f"{one.where}: {one.prompt.count('<image>')} <image> but "
-                             f"{len(one.images)} picture(s): name each in \"images\" of a .jsonl")
+    asked = []
+    for line in read_lines(file, "prompt"):
+        line = line._replace(prompt=place_images([line.prompt], len(line.images))[0])
+        if line.prompt.count("<image>") != len(line.images):
+            raise ValueError(f"{line.where}: {line.prompt.count('<image>')} <image> but "
+                             f"{len(line.images)} picture(s): name each in \"images\" of a .jsonl")
+        asked.append(line)
     if not asked:
         raise ValueError(f"{file} is empty: write one prompt a line")
     return asked
 
 
-def answered(out: Path, asked: list[Asked]) -> int:
+def written(line: Line, answer: str) -> str:
+    """A prompt and its answer as --out holds them."""
+    images = {"images": line.images} if line.images else {}
+    return json.dumps({"prompt": line.prompt, **images, "answer": answer}, ensure_ascii=False)
+
+
+def answered(out: Path, asked: list[Line]) -> int:
     """How many of the prompts --out has answered already; a last line cut short is removed.
 
     ValueError for a file with anything else in it, which is left as it is.
@@ -71,13 +55,13 @@ def answered(out: Path, asked: list[Asked]) -> int:
     lines = whole.decode(errors="replace").split("\n")[:-1]
     for n, line in enumerate(lines):
         try:
-            known = asked[n].line(json.loads(line)["answer"]) == line
+            known = written(asked[n], json.loads(line)["answer"]) == line
         except (ValueError, LookupError, TypeError, RecursionError):
             known = False
         if not known:
             raise ValueError(f"--out {out} line {n + 1} is not prompt {n + 1}: name another file")
     if rest := content[len(whole) :]:  # the beginning of the next line, or nothing of ours
-        begin = asked[len(lines)].line("")[:-2].encode() if len(lines) < len(asked) else b""
+        begin = written(asked[len(lines)], "")[:-2].encode() if len(lines) < len(asked) else b""
         if not begin or not (rest.startswith(begin) or begin.startswith(rest)):
             raise ValueError(f"--out {out} holds something else: name another file")
         with open(out, "rb+") as file:
@@ -111,7 +95,7 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
         say(f"{options.out}: {len(asked)} answer(s), {done} of them from before")
 
 
-def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, asked: list[Asked],
+def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, asked: list[Line],
                 done: int, file: TextIO) -> None:
     """Writes the answers after the first `done` to `file`."""
     from tqdm import tqdm
@@ -130,6 +114,6 @@ def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, aske
                            seed=[options.seed + n for n in rows])
             new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)
             for n, answer in zip(rows, processor.batch_decode(new, skip_special_tokens=True)):
-                file.write(asked[n].line(answer) + "\n")
+                file.write(written(asked[n], answer) + "\n")
             file.flush()
             bar.update(len(rows))

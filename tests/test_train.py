@@ -769,9 +769,9 @@ def test_examples_are_read_in_order(tmp_path):
     line = {"prompt": "Is <image> like <image>?", "images": ["a.png", "a.png"], "answer": "Yes."}
     folder = own_folder(tmp_path, line, "", {"prompt": "Hi", "answer": "Hello"})
     first, second = own_data.read_examples(folder)
-    assert first == (f"{folder / 'data.jsonl'} line 1", line["prompt"], "Yes.",
-                     [folder / "a.png"] * 2)
-    assert second[0].endswith("line 3") and second[1:] == ("Hi", "Hello", [])
+    assert first == (f"{folder / 'data.jsonl'} line 1", line["prompt"], [folder / "a.png"] * 2,
+                     "Yes.")
+    assert second[0].endswith("line 3") and second[1:] == ("Hi", [], "Hello")
 
 
 def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once(tmp_path, tiny):

@@ -1,6 +1,6 @@
 """Your own training data: a folder with a .jsonl file, one {"prompt", "images", "answer"} a line.
 
-    folder --read_examples--> Examples --ChameleonProcessor--> ids, labels --OwnData--> batches
+    folder --read_examples--> Lines --ChameleonProcessor--> ids, labels --OwnData--> batches
 
 Who needs it: whoever fine-tunes a checkpoint with `train.py sft --data FOLDER`. All errors in the
 folder are found, with file and line, before any weight is read. Also what `--train` names: a LoRA
@@ -8,8 +8,8 @@ adapter, or the image codes' rows of the head alone.
 """
 
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from chameleon import ChameleonForConditionalGeneration
-from chameleon_extras.files import check_line, json_lines
+from chameleon_extras.files import Line, read_lines
 from processor import IGNORE, ChameleonProcessor, load_image
 from tiny_world.documents import IMAGE_WEIGHT, Document, packed
 
@@ -26,44 +26,29 @@ LORA = dict(r=16, lora_alpha=32, target_modules=[
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])  # fmt: skip
 
 
-class Example(NamedTuple):
-    where: str  # file and line
-    prompt: str
-    answer: str
-    images: list[Path]  # for each <image> of the prompt, then of the answer
+def read_examples(folder: Path) -> list[Line]:
+    """The lines of the folder's .jsonl files, with a path for each `<image>` of prompt and answer.
 
-
-def read_examples(folder: Path) -> list[Example]:
-    """The lines of the folder's .jsonl files.
-
-    In prompt and answer each `<image>` stands for the next file of "images", a path relative to
-    the folder. ValueError names the file, the line and the error.
+    ValueError names the file, the line and the error.
     """
     files = sorted(file for file in folder.glob("*.jsonl") if file.is_file())
     if not files:
         raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
     examples = []
-    for file in files:
-        for where, data in json_lines(file):
-            try:
-                examples.append(Example(where, *read_example(data, folder)))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
+    for line in chain(*(read_lines(file, "prompt", "answer") for file in files)):
+        places = line.prompt.count("<image>") + line.answer.count("<image>")
+        if places != len(line.images):
+            raise ValueError(f"{line.where}: {places} <image> but {len(line.images)} file(s) in "
+                             "'images'")
+        examples.append(line._replace(images=[folder / name for name in line.images]))
+        try:
+            for path in examples[-1].images:
+                load_image(path)
+        except ValueError as error:
+            raise ValueError(f"{line.where}: {error}") from None
     if not examples:
         raise ValueError(f"{folder}: its .jsonl files are empty")
     return examples
-
-
-def read_example(line: object, folder: Path) -> tuple[str, str, list[Path]]:
-    """A parsed line -> prompt, answer, files of its pictures. ValueError names the error."""
-    data = check_line(line, "prompt", "answer")
-    prompt, answer, paths = data["prompt"], data["answer"], [folder / n for n in data["images"]]
-    places = prompt.count("<image>") + answer.count("<image>")
-    if places != len(paths):
-        raise ValueError(f"{places} <image> but {len(paths)} file(s) in 'images'")
-    for path in paths:
-        load_image(path)  # ValueError for a file that is no picture
-    return prompt, answer, paths
 
 
 class OwnData:
@@ -72,7 +57,7 @@ class OwnData:
     ValueError names the line whose document is longer than the model's context.
     """
 
-    def __init__(self, examples: list[Example], model: ChameleonForConditionalGeneration,
+    def __init__(self, examples: list[Line], model: ChameleonForConditionalGeneration,
                  processor: ChameleonProcessor, seed: int) -> None:
         mark, self.pad = model.model.vocabulary.image_token_id, processor.tokenizer.pad_token_id
         self.seed, self.documents = seed, []
@@ -83,7 +68,7 @@ class OwnData:
             return model.get_image_tokens(pixels.to(model.device)["pixel_values"])[0].cpu()  # (S,)
 
         limit = model.config.max_position_embeddings
-        for where, prompt, answer, paths in examples:
+        for where, prompt, paths, answer in examples:
             try:
                 batch = processor(text=prompt, answers=answer, images=paths or None)
             except ValueError as error:
