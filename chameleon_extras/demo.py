@@ -21,14 +21,13 @@ from torch import Tensor
 from chameleon_extras.chat import Conversation
 from chameleon_extras.explain import Names, Token, bits, glances
 from chameleon_extras.files import say
-from chameleon_extras.sheets import data_uri, enlarge
+from chameleon_extras.sheets import data_uri, enlarge, gray_grid, heat_on
 from generate import Piece, decode_pictures
 from processor import load_image, rgb_levels
 
 MODES = {"Answer": "text", "Draw": "image", "Both": "interleaved"}
 KINDS = {"text": "of text", "code": "codes of pictures", "control": "marks"}
 SIDE, WALKED = 216, 96  # pixels of a small picture; tokens of text in a walk, at most
-HEAT = (0, 215, 215)  # the colour of where a token looked
 STYLE = """
 .side{--text:#cfe8ff;--code:#ffe39a;--control:#ffcfca;--bar:#0969da}
 .dark .side{--text:#17406b;--code:#6b5310;--control:#6e2523;--bar:#4493f8}
@@ -132,7 +131,8 @@ def walk(conversation: Conversation) -> str:
         weights = {n: look[n : n + S] for n in places if n + S <= place}
         most = max(weights, key=lambda n, w=weights: float(w[n].sum()), default=None)
         if token.kind != "code":
-            parts.append(chip(token, most and on_picture(pictures[most], weights[most])))
+            parts.append(chip(token, most and heat_on(
+                pictures[most], weights[most].view(math.isqrt(S), -1)).resize((54, 54))))
     parts += [entropies(codes[n : n + S]) for n in range(0, len(codes) - S + 1, S)]
     looked = ", and where it looked in the picture that it looked at most" * bool(places)
     return ('<div class="side"><p>The last answer. Below each token its entropy in bits, which '
@@ -147,19 +147,6 @@ def decoded(model, ids: Tensor) -> Image.Image:
         return Image.new("RGB", (SIDE, SIDE), "gray")
 
 
-def on_picture(picture: Image.Image, weights: Tensor) -> Image.Image:
-    """A picture, and on it where attention (S,) is strong, the strongest in full cyan."""
-    levels = grid(weights).resize(picture.size, Image.NEAREST)
-    return Image.composite(Image.new("RGB", picture.size, HEAT), picture, levels).resize((54, 54))
-
-
-def grid(values: Tensor) -> Image.Image:
-    """Numbers (S,) -> a grey picture with one pixel for each, the largest white."""
-    edge = math.isqrt(len(values))
-    values = values[: edge * edge].view(edge, edge) / values.max().clamp(min=1e-9)  # (h, w)
-    return Image.fromarray((values * 255).to(torch.uint8).numpy())
-
-
 def chip(token: Token, image: Image.Image | None) -> str:
     shown = "" if image is None else f'<img alt="where it looked" src="{data_uri(image)}">'
     return (f'<span class="t {token.kind}">{html.escape(token.name)}<small>{bits(token.entropy)}'
@@ -169,9 +156,9 @@ def chip(token: Token, image: Image.Image | None) -> str:
 
 def entropies(codes: list[Token]) -> str:
     """A drawing's codes: bright where the choice was open."""
-    values = torch.tensor([code.entropy for code in codes])
+    values = torch.tensor([code.entropy for code in codes]).view(math.isqrt(len(codes)), -1)
     return (f'<figure><img alt="entropy of each code" width="{SIDE}" '
-            f'src="{data_uri(enlarge(grid(values), SIDE))}"><figcaption>entropy of each code, '
+            f'src="{data_uri(enlarge(gray_grid(values), SIDE))}"><figcaption>entropy of each code, '
             f"white is {values.max():.1f} bits</figcaption></figure>")
 
 

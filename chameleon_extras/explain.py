@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from chameleon import ChameleonForConditionalGeneration, KVCache, allowed_keys
-from chameleon_extras.sheets import code_grid, data_uri
+from chameleon_extras.sheets import code_grid, data_uri, enlarge, heat_on
 from processor import ChameleonImageProcessor
 from tokenizer import Tokenizer, image_token_name
 
@@ -305,9 +305,9 @@ def next_line(walk: Walk) -> str:
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1f2328;--soft:#59636e;--paper:#fff;--line:#d1d9e0;
---text:#ddf4ff;--code:#fff1c4;--control:#ffe2e0;--bar:#0969da;--heat:#d1242f}
+--text:#ddf4ff;--code:#fff1c4;--control:#ffe2e0;--bar:#0969da}
 @media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--paper:#0d1117;
---line:#3d444d;--text:#12314f;--code:#4a3a08;--control:#5b1e1c;--bar:#4493f8;--heat:#ff7b72}}
+--line:#3d444d;--text:#12314f;--code:#4a3a08;--control:#5b1e1c;--bar:#4493f8}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;
 margin:2rem auto;padding:0 1rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}
 small,td.s{color:var(--soft)}
@@ -316,8 +316,7 @@ small,td.s{color:var(--soft)}
 .control{background:var(--control)}table{border-collapse:collapse}td{padding:.1rem .7rem .1rem 0}
 td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-family:monospace}
 figure{display:inline-block;margin:0 1rem 1rem 0}figcaption{color:var(--soft);font-size:.8rem}
-img{image-rendering:pixelated}.bar{fill:var(--bar)}.heat{fill:var(--heat)}.line{stroke:var(--line);
-fill:none}
+img{image-rendering:pixelated}.bar{fill:var(--bar)}.line{stroke:var(--line);fill:none}
 """
 
 
@@ -359,22 +358,12 @@ def chip(token: Token) -> str:
 def picture_figures(walk: Walk, n: int, codes: Tensor) -> list[str]:
     """What the VQ-VAE sees, its codes, and the last token's attention to them."""
     side, weights = 320, heat(walk, n)
-    (h, w), most = weights.shape, weights.max()
-    cell, source = side / w, data_uri(walk.images[n])
-    strong = (weights / most.clamp(min=1e-12)).tolist()
-    cells = "".join(
-        f'<rect class="heat" fill-opacity="{0.85 * share:.2f}" x="{x * cell:.2f}" '
-        f'y="{y * cell:.2f}" width="{cell:.2f}" height="{cell:.2f}"/>'
-        for y, row in enumerate(strong) for x, share in enumerate(row))
-    drawings = (
-        (f'<img alt="picture {n + 1}" width="{side}" src="{source}">', "as the VQ-VAE sees it"),
-        (f'<img alt="codes" width="{side}" src="{data_uri(code_grid(codes.tolist(), side))}">',
-         "its codes"),
-        (f'<svg width="{side}" height="{cell * h:.0f}"><image width="{side}" '
-         f'height="{cell * h:.0f}" href="{source}"/>{cells}</svg>',
-         f"the last token's attention, at most {most:.2%} of it"))
-    return [f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
-            for drawing, caption in drawings]
+    seen = enlarge(walk.images[n], side)
+    drawings = {
+        "as the VQ-VAE sees it": seen, "its codes": code_grid(codes.tolist(), side),
+        f"the last token's attention, at most {weights.max():.2%} of it": heat_on(seen, weights)}
+    return [f'<figure><img alt="picture {n + 1}: {caption}" width="{side}" src="{data_uri(image)}">'
+            f"<figcaption>{caption}</figcaption></figure>" for caption, image in drawings.items()]
 
 
 def mask_figure(walk: Walk, side: int = 240) -> str:

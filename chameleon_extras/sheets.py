@@ -24,6 +24,7 @@ GAP = 4  # pixels between pictures of a sheet
 LARGEST = 500_000_000  # pixels of a sheet
 LONGEST = {"PNG": 2**31 - 1, "WEBP": 16383, "ICO": 256, "ICNS": 1024}  # pixels of a side, by format
 MOST = 65500  # of JPEG, and of others
+HEAT = (0, 215, 215)  # the colour of where a token looked
 GOLDEN_ANGLE = 137.508  # degrees between the hues of code k and k + 1; few codes look alike
 
 
@@ -115,6 +116,18 @@ def enlarge(picture: Image.Image, side: int) -> Image.Image:
     """Enlarges by a whole factor to at most `side` pixels a side. Each pixel becomes a square."""
     factor = max(1, side // max(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+
+
+def gray_grid(values: torch.Tensor) -> Image.Image:
+    """Numbers (h, w), none negative -> a gray picture with a pixel for each, the largest white."""
+    levels = values / values.max().clamp(min=1e-12) * 255
+    return Image.fromarray(levels.to(torch.uint8).numpy())
+
+
+def heat_on(picture: Image.Image, weights: torch.Tensor) -> Image.Image:
+    """A picture, and on it where weights (h, w) are large, the largest in full HEAT."""
+    strength = gray_grid(weights).resize(picture.size, Image.NEAREST)
+    return Image.composite(Image.new("RGB", picture.size, HEAT), picture, strength)
 
 
 def data_uri(picture: Image.Image) -> str:

@@ -111,7 +111,7 @@ def test_the_walk_shows_each_tokens_entropy_and_where_it_looked(tiny, monkeypatc
 
 def test_a_token_is_shown_on_the_picture_that_it_looked_at_most(tiny, monkeypatch):
     shown = []
-    monkeypatch.setattr(demo, "on_picture", lambda picture, _: shown.append(picture) or picture)
+    monkeypatch.setattr(demo, "heat_on", lambda picture, _: shown.append(picture) or picture)
     visit = Visit(Conversation(*tiny, whole=False))
     both = [STAR.replace("star", name) for name in ("first", "second")]
     ask(visit, "What do these images have in common?", both, "Answer")
