@@ -30,12 +30,11 @@ N       pictures, as pixels (N, 3, height, width)
 Run as a program, this file is the command: `python generate.py --help`.
 """
 
-import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
@@ -645,9 +644,8 @@ def stream(
         steps = grammar.S + 2  # one picture with its marks
     stops = stop_ids(model, eos_token_id, o.mode)
     pad = next(i for i in (pad_token_id, model.config.pad_token_id, *stops, 0) if i is not None)
-    for name, ids in (("pad_token_id", [pad]), ("eos_token_id", stops)):
-        for i in ids:
-            check_ids({name: i}, model.config.vocab_size)
+    for named in {"pad_token_id": pad}, *({"eos_token_id": i} for i in stops):
+        check_ids(named, model.config.vocab_size)
     is_token = real_tokens(model, input_ids, attention_mask, pad, stops)
     seeds = seeds_of(seed, len(input_ids) * o.num_return_sequences)
     if past_key_values is not None:
@@ -678,13 +676,8 @@ def generate(
     GenerationConfig and num_beams=1, too: the arguments of transformers' method of that name.
     DIFFERS: makes pictures, if asked to. An answer ends at end of turn, too. Text never contains
     begin-image, end-image or <image>; transformers masks the codes only. top_k defaults to none,
-    not 50, and the default length is 256 new ids, not 20 in all.
+    not 50, and the default length is 256 new ids, not 20 in all. TypeError for an unknown option.
     """
-    own = inspect.signature(stream).parameters.keys() - {"model", "options"}
-    known = own | {field.name for field in fields(Options)}
-    if unknown := sorted(options.keys() - known):
-        raise ValueError(f"generate has no option {', '.join(unknown)}; it has max_length, "
-                         f"streamer, stop_strings, {', '.join(sorted(known))}")
     if max_length is not None and options.get("max_new_tokens") is None:
         if type(max_length) is not int or max_length <= input_ids.shape[-1]:
             raise ValueError(f"max_length {max_length!r:.80} leaves no room behind the prompt's "

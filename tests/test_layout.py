@@ -28,8 +28,8 @@ LATE = {
     ("generate", "stream"): "chameleon_extras.decoding",
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
-LINES = {"chameleon.py": 883, "generate.py": 806, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_160, 32
+LINES = {"chameleon.py": 882, "generate.py": 802, "README.md": 220}
+ALL_LINES, ALL_FILES = 11_120, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:
