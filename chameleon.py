@@ -35,7 +35,7 @@ checks, and the section "What a first reader skips", which holds what transforme
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Annotated, cast
@@ -217,6 +217,11 @@ class ChameleonOutput(Mapping):
     hidden_states: tuple[Tensor, ...] | None = None  # embedding, then layers; the last normed
     attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, Mapping):  # all fields in one, as accelerate builds outputs anew
+            fields, self.loss = self.loss, None
+            vars(self).update(fields)
+
     def to_tuple(self) -> tuple:
         return tuple(getattr(self, name) for name in self)
 
@@ -274,22 +279,10 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         """Keeps the rows of ids that stay; new rows are the mean of the old ones, as in
         transformers. ValueError if an id of the vocabulary_map or of the config would lie outside.
         """
-        V = new_num_tokens or self.config.vocab_size
-        V += -V % (pad_to_multiple_of or 1)
-        replace(self.config, vocab_size=V)  # a copy, only for its checks
-        table, head = self.get_input_embeddings(), self.get_output_embeddings()
-        if not isinstance(head, nn.Linear | None):
-            raise ValueError("a quantized head cannot be resized: resize before quantizing")
-        for layer in (table, head):
-            if layer is not None:
-                old = layer.weight
-                mean = old.data.mean(0).expand(max(V - len(old), 0), -1)
-                layer.weight = nn.Parameter(torch.cat((old.data[:V], mean)), old.requires_grad)
-        self.config.vocab_size = table.num_embeddings = V
-        if head is not None:
-            head.out_features = V
-        self.tie_weights()
-        return table
+        # Only to fine-tune with a larger vocabulary: no part of the model.
+        from chameleon_extras.pretrained import resize_embeddings
+
+        return resize_embeddings(self, new_num_tokens, pad_to_multiple_of)
 
     def gradient_checkpointing_enable(self, *ignored: object, **also_ignored: object) -> None:
         """Training keeps only each layer's input, and computes the rest again when it is needed:
@@ -431,6 +424,9 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
         if mask.ndim not in (2, 3, 4) or mask.shape[-1] != L or wrong:
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, but there are {L} tokens "
                              f"({past} cached + {T} new): see allowed_keys")
+        if mask.ndim == 3 and mask.is_floating_point():
+            raise ValueError("attention_mask (B, T, L) is 1 and 0, or bool: give an additive one "
+                             "as (B, 1, T, L)")
         if mask.ndim == 4:
             return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
         looks = mask.ndim == 2 and T > 1 and not torch.compiler.is_compiling()
@@ -467,7 +463,9 @@ def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor | None]:
     """The same by PyTorch. Its fused kernels never hold the (T, L) weights (arXiv 2205.14135)."""
-    causal = mask is None and q.shape[2] > 1  # one query may see every key: nothing to forbid
+    causal = False  # one query may see every key
+    if mask is None and q.shape[2] > 1:  # an `if`, because torch.export wants a bool, no symbol
+        causal = True
     output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
     )
@@ -672,7 +670,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError("input_ids must be a tensor (B, T), as the processor returns it")
         placeholder, V = self.vocabulary.image_token_id, self.config.vocab_size
-        checks = not torch.compiler.is_compiling() and input_ids.shape[1] > 1
+        checks = not torch.compiler.is_compiling() and not input_ids.is_meta and (
+            input_ids.shape[1] > 1 or pixel_values is not None)
         if checks and ((input_ids < 0) | (input_ids >= V)).any():
             raise ValueError(f"input_ids hold {int(input_ids.min())}..{int(input_ids.max())}, but "
                              f"the ids of this model are 0 to {V - 1}")
@@ -754,6 +753,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
+        if attention_mask is not None and len(attention_mask) not in (1, len(x)):
+            raise ValueError(f"attention_mask has {len(attention_mask)} rows, the tokens {len(x)}")
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [], []
         for layer in self.layers:
@@ -815,7 +816,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
-        logits_to_keep: int = 0,  # how many of the last positions get logits; 0: all
+        logits_to_keep: int | Tensor = 0,  # so many last positions get logits, or these; 0: all
         mask_image_logits: bool = True,
     ) -> "ChameleonOutput | tuple":
         """-> logits (B, T, V) and, with labels, loss. Other arguments as in ChameleonModel.
@@ -829,7 +830,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
             if given is not None and labels.shape != given.shape[:2]:
                 raise ValueError(f"labels are {tuple(labels.shape)}, the tokens "
                                  f"{tuple(given.shape[:2])}: give each token a label")
-            if logits_to_keep:
+            if not isinstance(logits_to_keep, int) or logits_to_keep:
                 raise ValueError("labels need all logits: leave logits_to_keep at 0")
             mark = self.model.vocabulary.image_token_id
             if input_ids is not None and pixel_values is not None:
@@ -842,7 +843,9 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache, output_attentions, output_hidden_states, True, cache_position)
-        logits = self.lm_head(body.last_hidden_state[:, -logits_to_keep:])  # (B, T, V); -0 is all
+        last = isinstance(logits_to_keep, int)  # -0 is all
+        kept = slice(-logits_to_keep, None) if last else logits_to_keep
+        logits = self.lm_head(body.last_hidden_state[:, kept])  # (B, T or those kept, V)
         if mask_image_logits:
             lowest = torch.finfo(logits.dtype).min
             logits = logits.index_fill(-1, self.model.vocabulary.code_to_id, lowest)
@@ -858,7 +861,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
             loss = - mean_t log softmax(logits[t])[labels[t + 1]]       where labels are not IGNORE
         """
         # DIFFERS: transformers returns an infinite loss here, without a word.
-        if masked and torch.isin(labels, self.model.vocabulary.code_to_id).any():
+        if masked and not torch.compiler.is_compiling() and (
+                torch.isin(labels, self.model.vocabulary.code_to_id).any()):
             raise ValueError("labels contain image codes, whose logits are masked: call the model "
                              "with mask_image_logits=False to train on pictures")
         targets = labels[:, 1:].flatten()

@@ -79,7 +79,7 @@ def load_image(path: str | Path) -> Image.Image:
     """A picture file -> PIL picture in memory; of an animation, the first frame.
 
     DIFFERS: the picture is what a viewer shows. Meta and transformers ignore EXIF orientation and
-    the transparent colour of an RGB file, and clip 16-bit grey to white.
+    clip 16-bit grey to white.
 
     ValueError, in one line, if the file is missing, damaged, too large or no picture, or if its
     pixels have 32 bits.
@@ -335,7 +335,8 @@ class ChameleonImageProcessor:
         arrays = []
         for image in flat_pictures(images):
             image, layout = opened(image), input_data_format
-            if settings.do_convert_rgb and isinstance(image, Image.Image) and image.mode != "RGB":
+            if settings.do_convert_rgb and isinstance(image, Image.Image) and (
+                    image.mode != "RGB" or "transparency" in image.info):
                 image, layout = rgb_levels(image), "channels_last"
             array, layout = to_array(image, layout)  # (H, W, C)
             array = settings.prepare(array)  # (H', W', C)
@@ -698,6 +699,8 @@ class ChameleonProcessor:
 
         self.tokenizer.save_pretrained(folder)
         write_for_transformers(Path(folder))
+        file = Path(folder) / "tokenizer_config.json"
+        write_json(file, read_json(file) | {"padding_side": self.tokenizer.padding_side})
         self.image_processor.save_pretrained(folder)
         data = {"image_seq_length": self.image_seq_length, "image_token": self.image_token}
         write_json(Path(folder) / "processor_config.json",

@@ -137,6 +137,13 @@ class VocabularyMap(torch.nn.Module):
         inverse[ordered] = torch.arange(self.num_codes, device="cpu")
         self.register_buffer("code_to_id", ordered, persistent=False)
         self.register_buffer("id_to_code", inverse, persistent=False)
+        self.tables = ordered, inverse
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "VocabularyMap":
+        """What `to` and `to_empty` call. After the latter, the tables would hold no numbers."""
+        super()._apply(fn, recurse)
+        self.code_to_id, self.id_to_code = (x.to(self.code_to_id.device) for x in self.tables)
+        return self
 
     def codes_from_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> codes, same shape and device. ValueError if an id is no code."""
@@ -671,7 +678,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{folder}: no such folder (give the folder of a checkpoint)")
     for name, kind in TOKENIZER_FILES.items():
         if (Path(folder) / name).is_file():
-            return kind(Path(folder) / name)
+            tokenizer, config = kind(Path(folder) / name), Path(folder) / "tokenizer_config.json"
+            values = read_json(config) if config.is_file() else {}
+            tokenizer.padding_side = values.get("padding_side", tokenizer.padding_side)
+            return tokenizer
     raise ValueError(f"{folder}: no tokenizer in it, one of {', '.join(TOKENIZER_FILES)} is wanted")
 
 

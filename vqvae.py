@@ -37,6 +37,7 @@ from functools import wraps
 from math import isqrt
 from os import PathLike
 from pathlib import Path
+from threading import RLock
 from typing import Annotated, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 import torch
@@ -48,6 +49,7 @@ from torch import Tensor
 # base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
 # lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
+ONE_THREAD = RLock()  # for a setting of the whole process
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,12 +195,8 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
 
 
 def swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x), any shape -> same.
-
-    Without autograd it overwrites x, to save memory: at 512x512 one feature map takes 134 MB.
-    With autograd it must keep x, because the backward pass of swish reads it.
-    """
-    return F.silu(x, inplace=not torch.is_grad_enabled())
+    """x * sigmoid(x), any shape -> same."""
+    return F.silu(x)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -223,13 +221,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One name for every intermediate map, so that each assignment frees the map before it.
-        h = swish(self.norm1(x))
+        h = self.norm1(x)
+        h = swish(h)
         h = self.conv1(h)  # (B, C_out, H, W)
-        h = swish(self.norm2(h))
+        h = self.norm2(h)
+        h = swish(h)
         h = self.conv2(self.dropout(h))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)  # (B, C_out, H, W)
-        return h.add_(x)  # in place: conv2's backward pass does not read its own output
+        return x + h
 
 
 class AttnBlock(nn.Module):
@@ -492,11 +492,12 @@ def exact_convolutions() -> Iterator[None]:
     torch's newer `fp32_precision`.
     """
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  (torch makes it at run time)
-    before, conv.fp32_precision = conv.fp32_precision, "ieee"
-    try:
-        yield
-    finally:
-        conv.fp32_precision = before
+    with ONE_THREAD:
+        before, conv.fp32_precision = conv.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            conv.fp32_precision = before
 
 
 class ChameleonVQVAE(PreTrainedModel):
@@ -515,6 +516,7 @@ class ChameleonVQVAE(PreTrainedModel):
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config) if with_decoder else None
+        self.eval()  # as transformers' class: dropout would make the codes random
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChameleonVQVAE":
         """torch calls this in .to(), .half() and .cuda(). It moves weights, and casts to fp32 only.
@@ -559,7 +561,8 @@ class ChameleonVQVAE(PreTrainedModel):
         # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
         # Matrix products may use TF32 if the caller allows it. While torch.compile traces,
         # convolutions may, too.
-        exact = nullcontext() if torch.compiler.is_compiling() else exact_convolutions()
+        cudnn = pixel_values.is_cuda and not torch.compiler.is_compiling()
+        exact = exact_convolutions() if cudnn else nullcontext()
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # channels_last changes the order in memory only. It spares convolutions a reordering.
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)

@@ -221,9 +221,12 @@ def open_model(
     check_layers(folder, config, tensors)
     with torch.device("meta"), WithoutInit():
         has_decoder = any(name.startswith(DECODER_PREFIX) for name in tensors)
-        model = ChameleonForConditionalGeneration(config, with_vq_decoder=has_decoder)
-    if cls is ChameleonModel:
-        model.lm_head = None
+        parts = {} if has_decoder else {"with_vq_decoder": False}
+        body = issubclass(cls, ChameleonModel)
+        model = (ChameleonForConditionalGeneration if body else cls)(config, **parts)
+        if body:
+            model.model, model.lm_head = cls(config, **parts), None
+    if body:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("lm_head.")}
     if kind:
         swap_layers(model, kind)
@@ -279,7 +282,7 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     if isinstance(model.lm_head, nn.Linear):
         model.tie_weights()
     model = model.to(device).eval()
-    return model.model if cls is ChameleonModel else model
+    return model.model if issubclass(cls, ChameleonModel) else model
 
 
 def byte_size(text: str | int) -> int:

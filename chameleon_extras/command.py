@@ -415,7 +415,7 @@ def answer(options: argparse.Namespace) -> None:
     pictures = len(options.image) // len(prompts) * processor.image_seq_length
     room_behind(config, pictures + max(map(len, prompts)) // longest, options.mode)
     inputs = processor(text=prompts, images=options.image or None, padding=True,
-                       return_for_text_completion=options.completion)
+                       padding_side="left", return_for_text_completion=options.completion)
     check_pair(config, processor, inputs)
     if options.mode == "image":
         count = options.count * len(prompts)

@@ -9,18 +9,19 @@ Source: the documentation of transformers' PreTrainedModel.from_pretrained and B
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TypeVar
 
 import torch
 import torch.nn as nn
 
+from chameleon import ChameleonPreTrainedModel
 from chameleon_extras.checkpoint import load_checkpoint, load_vqvae
 from chameleon_extras.decoding import set_attention
 from chameleon_extras.files import HUB_OPTIONS, find_folder, pick_device
 from tokenizer import read_json
-from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, PreTrainedModel
 
 # DIFFERS: flash_attention_2 is torch's own flash kernel, where it can run (CUDA, half precision,
 # no padding), and torch's next best kernel elsewhere; the flash-attn package is not used.
@@ -116,6 +117,27 @@ def choose_attention(model: nn.Module, name: str) -> None:
     set_attention(model, attention_of(name))
 
 
+def resize_embeddings(model: ChameleonPreTrainedModel, new_num_tokens: int | None,
+                      multiple: int | None) -> nn.Embedding:
+    """As `resize_token_embeddings` of the models."""
+    V = new_num_tokens or model.config.vocab_size
+    V += -V % (multiple or 1)
+    replace(model.config, vocab_size=V)  # a copy, only for its checks
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(head, nn.Linear | None):
+        raise ValueError("a quantized head cannot be resized: resize before quantizing")
+    for layer in (table, head):
+        if layer is not None:
+            old = layer.weight
+            mean = old.data.mean(0).expand(max(V - len(old), 0), -1)
+            layer.weight = nn.Parameter(torch.cat((old.data[:V], mean)), old.requires_grad)
+    model.config.vocab_size = table.num_embeddings = V
+    if head is not None:
+        head.out_features = V
+    model.tie_weights()
+    return table
+
+
 def load_config(cls: type[Config], folder: str | PathLike, **changes: object) -> Config:
     """What `from_pretrained` of both configs does; the VQ-VAE's may lie inside the model's."""
     hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
@@ -149,6 +171,9 @@ def load_pretrained(
         own = [n for n in inspect.signature(load_pretrained).parameters if n not in ("cls", "hub")]
         raise ValueError(f"from_pretrained has no option {', '.join(unknown)}; it has "
                          f"{', '.join(own[1:])}, {', '.join(HUB_OPTIONS)}")
+    if not issubclass(cls, PreTrainedModel):
+        raise ValueError(f"{cls.__module__}.{cls.__name__} is a copy of a class: from_pretrained "
+                         "is for those of vqvae.py and chameleon.py and their subclasses")
     attention = None if attn_implementation is None else attention_of(attn_implementation)
     kind = kind_of_quantization(quantization_config) if quantization_config is not None else None
     dtype = as_dtype(torch_dtype if dtype is None else dtype)

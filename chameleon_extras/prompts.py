@@ -109,7 +109,8 @@ def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, aske
             rows = range(start, min(start + options.batch, len(asked)))
             pictures = [options.prompts.parent / name for n in rows for name in asked[n].images]
             inputs = processor(text=[asked[n].prompt for n in rows], images=pictures or None,
-                               padding=True, return_for_text_completion=options.completion)
+                               padding=True, padding_side="left",
+                               return_for_text_completion=options.completion)
             ids = generate(model, **inputs.to(model.device), **sampling(options), decoder=decoder,
                            seed=[options.seed + n for n in rows])
             new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)

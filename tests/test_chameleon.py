@@ -494,3 +494,45 @@ def test_a_vocabulary_is_never_cut_below_its_pictures():
     with pytest.raises(ValueError, match="vocabulary_map: .* ids are whole numbers from 0 to 4"):
         model.resize_token_embeddings(5)
     assert model.config.vocab_size == len(model.lm_head.weight) == V
+
+
+def test_positions_to_keep_may_be_listed():
+    ids = text_ids(2, 9)
+    logits = MODEL(ids).logits
+    close(MODEL(ids, logits_to_keep=torch.tensor([1, 3])).logits, logits[:, [1, 3]])
+    with pytest.raises(ValueError, match="labels need all logits"):
+        MODEL(ids, labels=ids, logits_to_keep=torch.tensor([3]))
+
+
+def test_masks_and_pictures_that_do_not_fit_are_refused():
+    ids, pixels = text_ids(3, 6), torch.zeros(1, 3, VQ["resolution"], VQ["resolution"])
+    with pytest.raises(ValueError, match="attention_mask has 2 rows, the tokens 3"):
+        MODEL(ids, attention_mask=torch.ones(2, 6))
+    with pytest.raises(ValueError, match="give an additive one as"):
+        MODEL(ids, attention_mask=torch.zeros(3, 6, 6))
+    with pytest.raises(ValueError, match="but the prompt has 0 <image>"):
+        MODEL(ids[:, :1], pixel_values=pixels)
+
+
+def test_libraries_may_build_an_output_anew_from_its_items():
+    output = MODEL(text_ids(1, 4), labels=text_ids(1, 4))
+    again = type(output)({name: value for name, value in output.items()})  # as accelerate does
+    assert list(again) == list(output) and all(again[name] is output[name] for name in output)
+
+
+def test_one_compiled_graph_serves_all_lengths_and_the_loss():
+    model = torch.compile(MODEL, backend="eager", fullgraph=True)
+    for T in (9, 5, 7):
+        ids = text_ids(2, T)
+        close(model(ids, labels=ids).loss, MODEL(ids, labels=ids).loss)
+    torch._dynamo.reset()
+
+
+def test_a_model_without_numbers_computes_shapes():
+    with torch.device("meta"):
+        model = ChameleonForConditionalGeneration(MODEL.config).to("meta")
+    assert model(text_ids(2, 5).to("meta")).logits.shape == (2, 5, V)
+    model.to_empty(device="cpu").load_state_dict(MODEL.state_dict())
+    ids, pixels = text_ids(1, 4), torch.rand(1, 3, VQ["resolution"], VQ["resolution"]) * 2 - 1
+    close(model.eval()(ids).logits, MODEL(ids).logits)
+    assert torch.equal(model.get_image_tokens(pixels), MODEL.get_image_tokens(pixels))

@@ -9,9 +9,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from small import SIZES, VQ, batch_with_pictures, randomize, scrambled_vocabulary
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 from chameleon_extras import convert
 from chameleon_extras.checkpoint import load_checkpoint, open_config
+from chameleon_extras.pretrained import load_pretrained
 from chameleon_extras.quantize import KINDS, kind_of, pack, quantize_model
 from vqvae import ChameleonVQVAE
 
@@ -413,3 +414,25 @@ def test_weights_of_other_makers_are_not_written():
 
 class Foreign(torch.Tensor):
     """As DTensor is: a class of its own."""
+
+
+class Doubled(ChameleonForConditionalGeneration):
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits = output.logits * 2
+        return output
+
+
+class Body(ChameleonModel):
+    pass
+
+
+def test_a_subclass_is_loaded_as_such_and_a_copied_class_refused(folder):
+    ids = torch.tensor([[0, 5, 6]])
+    plain = ChameleonForConditionalGeneration.from_pretrained(folder)
+    mine, body = Doubled.from_pretrained(folder), Body.from_pretrained(folder)
+    assert type(mine) is Doubled and torch.equal(mine(ids).logits, 2 * plain(ids).logits)
+    assert type(body) is Body
+    assert torch.equal(body(ids).last_hidden_state, plain.model(ids).last_hidden_state)
+    with pytest.raises(ValueError, match="is a copy of a class"):
+        load_pretrained(type("ChameleonVQVAE", (torch.nn.Module,), {}), folder)

@@ -22,14 +22,15 @@ TOP = {f"{name}.py" for name in ORDER} | {
 # What the core imports inside functions, so that a reader of the model meets no files and commands.
 LATE = {
     **{(module, name): "chameleon_extras" for module in CORE
-       for name in ("from_pretrained", "save_pretrained", "set_attn_implementation")},
+       for name in ("from_pretrained", "save_pretrained", "set_attn_implementation",
+                    "resize_token_embeddings")},
     ("chameleon", "generate"): "generate chameleon_extras.pretrained",
     ("generate", "main"): "chameleon_extras.command",
     ("generate", "stream"): "chameleon_extras.decoding",
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
-LINES = {"chameleon.py": 882, "generate.py": 802, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_120, 32
+LINES = {"chameleon.py": 886, "generate.py": 802, "README.md": 220}
+ALL_LINES, ALL_FILES = 11_170, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:

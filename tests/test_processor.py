@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -303,3 +304,18 @@ def test_pictures_of_answers_come_after_those_of_their_prompts(either):
 ])
 def test_answers_that_do_not_fit_their_prompts_are_named(bpe, answers, images, words):
     one_line(lambda: processor_for(bpe)(["x", "y"], images, answers=answers, padding=True), words)
+
+
+def test_the_padding_side_is_saved_and_read(tmp_path, bpe):
+    processor = processor_for(bpe)
+    before, bpe.padding_side = bpe.padding_side, "right"
+    try:
+        processor.save_pretrained(tmp_path)
+        want = processor(["a", "b c d"], padding=True).input_ids
+    finally:
+        bpe.padding_side = before
+    for kind in (ChameleonProcessor, transformers.AutoTokenizer):
+        loaded = kind.from_pretrained(tmp_path)
+        assert getattr(loaded, "tokenizer", loaded).padding_side == "right"
+    again = ChameleonProcessor.from_pretrained(tmp_path)(["a", "b c d"], padding=True).input_ids
+    assert again.tolist() == want.tolist()

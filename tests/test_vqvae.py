@@ -2,6 +2,7 @@
 test_oracle.py."""
 
 import math
+import threading
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, VectorQuantizer
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, VectorQuantizer, exact_convolutions
 
 SMALL = dict(embed_dim=8, num_embeddings=32, latent_channels=16, resolution=32, base_channels=32,
              channel_multiplier=(1, 2), num_res_blocks=1)
@@ -275,13 +276,43 @@ def test_the_config_survives_a_dict_and_ignores_unknown_keys():
 
 
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_encoding_leaves_the_callers_precision_as_it_was(precision):
+def test_exact_convolutions_leave_the_callers_precision_as_it_was(precision):
     """Also after the caller has used torch's newer settings, which forbid asking by the older."""
-    vq, conv = ChameleonVQVAE(ChameleonVQVAEConfig(**SMALL)).eval(), torch.backends.cudnn.conv
+    conv, seen = torch.backends.cudnn.conv, []
     before, torch.backends.fp32_precision = torch.backends.fp32_precision, precision
+
+    def inside():
+        with exact_convolutions():
+            seen.append(conv.fp32_precision)
+
     try:
-        seen = conv.fp32_precision
-        vq.encode(torch.zeros(1, 3, 32, 32))
-        assert conv.fp32_precision == seen
+        outside, other = conv.fp32_precision, threading.Thread(target=inside)
+        with exact_convolutions():
+            other.start()
+            other.join(0.2)  # it waits, or it would find and leave what this one has set
+            assert not seen and conv.fp32_precision == "ieee"
+        other.join()
+        assert seen == ["ieee"] and conv.fp32_precision == outside
     finally:
         torch.backends.fp32_precision = before
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_hooks_see_what_each_layer_has_computed(gradients):
+    vq, pixels, seen = ChameleonVQVAE(ChameleonVQVAEConfig(**SMALL)), torch.rand(1, 3, 32, 32), []
+    for module in vq.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.GroupNorm)):
+            module.register_forward_hook(lambda m, x, y: seen.append((m, x[0], y)))
+            module.register_full_backward_hook(lambda *_: None)
+    with torch.set_grad_enabled(gradients):
+        reconstruction, losses = vq(pixels)
+    for module, x, y in seen:
+        torch.testing.assert_close(module.forward(x.detach()), y, atol=1e-4, rtol=0)
+    if gradients:
+        (reconstruction.sum() + losses.total).backward()
+
+
+def test_dropout_waits_for_training():
+    vq = ChameleonVQVAE(ChameleonVQVAEConfig(**SMALL, dropout=0.5))
+    pixels = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert not vq.training and torch.equal(vq.encode(pixels), vq.encode(pixels))
