@@ -243,6 +243,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     gradient_checkpointing = False
     generation_config = None  # peft looks for it; options are arguments of `generate` here
     main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # for the Trainer: forward takes num_items_in_batch
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
 
@@ -818,6 +819,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,  # so many last positions get logits, or these; 0: all
         mask_image_logits: bool = True,
+        num_items_in_batch: Tensor | int | None = None,  # see `_loss`
     ) -> "ChameleonOutput | tuple":
         """-> logits (B, T, V) and, with labels, loss. Other arguments as in ChameleonModel.
 
@@ -849,16 +851,19 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         if mask_image_logits:
             lowest = torch.finfo(logits.dtype).min
             logits = logits.index_fill(-1, self.model.vocabulary.code_to_id, lowest)
-        loss = None if labels is None else self._loss(logits, labels, mask_image_logits)
+        loss = None if labels is None else self._loss(
+            logits, labels, mask_image_logits, num_items_in_batch)
         output = ChameleonOutput(loss, logits, None, body.past_key_values, body.hidden_states,
                                  body.attentions)
         plain = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if plain else output
 
-    def _loss(self, logits: Tensor, labels: Tensor, masked: bool) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, masked: bool, n: Tensor | int | None) -> Tensor:
         """Cross entropy of each token given those before it, be it text or image (section 2).
 
-            loss = - mean_t log softmax(logits[t])[labels[t + 1]]       where labels are not IGNORE
+            loss = - 1/n sum_t log softmax(logits[t])[labels[t + 1]]    where labels are not IGNORE
+
+        n: so many labels count here, or in all batches whose gradients are added (as given).
         """
         # DIFFERS: transformers returns an infinite loss here, without a word.
         if masked and not torch.compiler.is_compiling() and (
@@ -869,7 +874,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE,
                                 reduction="sum")
         # DIFFERS: 0, where transformers returns nan, if no label counts.
-        return total / (targets != IGNORE).sum().clamp(min=1)
+        return total / ((targets != IGNORE).sum().clamp(min=1) if n is None else n)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ Run as a program, this file is the command: `python generate.py --help`.
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -375,10 +375,12 @@ class Contexts:
 # The loop
 
 
-def rows_of(head: nn.Linear, ids: Tensor) -> nn.Module:
+def rows_of(head: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
     """The head for these ids alone: (..., D) -> (..., len(ids))."""
     if rows := getattr(head, "rows", None):  # quantized: it has weights of its own kind
         return rows(ids)
+    if not isinstance(head, nn.Linear):  # an adapter's, which adds to the product of the weights
+        return lambda hidden: head(hidden)[..., ids]
     part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
     part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
     return part

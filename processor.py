@@ -559,6 +559,10 @@ class ChameleonProcessor:
             raise TypeError(f"ChameleonProcessor does not know the keyword {min(unknown)!r}")
         data = self.tokenizer.batch(rows, return_tensors=return_tensors, **lengths)
         if labels is not None:
+            most = lengths.get("max_length") if lengths.get("truncation") else None
+            if any(set(row[:most]) == {IGNORE} for row in labels):
+                raise ValueError(f"max_length={most} leaves nothing of an answer: raise it, or "
+                                 "shorten the prompt")
             data["labels"] = self.tokenizer.batch(
                 labels, return_tensors=return_tensors, pad_id=IGNORE, **lengths)["input_ids"]
         if pictures:

@@ -51,6 +51,7 @@ from chameleon import (
     ChameleonSwinDecoderLayer,
 )
 from chameleon_extras.files import OneLineParser, exit_code, fast_bf16, hold, write_atomically
+from chameleon_extras.quantize import kind_of
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import evaluate, language, world
 from tiny_world.code_rows import add_code_rows, bake
@@ -85,7 +86,7 @@ STEPS = {"pretrain": 900, "sft": 9200}  # a step is 4,608 tokens; in the paper 2
 # Up to this part of sft's steps: (share of practice, share of lists), see Corpus.sft.
 PRACTICE = ((0.5, (0.40, 0.10)), (0.85, (0.34, 0.06)), (1.0, (0.16, 0.04)))
 ROWS = 18  # 2048, of 4096 tokens
-OWN_ROWS = 6  # --data: examples a step
+OWN_ROWS, EPOCHS = 6, 3  # --data: examples a step; how often each is learned
 PICTURES = 80_000  # 1.4 billion pairs of picture and text (section 2.2)
 
 
@@ -319,8 +320,9 @@ def train_decoder(stage: str, run: Run) -> None:
     if options.checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:
+        lengths = None if options.data else False  # user's batches differ: dynamic after the first
         for layer in model.model.layers:  # alike, so compiled once for all of them
-            layer.forward = torch.compile(layer.forward, dynamic=False)
+            layer.forward = torch.compile(layer.forward, dynamic=lengths)
     model.train()
     for step in run.progress(range(start, steps), stage):
         z_weight = 0.0 if options.no_z_loss else Z_LOSS
@@ -395,11 +397,15 @@ def own_data(run: Run) -> Prepared:
     frozen = options.train != "all" and fast_bf16(run.device)  # what does not learn is in bf16
     model = ChameleonForConditionalGeneration.from_pretrained(
         options.model, dtype=torch.bfloat16 if frozen else torch.float32, device_map=run.device)
+    if kind := kind_of(model):
+        raise ValueError(f"--model {options.model} holds {kind} weights, which do not learn: give "
+                         "the folder they were made from")
     processor = ChameleonProcessor.from_pretrained(options.model)
     corpus = OwnData(examples, model, processor, options.seed)
     run.made_by["--data"] = fingerprint(x for d in corpus.documents for x in (d.ids, d.weight))
     add_parts(model, options)
-    steps = options.steps or math.ceil(options.epochs * len(corpus.documents) / OWN_ROWS)
+    epochs = options.epochs or EPOCHS
+    steps = options.steps or math.ceil(epochs * len(corpus.documents) / OWN_ROWS)
     peak = own_rate(model.config.hidden_size, options.train)
     return model, processor, steps, peak, lambda step: corpus.batch(step, OWN_ROWS)
 
@@ -453,7 +459,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="of each stage; a small number makes a smoke run")
     add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
     add("--model", type=Path, default=Path("tiny"), help="--data: checkpoint to start from")
-    add("--epochs", type=int, default=3, help="--data: how often each line is learned")
+    add("--epochs", type=int, help=f"--data: how often each line is learned (default: {EPOCHS})")
     add("--train", choices=("all", "lora", "image-head"), default="all", help="--data: what learns")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
     add("--optimizer", choices=("muon", "adamw"),
@@ -484,6 +490,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.questions = min(200, options.steps or 200)
     if options.train != "all" and not options.data:
         parser.error(f"--train {options.train} needs --data")
+    if options.data and (options.no_qk_norm or options.norm_order != "pre"):
+        parser.error("--no-qk-norm and --norm-order are for a new model, and --model is none")
+    if options.epochs and (options.steps or not options.data):
+        parser.error("--epochs is for --data without --steps")
     if not 0 <= options.dropout < 1:
         parser.error(f"--dropout must be from 0 to below 1, got {options.dropout}")
     if options.learning_rate is not None and not 0 < options.learning_rate < 1:

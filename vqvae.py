@@ -126,6 +126,10 @@ class PreTrainedConfig:
     def to_dict(self) -> dict:
         return copy.deepcopy(vars(self)) | {"model_type": self.model_type}
 
+    def get_text_config(self, *ignored: object, **also_ignored: object) -> Self:
+        """transformers' Trainer asks for it; text and pictures have one config here."""
+        return self
+
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 

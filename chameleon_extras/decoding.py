@@ -529,6 +529,9 @@ class Decoder:
                           "compiled: say compile=True (--compile)", stacklevel=2)
         if compiled:
             check_compile(model.device)
+            if any(hasattr(module, "base_layer") for module in model.modules()):  # peft's
+                raise ValueError("compile=True reads plain layers: call merge_and_unload() of the "
+                                 "adapter before")
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for N blocks that is a

@@ -94,7 +94,8 @@ class Int8Linear(nn.Module):
         # compiler cannot trace offsets; its own tensors are aligned.)
         begin = 0 if torch.compiler.is_compiling() else flat.storage_offset()
         straight = flat.shape[1] % 16 == 0 and begin % 16 == 0
-        if few and straight and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        ours = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
+        if few and straight and ours:  # the kernel has no gradient
             y = torch._weight_int8pack_mm(flat, self.weight, self.ones)  # (rows, O)
             y = y.unflatten(0, x.shape[:-1])  # (..., O)
         else:
@@ -175,7 +176,8 @@ class Int4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def has_kernel(self, x: Tensor) -> bool:
-        return x.device.type == "cpu" and len(self.weight) % 16 == 0 and len(x) <= INT4_ROWS
+        few = len(self.weight) % 16 == 0 and len(x) <= INT4_ROWS
+        return x.device.type == "cpu" and few and not x.requires_grad  # it has no gradient
 
     def cpu_product(self, x: Tensor) -> Tensor:
         """x (rows, I) -> (rows, O) by PyTorch's 4-bit kernel."""

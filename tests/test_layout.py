@@ -29,8 +29,8 @@ LATE = {
     ("generate", "stream"): "chameleon_extras.decoding",
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
-LINES = {"chameleon.py": 886, "generate.py": 802, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_170, 32
+LINES = {"chameleon.py": 891, "generate.py": 804, "README.md": 220}
+ALL_LINES, ALL_FILES = 11_200, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:

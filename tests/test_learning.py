@@ -11,6 +11,7 @@ import torch
 from small import batch_with_pictures, small_model
 
 from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
+from generate import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,11 +89,13 @@ def test_two_processes_of_ddp_learn_the_mean_of_both(tmp_path):
         torch.testing.assert_close(one[name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_transformers_trainer_trains_with_a_collator_of_a_few_lines(tmp_path, untrained_folder):
+def trained(folder, out, epochs: int = 3, **changes):
+    """A model that transformers' Trainer has trained, its VQ-VAE before, and the losses."""
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
-    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder, dtype=torch.float32)
-    processor = ChameleonProcessor.from_pretrained(untrained_folder)
+    torch.manual_seed(0)
+    model = ChameleonForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    processor = ChameleonProcessor.from_pretrained(folder)
     picture = str(ROOT / "examples" / "star.png")
     data = [{"prompt": "What is it?<image>", "answer": "A star.", "images": [picture]},
             {"prompt": "Draw a star.", "answer": "<image>", "images": [picture]}] * 8
@@ -104,15 +107,47 @@ def test_transformers_trainer_trains_with_a_collator_of_a_few_lines(tmp_path, un
         return {**batch, "mask_image_logits": False}
 
     arguments = transformers.TrainingArguments(
-        output_dir=tmp_path, per_device_train_batch_size=4, num_train_epochs=3, report_to=[],
-        learning_rate=1e-2, remove_unused_columns=False, logging_steps=1, use_cpu=True,
-        gradient_checkpointing=True, disable_tqdm=True)
+        **dict(output_dir=out, per_device_train_batch_size=4, num_train_epochs=epochs, report_to=[],
+               learning_rate=1e-2, remove_unused_columns=False, logging_steps=1, use_cpu=True,
+               gradient_checkpointing=True, disable_tqdm=True) | changes)
     before = model.model.vqmodel.quant_conv.weight.clone()
-    trainer = transformers.Trainer(model, arguments, data_collator=collate, train_dataset=data)
+    trainer = transformers.Trainer(
+        model, arguments, data_collator=collate, train_dataset=data,
+        processing_class=transformers.AutoProcessor.from_pretrained(folder))
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert len(losses) == 12 and losses[-1] < losses[0] / 2
     assert torch.equal(model.model.vqmodel.quant_conv.weight, before)
+    return model, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_transformers_trainer_trains_with_a_collator_of_a_few_lines(
+        tmp_path, untrained_folder, bf16):
+    _, losses = trained(untrained_folder, tmp_path, bf16=bf16)
+    assert len(losses) == 12 and losses[-1] < losses[0] / 2
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, untrained_folder):
+    """An answer in words has fewer labels than one in a picture: a mean of means would differ."""
+    (one, _), (two, _) = (
+        trained(untrained_folder, tmp_path, epochs=1, per_device_train_batch_size=4 // n,
+                gradient_accumulation_steps=n, optim="sgd") for n in (1, 4))
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_the_head_draws_before_it_is_merged():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small_model(), peft.LoraConfig(target_modules=["lm_head"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    ids = torch.tensor([[0, 5, 6]])
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        generate(model, ids, compile=True)
+    plain = generate(small_model(), ids, mode="image", image_temperature=0)
+    drawn = generate(model, ids, mode="image", image_temperature=0)
+    merged = generate(model.merge_and_unload(), ids, mode="image", image_temperature=0)
+    assert torch.equal(drawn, merged) and not torch.equal(drawn, plain)
 
 
 def test_the_labels_of_a_drawn_picture_become_its_codes(untrained_folder):

@@ -319,3 +319,9 @@ def test_the_padding_side_is_saved_and_read(tmp_path, bpe):
         assert getattr(loaded, "tokenizer", loaded).padding_side == "right"
     again = ChameleonProcessor.from_pretrained(tmp_path)(["a", "b c d"], padding=True).input_ids
     assert again.tolist() == want.tolist()
+
+
+def test_an_answer_that_truncation_would_cut_off_whole_is_refused(bpe):
+    both = dict(text="a b c d e f", answers="yes", truncation=True)
+    one_line(lambda: processor_for(bpe)(**both, max_length=3), "leaves nothing of an answer")
+    assert (processor_for(bpe)(**both, max_length=99).labels != -100).any()

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 import train
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon_extras import convert
 from chameleon_extras.files import fast_bf16, hold
 from processor import ChameleonProcessor
 from tiny_world import documents, evaluate, own_data, vqvae_stage, world
@@ -593,6 +594,8 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
     (["sft", "--out", "x", "--seed", "-1"], "--seed"),
     (["sft", "--out", "x", "--train", "lora"], "--data"),
     (["sft", "--out", "x", "--epochs", "0"], "--epochs"),
+    (["sft", "--out", "x", "--data", "d", "--no-qk-norm"], "for a new model"),
+    (["sft", "--out", "x", "--data", "d", "--epochs", "3", "--steps", "2"], "without --steps"),
     (["sft", "--out", "x", "--device", "abacus"], "abacus"),
     (["sft", "--out", "x", "--state", "file"], "file"),
     (["sft", "--out", ".."], "--out must be the name"),
@@ -1065,3 +1068,12 @@ def test_the_shipped_codes_keep_colour_and_shape(tiny):
 
 def test_the_shipped_checkpoint_is_small():
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12e6
+
+
+def test_quantized_weights_are_refused_before_they_are_trained(tmp_path, untrained_folder, capsys):
+    convert.convert(untrained_folder, tmp_path / "int8", quantize="int8")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    arguments = ["sft", "--data", str(tmp_path / "data"), "--model", str(tmp_path / "int8")]
+    assert train.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert "holds int8 weights, which do not learn" in capsys.readouterr().err
