@@ -229,13 +229,6 @@ def test_branches_stop_before_the_room_is_full(corpus):
 
 
 @pytest.mark.parametrize("draw", ["pretrain", "sft"])
-def test_a_document_of_the_smallest_room_still_teaches_and_fits_into_a_row(corpus, draw):
-    for _ in range(300):
-        document = getattr(corpus, draw)(room=1)
-        assert max(document.weight) > 0 and len(document.ids) <= corpus.row_tokens
-
-
-@pytest.mark.parametrize("draw", ["pretrain", "sft"])
 def test_rows_are_full_and_hold_only_what_was_drawn(corpus, tokenizer, draw):
     corpus = Corpus(corpus.writer, corpus.pictures, rng(5))  # whatever other tests have drawn
     rows, filled = Rows(tokenizer.pad_token_id), 0

@@ -51,7 +51,7 @@ class Document:
     def add(self, ids: list[int], weight: float | list[float], branch: int = 0,
             read: list[int] | None = None) -> None:
         """Appends tokens. A new branch starts at the position after the shared beginning."""
-        if branch and self.branch[-1:] != [branch]:
+        if branch and branch not in self.branch[-1:]:
             start = self.branch.count(0)
         else:
             start = self.position[-1] + 1 if self.ids else 0
@@ -102,7 +102,6 @@ class Writer:
 
         The last sentence is the conclusion, and often a single word. It weighs CONCLUSION_WEIGHT
         in total (or 1 a token, if that is more), so that a long description does not outweigh it.
-        Its tokens are counted alone. If a space before it saves one, a full stop gets that weight.
         """
         ids = self.tokenizer.text_ids(text) + end
         last = len(end) + len(self.tokenizer.text_ids(text.rsplit(". ", 1)[-1]))
@@ -135,8 +134,7 @@ class Writer:
     def branches(
         self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int
     ) -> Document:
-        """A shared beginning and a branch for each turn: the first, and more if `room` tokens hold
-        them.
+        """A shared beginning and one branch for each turn, as many as fit into `room` tokens.
 
         A turn is (question, answer). With an empty question the answer is a plain statement, and
         all its tokens weigh 1. With an empty `shared`, no picture tells what the answer's first
@@ -153,7 +151,7 @@ class Writer:
             elif not shared:
                 seen = len(self.tokenizer.text_ids(text.split(". ")[0])) + 1  # and the full stop
                 weight[:seen] = [0.0] * seen
-            if document.branch[-1] and len(document.ids) + len(question) + len(answer) > room:
+            if len(document.ids) + len(question) + len(answer) > room:
                 break
             document.add(question, 0.0, branch)
             document.add(answer, weight, branch)
@@ -163,7 +161,7 @@ class Writer:
 GAPS = ("",) * 6 + (" ", " ", "\n")  # what a user may type between a picture and the words
 # How often sft asks each kind of question, relative to the others: hard kinds more often.
 ASKED = {
-    "caption": 1.5, "existence": 3.0, "relation": 5.0, "shape": 1.2, "colour": 1.0,
+    "caption": 1.5, "existence": 3.0, "relation": 4.0, "shape": 1.2, "colour": 1.0,
     "size": 1.0, "place": 4.0, "count": 3.0, "background": 0.3,
 }  # fmt: skip
 
@@ -317,7 +315,7 @@ class Corpus:
                 scene = self.told_scene(count)
                 pair = world.sample_pair(rng, self.chance(0.3))
                 while pair[0].things[0].colour == pair[1].things[0].colour and self.chance(0.6):
-                    pair = world.sample_pair(rng, self.chance(0.3))  # equal shapes are harder
+                    pair = world.sample_pair(rng, self.chance(0.3))  # fewer: shapes are harder
                 edit = world.sample_edit(rng, self.chance(0.3))
             share = rng.random()
             if kind < 0.5:
