@@ -425,12 +425,12 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
         if mask.ndim not in (2, 3, 4) or mask.shape[-1] != L or wrong:
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, but there are {L} tokens "
                              f"({past} cached + {T} new): see allowed_keys")
-        if mask.ndim == 3 and mask.is_floating_point():
-            raise ValueError("attention_mask (B, T, L) is 1 and 0, or bool: give an additive one "
-                             "as (B, 1, T, L)")
+        compiling = torch.compiler.is_compiling()
+        if mask.ndim == 3 and mask.is_floating_point() and not compiling and (mask < 0).any():
+            raise ValueError("an additive attention_mask is (B, 1, T, L), this one has no 1")
         if mask.ndim == 4:
             return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
-        looks = mask.ndim == 2 and T > 1 and not torch.compiler.is_compiling()
+        looks = mask.ndim == 2 and T > 1 and not compiling
         if looks and mask.all():
             mask = None  # the processor always sends a mask; most often nothing is padded
     if mask is None:

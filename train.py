@@ -86,6 +86,7 @@ STEPS = {"pretrain": 900, "sft": 9200}  # a step is 4,608 tokens; in the paper 2
 # Up to this part of sft's steps: (share of practice, share of lists), see Corpus.sft.
 PRACTICE = ((0.5, (0.40, 0.10)), (0.85, (0.34, 0.06)), (1.0, (0.16, 0.04)))
 ROWS = 18  # 2048, of 4096 tokens
+TINY = Path(__file__).resolve().parent / "tiny"
 OWN_ROWS, EPOCHS = 6, 3  # --data: examples a step; how often each is learned
 PICTURES = 80_000  # 1.4 billion pairs of picture and text (section 2.2)
 
@@ -458,7 +459,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--state", type=Path, help="what to resume from, and curves.csv (default: OUT.train)")
     add("--steps", type=int, help="of each stage; a small number makes a smoke run")
     add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
-    add("--model", type=Path, default=Path("tiny"), help="--data: checkpoint to start from")
+    add("--model", type=Path, default=TINY, help="--data: checkpoint to start from (default: tiny)")
     add("--epochs", type=int, help=f"--data: how often each line is learned (default: {EPOCHS})")
     add("--train", choices=("all", "lora", "image-head"), default="all", help="--data: what learns")
     add("--checkpointing", action="store_true", help="less memory, a third more time")

@@ -58,6 +58,7 @@ class Conversation:
         self.ids = [self.processor.tokenizer.bos_token_id]  # of all turns, or of the last one
         self.start = 1  # where the last answer begins
         self.pictures = []  # ids of the last pictures, marks included
+        self.seen = None  # the last picture, as it was given or drawn
         self.parts = []  # text and pictures to look at, lines of the user begin with ">"
         self.cache = KVCache(self.model.config)
 
@@ -83,6 +84,7 @@ class Conversation:
         self.parts.append("> " + text.replace("<image>", ""))
         if pictures:
             self.parts += ChameleonImageProcessor.postprocess(inputs["pixel_values"])
+            self.seen = pictures[-1]
 
         def watched() -> Iterator[torch.Tensor]:
             for ids in with_bar(steps, self.model):
@@ -102,6 +104,7 @@ class Conversation:
         """What of a piece belongs to the document."""
         if piece.drawn == self.model.config.vq_config.codes_per_image:
             self.parts.append(piece.image)
+            self.seen = piece.image
         elif piece.text and isinstance(self.parts[-1], str) and self.parts[-1][:1] != ">":
             self.parts[-1] += piece.text
         elif piece.text:
@@ -223,10 +226,9 @@ class Terminal:
     def image(self, names: str) -> None:
         whole = os.path.exists(os.path.expanduser(names))  # a name with blanks
         if names == "last":
-            seen = [part for part in self.conversation.parts if isinstance(part, Image.Image)]
-            if not seen:
+            if self.conversation.seen is None:
                 raise ValueError("there is no picture yet: /image FILE")
-            self.waiting.append(seen[-1])
+            self.waiting.append(self.conversation.seen)
         elif not names:
             raise ValueError("/image needs a file: /image examples/shapes.png")
         else:

@@ -102,7 +102,7 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
     if not any(folder.glob(f"{whole}*")) and any(folder.glob(f"{PICKLE}*")):
         whole = PICKLE
     index = folder / f"{whole}.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / whole).is_file():  # else it is of an earlier save
         try:
             names = sorted({name + "" for name in read_json(index)["weight_map"].values()})
         except (KeyError, AttributeError, TypeError):

@@ -37,6 +37,7 @@ from tokenizer import (
     END_OF_TURN,
     IMAGE_PLACEHOLDERS,
     SentencePieceTokenizer,
+    load_tokenizer,
     read_json,
     write_json,
 )
@@ -130,6 +131,9 @@ def write_processor(source: Path, folder: Path) -> None:
     for name in TOKENIZER_AND_PROCESSOR:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if not any((folder / f"tokenizer.{kind}").is_file() for kind in ("model", "json")):
+        load_tokenizer(source).save_pretrained(folder)  # under the name that Meta gave it
+        write_release_tokenizer(folder)
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
         write_sentencepiece_tokenizer(folder)
 

@@ -126,7 +126,10 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: bool = T
     """Replaces `path` by what `write` writes, at once and as a whole. keep=False only tries it."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another process may write, too
     try:
+        part.touch()
+        mode = part.stat().st_mode
         write(part)
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         if keep:
             os.replace(part, path)
     except OSError as e:
@@ -242,7 +245,7 @@ def ranks() -> int:
 
 def own_rank() -> int:
     """Which of them this process is. All compute the same, and rank 0 writes the files."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if ranks() > 1 else 0
 
 
 # ---------------------------------------------------------------------------------------------

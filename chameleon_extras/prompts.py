@@ -39,10 +39,12 @@ def read_prompts(file: Path) -> list[Line]:
     return asked
 
 
-def written(line: Line, answer: str) -> str:
-    """A prompt and its answer as --out holds them."""
+def written(line: Line, answer: str, encoding: str = "utf-8") -> str:
+    """A prompt and its answer as --out holds them; escaped if the encoding lacks a character."""
     images = {"images": line.images} if line.images else {}
-    return json.dumps({"prompt": line.prompt, **images, "answer": answer}, ensure_ascii=False)
+    values = {"prompt": line.prompt, **images, "answer": answer}
+    text = json.dumps(values, ensure_ascii=False)
+    return text if text.encode(encoding, "ignore").decode(encoding) == text else json.dumps(values)
 
 
 def answered(out: Path, asked: list[Line]) -> int:
@@ -115,6 +117,6 @@ def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, aske
                            seed=[options.seed + n for n in rows])
             new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)
             for n, answer in zip(rows, processor.batch_decode(new, skip_special_tokens=True)):
-                file.write(written(asked[n], answer) + "\n")
+                file.write(written(asked[n], answer, file.encoding or "utf-8") + "\n")
             file.flush()
             bar.update(len(rows))

@@ -297,3 +297,12 @@ def test_a_drawing_never_replaces_one_that_another_chat_made_meanwhile(tmp_path,
     monkeypatch.setattr(os.path, "lexists", lambda path: False)  # looked before the other made it
     assert [str(terminal.keep(word)) for word in "ab"] == ["picture.png", "picture-2.png"]
     assert (tmp_path / "picture.png").read_text() == "a"
+
+
+def test_the_last_picture_again_is_the_same_picture(lines, tmp_path):
+    lines(f"/image {SHAPES}")
+    for _ in range(3):
+        lines("What do you see?")
+        lines("/image last")
+    lines("/save story")
+    assert len({file.read_bytes() for file in (tmp_path / "story").glob("*.png")}) == 1

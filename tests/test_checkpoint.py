@@ -436,3 +436,17 @@ def test_a_subclass_is_loaded_as_such_and_a_copied_class_refused(folder):
     assert torch.equal(body(ids).last_hidden_state, plain.model(ids).last_hidden_state)
     with pytest.raises(ValueError, match="is a copy of a class"):
         load_pretrained(type("ChameleonVQVAE", (torch.nn.Module,), {}), folder)
+
+
+def test_the_index_of_an_earlier_save_is_not_followed(folder):
+    """transformers, too, takes model.safetensors, and leaves such an index behind."""
+    index = {"weight_map": {"a": "gone.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert bits_equal(load(folder), small_model())
+
+
+def test_weights_are_written_with_the_rights_that_any_new_file_has(folder):
+    (folder / "other").touch()
+    modes = {(folder / name).stat().st_mode for name in ("other", "config.json",
+                                                         "model.safetensors")}
+    assert len(modes) == 1

@@ -401,7 +401,10 @@ def test_trying_whether_a_place_can_be_written_leaves_nothing_there(run, tmp_pat
 
 
 def test_of_several_processes_only_the_first_writes(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", "1")  # alone it means nothing
+    assert run("--prompt", "Draw", "--mode", "image", "--out", "alone.png")[0] == 0
+    assert (tmp_path / "alone.png").is_file()
+    monkeypatch.setattr("chameleon_extras.files.ranks", lambda: 2)
     before = sorted(tmp_path.iterdir())
     for mode, out in (("image", "a.png"), ("interleaved", "d")):
         short = ("--max-new-tokens", "3") if mode == "interleaved" else ()

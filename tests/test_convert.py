@@ -682,3 +682,13 @@ def test_sizes_are_written_as_people_write_them(text, size):
 def test_what_is_no_size_is_refused(text, capsys):
     assert module.main(["a", "b", f"--shard-size={text}"]) == 2
     assert f"{text!r} is no size: write 5GB or 500MB" in capsys.readouterr().err
+
+
+def test_a_tokenizer_under_metas_name_is_converted_too(tmp_path, bpe):
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "tokenizer").mkdir(parents=True)
+    target.mkdir()
+    shutil.copyfile(bpe.path, source / "tokenizer" / "text_tokenizer.json")
+    module.write_processor(source, target)
+    assert load_tokenizer(target).vocab.keys() - {"<image>"} == bpe.vocab.keys() - {
+        "<image>", "<reserved08707>"}

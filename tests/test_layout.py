@@ -30,7 +30,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 891, "generate.py": 804, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_200, 32
+ALL_LINES, ALL_FILES = 11_220, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:

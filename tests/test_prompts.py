@@ -138,3 +138,12 @@ def test_answers_are_examples_for_training(run, tmp_path):
     examples = read_examples(tmp_path / "data")
     assert len(examples[0].images) == 1 and "<image>" in examples[0].prompt
     assert len(read_prompts(tmp_path / "data" / "answers.jsonl")) == len(examples) == 5
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_a_line_survives_any_encoding(encoding):
+    line = prompts.Line("here", "a \u2605 \xe9", ["caf\udce9.png"])
+    text = prompts.written(line, "yes", encoding).encode(encoding)
+    assert json.loads(text.decode(encoding)) == {
+        "prompt": line.prompt, "images": line.images, "answer": "yes"}
+    assert "\xe9" in prompts.written(line._replace(prompt="\xe9", images=[]), "yes", encoding)

@@ -1063,6 +1063,22 @@ def test_the_shipped_checkpoint_is_small():
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 12e6
 
 
+def test_weights_of_the_user_are_never_replaced(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, words in (("out", "was not trained from"), ("file", "is no folder")):
+        assert train.main(["vqvae", "--steps", "1", "--out", str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+    assert (tmp_path / "out" / "model-00001-of-00002.safetensors").read_text() == "mine"
+
+
+def test_a_tied_head_does_not_learn_alone():
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**SIZES, tie_word_embeddings=True))
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        own_data.add_learned(model, "image-head")
+
+
 def test_quantized_weights_are_refused_before_they_are_trained(tmp_path, untrained_folder, capsys):
     convert.convert(untrained_folder, tmp_path / "int8", quantize="int8")
     (tmp_path / "data").mkdir()

@@ -117,6 +117,9 @@ def add_learned(model: ChameleonForConditionalGeneration, kind: str):
         return None
     model.requires_grad_(False)
     if kind == "image-head":
+        if model.config.tie_word_embeddings:
+            raise ValueError("--train image-head needs a head of its own, and this one is the "
+                             "embedding's matrix, too (tie_word_embeddings): --train all or lora")
         rows = ImageRows(model.lm_head.weight, model.model.vocabulary.code_to_id)
         parametrize.register_parametrization(model.lm_head, "weight", rows)
         return None

@@ -53,7 +53,10 @@ class Run:
             if (self.state / "config.json").exists():
                 raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
             known, out = self.state / "out.txt", f"{self.out.resolve()}\n"
-            if (self.out / "config.json").exists() and (
+            if self.out.exists() and not self.out.is_dir():
+                raise ValueError(f"--out {self.out} is no folder: name another")
+            names = ["config.json", *(f.name for f in self.out.glob("model*.safetensors*"))]
+            if any((self.out / name).exists() for name in names) and (
                     not known.is_file() or known.read_text(encoding="utf-8") != out):
                 raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
                                  f"{self.state}: name another --out")
