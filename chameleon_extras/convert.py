@@ -36,6 +36,7 @@ from tokenizer import (
     END_IMAGE,
     END_OF_TURN,
     IMAGE_PLACEHOLDERS,
+    TOKENIZER_FILES,
     SentencePieceTokenizer,
     load_tokenizer,
     read_json,
@@ -131,7 +132,8 @@ def write_processor(source: Path, folder: Path) -> None:
     for name in TOKENIZER_AND_PROCESSOR:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not any((folder / f"tokenizer.{kind}").is_file() for kind in ("model", "json")):
+    if not any((folder / f"tokenizer.{kind}").is_file() for kind in ("model", "json")) and any(
+            (source / name).is_file() for name in TOKENIZER_FILES):
         load_tokenizer(source).save_pretrained(folder)  # under the name that Meta gave it
         write_release_tokenizer(folder)
     if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():

@@ -147,7 +147,9 @@ BROKEN = {
                           "vocab_size must be"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
     "no shard": (break_index, "lacks model-0"),
-    "broken index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+    "broken index": (lambda f: (f / "model.safetensors").rename(
+        f / "model-00001-of-00001.safetensors").with_name(
+            "model.safetensors.index.json").write_text("{}"),
                      "no readable weight_map"),
     "truncated": (truncate, "truncated or no safetensors file"),
     "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated or no safe"),

@@ -268,7 +268,7 @@ def test_a_cache_that_forward_has_filled_is_continued():
     assert not torch.equal(generate(MODEL, first, max_new_tokens=8, past_key_values=cache), plain)
     with torch.no_grad():
         cache = MODEL(first[:, :3]).past_key_values
-    with pytest.raises(ValueError, match="holds 3 columns, the prompt 1 ids: pass all ids"):
+    with pytest.raises(ValueError, match="holds 3 columns, the prompt has 1 ids: pass all ids"):
         generate(MODEL, first[:, 3:], past_key_values=cache)
     assert torch.equal(generate(MODEL, first, max_new_tokens=8, past_key_values=cache), plain)
 

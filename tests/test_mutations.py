@@ -268,6 +268,7 @@ def test_an_index_of_what_are_no_files_is_one_line(untrained_folder, tmp_path, v
     folder = shutil.copytree(untrained_folder, tmp_path / "a")
     index = {"weight_map": {"lm_head.weight": value}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no readable weight_map|lacks") as error:
         ChameleonForConditionalGeneration.from_pretrained(folder)
     assert "\n" not in str(error.value)

@@ -580,7 +580,7 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, words", [
     (["all"], "--out"), (["all", "--out", ""], "name of a folder"),
-    (["sft", "--data", "d", "--out", "tiny"], "would replace"),
+    (["sft", "--data", "d", "--out", str(train.TINY)], "would replace"),
     (["sft", "--out", "x", "--threads", "0"], "--threads"),
     (["evaluate", "--out", "x", "--questions", "0"], "--questions"),
     (["sft", "--out", "x", "--learning-rate", "nan"], "--learning-rate"),
