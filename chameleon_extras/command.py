@@ -67,7 +67,7 @@ MAX_COUNT = 1000
 MAX_STDIN = 10**7  # characters of --prompt -
 # The options that --reconstruct and --explain read.
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
-RECONSTRUCT = {"reconstruct", *OF_WEIGHTS}
+RECONSTRUCT = {"reconstruct", "model", "vqgan", "device", "image", "out"}
 EXPLAIN = {"explain", "prompt", "completion", *OF_WEIGHTS}
 CHAT = {"context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
         *OF_PICTURES} - {"image", "out"}

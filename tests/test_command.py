@@ -348,6 +348,8 @@ BAD = {
     "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --compile out"),
     "reconstruct by sampling": (("--reconstruct", "--image", "red.png", "--image-top-k", "5"),
                                 "leave --image-top-k out"),
+    "reconstruct in int8": (("--reconstruct", "--image", "red.png", "--quantize", "int8"),
+                            "leave --quantize out"),
     "guided text": (("--prompt", "a", "--guidance-text", "3"), "leave --guidance-text out"),
     "a long picture": (("--prompt", "a", "--mode", "image", "--max-new-tokens", "9"),
                        "leave --max-new-tokens out"),
