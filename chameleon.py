@@ -427,7 +427,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
                              f"({past} cached + {T} new): see allowed_keys")
         compiling = torch.compiler.is_compiling()
         if mask.ndim == 3 and mask.is_floating_point() and not compiling and (mask < 0).any():
-            raise ValueError("an additive attention_mask is (B, 1, T, L), this one has no 1")
+            raise ValueError("an additive attention_mask is (B, 1, T, L), this one is "
+                             f"{tuple(mask.shape)}")
         if mask.ndim == 4:
             return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
         looks = mask.ndim == 2 and T > 1 and not compiling
@@ -754,7 +755,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
-        if attention_mask is not None and len(attention_mask) not in (1, len(x)):
+        if attention_mask is not None and len(attention_mask) != len(x) and (
+                attention_mask.ndim == 2 or len(attention_mask) > 1):  # else one serves all rows
             raise ValueError(f"attention_mask has {len(attention_mask)} rows, the tokens {len(x)}")
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [], []
@@ -863,7 +865,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
             loss = - 1/n sum_t log softmax(logits[t])[labels[t + 1]]    where labels are not IGNORE
 
-        n: so many labels count here, or in all batches whose gradients are added (as given).
+        n: how many labels count, here or, if given, in all batches whose gradients are added.
         """
         # DIFFERS: transformers returns an infinite loss here, without a word.
         if masked and not torch.compiler.is_compiling() and (
