@@ -423,6 +423,8 @@ def export(
     weights, _ = run.whole_state(model)  # every rank sends its slices; only rank 0 writes
     if run.rank:
         return
+    if run.options.no_qk_norm:
+        return run.say(f"no class here reads weights without QK-norm: see {run.state}/curves.csv")
     twin = ChameleonForConditionalGeneration(model.config, model.model.vqmodel.decoder is not None)
     adapter = add_parts(twin, run.options)
     twin.load_state_dict(weights)
@@ -489,8 +491,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be from {low} to {high}, got {value}")
     if options.questions is None:
         options.questions = min(200, options.steps or 200)
-    if options.train != "all" and not options.data:
-        parser.error(f"--train {options.train} needs --data")
+    for name, default in (("train", "all"), ("model", TINY)):
+        if getattr(options, name) != default and not options.data:
+            parser.error(f"--{name} {getattr(options, name)} needs --data")
+    if options.no_qk_norm and options.stage in ("all", "evaluate"):
+        parser.error("--no-qk-norm makes curves and no checkpoint: give it to pretrain and sft")
     if options.data and (options.no_qk_norm or options.norm_order != "pre"):
         parser.error("--no-qk-norm and --norm-order are for a new model, and --model is none")
     if options.epochs and (options.steps or not options.data):

@@ -115,6 +115,20 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
     return [folder / name for name in names]
 
 
+def read_folder(folder: Path, kind: str | None, *arguments) -> dict[str, Stored]:
+    """All tensors of a folder, `arguments` are those of `open_tensors`. ValueError for one in two
+    files.
+    """
+    tensors = {}
+    for path in checkpoint_files(folder, kind):
+        found = open_tensors(path, *arguments)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ValueError(f"{path} holds {twice[0]}, and so does another file of its index: "
+                             "download the checkpoint again")
+        tensors |= found
+    return tensors
+
+
 def open_checkpoint(
     folder: Path, device: str | torch.device, vqgan: Path | None = None, apart: bool = False
 ) -> tuple[ChameleonConfig, str | None, dict[str, Stored]]:
@@ -126,9 +140,8 @@ def open_checkpoint(
     if release:
         (config, tensors), kind = open_release(release), None
     else:
-        (config, kind), tensors = open_config(folder), {}
-        for path in checkpoint_files(folder, kind):
-            tensors |= open_tensors(path, device, apart or kind is not None)
+        config, kind = open_config(folder)
+        tensors = read_folder(folder, kind, device, apart or kind is not None)
         tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
         head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if config.tie_word_embeddings and not kind and head and table:
@@ -371,8 +384,7 @@ def load_vqvae(cls: type, folder: Path) -> ChameleonVQVAE:
     values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if values.get("model_type") == "chameleon_vqgan":
         config = ChameleonVQVAEConfig.from_dict(values)
-        tensors = {name: tensor for path in checkpoint_files(folder, None)
-                   for name, tensor in open_tensors(path).items()}
+        tensors = read_folder(folder, None)
     else:
         whole, _, tensors = open_checkpoint(folder, "cpu")
         config = whole.vq_config

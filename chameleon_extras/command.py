@@ -8,7 +8,6 @@ generate.py instead. Answers go to stdout, everything else to stderr.
 
 import argparse
 import importlib.metadata
-import io
 import os
 import re
 import sys
@@ -18,7 +17,6 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from chameleon_extras.checkpoint import load_checkpoint, open_config
@@ -306,12 +304,6 @@ def check_writable(options: argparse.Namespace) -> None:
     if options.mode == "interleaved":  # a folder that is made when there is something to write
         out = next(path for path in (out, *out.absolute().parents) if path.exists()) / "document.md"
     elif not options.explain:
-        kind = picture_format(out)
-        try:
-            Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)
-        except (OSError, ValueError, KeyError) as e:
-            raise ValueError(f"--out {out}: pictures are not written as {kind} ({e}): name it "
-                             ".png") from None
         out = [out, *numbered_names(options)][-1]
     try:
         write_atomically(out, lambda part: part.touch(), keep=False)

@@ -107,6 +107,9 @@ def generation_options(generation_config=None, **options: object) -> dict:
     hold where no option is given. Options in NEUTRAL change nothing and are left out.
     """
     if generation_config is not None:
+        if not hasattr(generation_config, "to_diff_dict"):
+            raise ValueError("generation_config must be a GenerationConfig, got a "
+                             f"{type(generation_config).__name__}: give options by name")
         options = generation_config.to_diff_dict() | options
     return {name: value for name, value in options.items()
             if name not in NO_OPTIONS and value not in NEUTRAL.get(name, ())}

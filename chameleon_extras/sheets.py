@@ -22,8 +22,7 @@ from processor import ChameleonImageProcessor
 SIDE = 216  # in a document, smaller pictures are enlarged to at most so many pixels
 GAP = 4  # pixels between pictures of a sheet
 LARGEST = 500_000_000  # pixels of a sheet
-LONGEST = {"PNG": 2**31 - 1, "WEBP": 16383, "ICO": 256, "ICNS": 1024}  # pixels of a side, by format
-MOST = 65500  # of JPEG, and of others
+LONGEST = {"PNG": 2**31 - 1, "JPEG": 65500, "WEBP": 16383}  # pixels of a side, by format
 HEAT = (0, 215, 215)  # the colour of where a token looked
 GOLDEN_ANGLE = 137.508  # degrees between the hues of code k and k + 1; few codes look alike
 
@@ -36,10 +35,12 @@ def save_picture(image: Image.Image, path: Path) -> None:
 
 
 def picture_format(path: Path) -> str:
-    """ "out.png" -> "PNG". ValueError for another ending, a missing folder, or a folder's name."""
+    """ "out.png" -> "PNG". ValueError for a format that is not in LONGEST (others change colours or
+    sizes), a missing folder, or a folder's name.
+    """
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"{path} does not end like a picture: name it .png")
+    if kind not in LONGEST:
+        raise ValueError(f"{path} does not end in .png, .jpg or .webp: name it .png")
     if not path.parent.is_dir():
         raise ValueError(f"the folder {path.parent} of {path.name} does not exist: make it first")
     if path.is_dir():
@@ -52,9 +53,9 @@ def check_sheet(path: Path, pictures: int, side: int, columns: int | None = None
     columns = columns or math.ceil(math.sqrt(pictures))
     kind, rows = picture_format(path), math.ceil(pictures / columns)
     longest = max(columns, rows) * (side + GAP)
-    if longest > LONGEST.get(kind, MOST):
+    if longest > LONGEST[kind]:
         raise ValueError(f"{path} would be {longest} pixels long, and {kind} holds "
-                         f"{LONGEST.get(kind, MOST)}: ask for fewer or smaller ones, or for .png")
+                         f"{LONGEST[kind]}: ask for fewer or smaller ones, or for .png")
     if columns * rows * side**2 > LARGEST:
         raise ValueError(f"{path} would have more than 500 megapixels: ask for fewer pictures, or "
                          "for smaller ones")

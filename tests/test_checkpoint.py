@@ -123,6 +123,14 @@ def break_index(folder):
     sorted(folder.glob("model-0*"))[0].unlink()
 
 
+def one_tensor_twice(folder):
+    model = load(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=200_000)
+    first, second, *_ = sorted(folder.glob("model-0*"))
+    save_file(load_file(first), second)
+
+
 def change_tensor(change):
     def apply(folder):
         tensors = load_file(folder / "model.safetensors")
@@ -147,6 +155,7 @@ BROKEN = {
                           "vocab_size must be"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
     "no shard": (break_index, "lacks model-0"),
+    "a tensor in two shards": (one_tensor_twice, "so does another file of its index"),
     "broken index": (lambda f: (f / "model.safetensors").rename(
         f / "model-00001-of-00001.safetensors").with_name(
             "model.safetensors.index.json").write_text("{}"),

@@ -573,6 +573,8 @@ def test_a_generation_config_holds_where_no_option_is_given():
     config.num_beams = 3
     with pytest.raises(TypeError, match="num_beams"):
         MODEL.generate(PROMPT, generation_config=config)
+    with pytest.raises(ValueError, match="must be a GenerationConfig, got a dict"):
+        MODEL.generate(PROMPT, generation_config={"max_length": 9})
 
 
 def test_head_and_cache_have_the_methods_of_the_page():

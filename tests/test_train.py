@@ -588,6 +588,8 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
     (["sft", "--out", "x", "--train", "lora"], "--data"),
     (["sft", "--out", "x", "--epochs", "0"], "--epochs"),
     (["sft", "--out", "x", "--data", "d", "--no-qk-norm"], "for a new model"),
+    (["all", "--out", "x", "--no-qk-norm"], "no checkpoint"),
+    (["sft", "--out", "x", "--model", "m"], "needs --data"),
     (["sft", "--out", "x", "--data", "d", "--epochs", "3", "--steps", "2"], "without --steps"),
     (["sft", "--out", "x", "--device", "abacus"], "abacus"),
     (["sft", "--out", "x", "--state", "file"], "file"),
@@ -688,6 +690,17 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
         for step, shows in ((0, True), (2, False)):
             batch = train.toy_world("sft", train.Run(options), rng())[-1](step)
             assert torch.isin(batch["ids"], model.model.vocabulary.code_to_id).any() == shows
+    # Without QK-norm there are curves, but no weights that no class could read.
+    alone = tmp_path / "alone"
+    (tmp_path / "alone.train").mkdir()
+    for file in (out / "tokenizer.model", tmp_path / "tiny.train" / "vqvae.pt"):
+        folder = alone if file.suffix == ".model" else tmp_path / "alone.train"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(file, folder)
+    capsys.readouterr()
+    assert train.main(["pretrain", "--no-qk-norm", "--out", str(alone), "--steps", "2"]) == 0
+    assert "no class here reads weights without QK-norm" in capsys.readouterr().err
+    assert not (alone / "config.json").exists()
     # Another stage's weights of another kind are named, not loaded.
     capsys.readouterr()
     assert train.main(["sft", "--no-qk-norm", "--out", str(out), "--steps", "3"]) == 2
