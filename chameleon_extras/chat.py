@@ -193,10 +193,11 @@ class Terminal:
     def turn(self, text: str, mode: str) -> None:
         if mode == "text" and ASKS_TO_DRAW.match(text):
             say("a turn is answered in words: /draw TEXT draws")
-        turns, in_line = len(self.conversation.parts), False
+        turns, in_line, empty = len(self.conversation.parts), False, True
         steps = self.conversation.ask(text, self.waiting, mode, seed=self.seed, **self.sampling)
         try:
             for piece in steps:
+                empty = False
                 if piece.image is None:
                     print(piece.text, end="", flush=True)
                     in_line = not piece.text.endswith("\n")
@@ -204,6 +205,8 @@ class Terminal:
                     print("\n" * in_line + f"[{self.keep(piece.image)}, seed {self.seed}]",
                           flush=True)
                     in_line = False
+            if empty:
+                say("the answer has no words")
         finally:
             steps.close()
             if len(self.conversation.parts) > turns:  # else the turn was refused

@@ -413,8 +413,11 @@ def answer(options: argparse.Namespace) -> None:
         count = options.count * len(prompts)
         side = config.vq_config.resolution * (options.scale or 1)
         check_sheet(options.out, count, side if options.scale or count == 1 else max(side, DRAWN))
-    room_behind(config, inputs["input_ids"].shape[1], options.mode)
+    room = room_behind(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
+    room, picture = min(room, options.max_new_tokens or room), processor.image_seq_length + 2
+    if options.mode == "interleaved" and room < picture:
+        say(f"no picture will come: it takes {picture} tokens, and only {room} may follow")
     if options.mode == "text" and not options.explain and any(map(ASKS_TO_DRAW.match, prompts)):
         say("--mode text answers in words: add --mode image for a drawing")
     model = load_model(options)

@@ -69,6 +69,9 @@ class Visit:
                     yield
                     if self.stopped:
                         break
+            if self.messages[-1][0] == "user" and not self.stopped:
+                self.messages.append(("assistant", "(the answer has no words)"))
+                yield
         except (ValueError, OSError) as error:
             self.messages.append(("assistant", f"({error})"))
             yield

@@ -172,6 +172,12 @@ def test_a_slip_is_one_line_that_says_what_to_do(lines, line, message):
     assert message in err and err.count("\n") == 1
 
 
+def test_an_answer_without_a_word_is_said_to_be_one(lines, monkeypatch):
+    monkeypatch.setattr(chat, "stream", lambda model, *_, **__: iter([
+        torch.tensor([model.config.eos_token_id])]))
+    assert lines("Hello") == ("", "the answer has no words\n")
+
+
 def test_the_end_of_the_context_is_said_before_it_is_met(tiny, capsys):
     terminal = chat.Terminal(Conversation(*tiny, whole=True), 0, {"max_new_tokens": 2})
     terminal.waiting = [Image.open(STAR)] * 6

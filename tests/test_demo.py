@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import generate as module
@@ -122,6 +123,14 @@ def test_a_token_is_shown_on_the_picture_that_it_looked_at_most(tiny, monkeypatc
                for data in (first, second)]
     assert colours[0][1] > 140 > colours[0][0]  # green in the middle of the first
     assert max(colours[1]) - min(colours[1]) < 12  # gray in that of the second
+
+
+def test_an_answer_without_a_word_is_said_to_be_one(tiny, monkeypatch):
+    monkeypatch.setattr("chameleon_extras.chat.stream", lambda model, *_, **__: iter([
+        torch.tensor([model.config.eos_token_id])]))
+    visit = Visit(Conversation(*tiny, whole=False))
+    ask(visit, "Hello", [], "Answer")
+    assert visit.messages == [("user", "Hello"), ("assistant", "(the answer has no words)")]
 
 
 def test_two_visits_at_once_have_their_own_conversations(tiny):
