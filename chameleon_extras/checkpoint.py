@@ -77,7 +77,8 @@ def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
                          "(a checkpoint of the Hugging Face hub has to be downloaded first)")
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: it is neither a Hugging Face model folder "
-                         "nor Meta's release (models/7b beside tokenizer/)")
+                         "nor Meta's release (models/7b beside tokenizer/); after transformers' "
+                         "Trainer, save with model.save_pretrained(folder)")
     values = read_json(path)
     try:
         if values.get("model_type", "chameleon") != "chameleon":
