@@ -193,18 +193,12 @@ def coverage(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndar
 def render(scene: Scene, side: int = SIDE) -> np.ndarray:
     """scene -> picture (N, N, 3) uint8, `side` pixels wide."""
     picture = np.full((side, side, 3), BACKGROUNDS[scene.background], np.float32)  # (N, N, 3)
+    middles = np.arange(side, dtype=np.float32) + 0.5  # (N,), of the pixels
     for thing in scene.things:
         cy, cx = thing_centre(thing, side)
-        reach = int(side * 0.22) + 2  # more than any radius, and two pixels
-        rows = slice(max(0, int(cy) - reach), int(cy) + reach)
-        columns = slice(max(0, int(cx) - reach), int(cx) + reach)
-        window = picture[rows, columns]  # (h, w, 3), a view
-        y = np.arange(window.shape[0], dtype=np.float32)[:, None] + rows.start + 0.5 - cy  # (h, 1)
-        x = np.arange(window.shape[1], dtype=np.float32)[None] + columns.start + 0.5 - cx  # (1, w)
         radius = SIZES[thing.size] * REACH[thing.shape] * side
-        alpha = coverage(thing.shape, y, x, radius)[..., None]  # (h, w, 1)
-        colour = np.array(COLOURS[thing.colour], np.float32)
-        window += alpha * (colour - window)
+        alpha = coverage(thing.shape, middles[:, None] - cy, middles - cx, radius)  # (N, N)
+        picture += alpha[..., None] * (np.array(COLOURS[thing.colour], np.float32) - picture)
     return np.clip(picture.round(), 0, 255).astype(np.uint8)
 
 
