@@ -54,19 +54,14 @@ SPACE = SentencePieceTokenizer.SPACE
 # Tokenizer and processor
 
 
-def begin_with(bos_id: int) -> dict:
-    """The post_processor of tokenizer.json that puts <s> in front, as Meta's code does."""
-    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    return {
-        "type": "TemplateProcessing", "single": begin,
-        "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [bos_id], "tokens": ["<s>"]}},
-    }
-
-
 def write_tokenizer(folder: Path, data: dict) -> None:
     """Writes tokenizer.json, whose contents are `data` and <s> in front; tokenizer_config.json."""
-    data["post_processor"] = begin_with(data["model"]["vocab"]["<s>"])
+    begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    bos = {"id": "<s>", "ids": [data["model"]["vocab"]["<s>"]], "tokens": ["<s>"]}
+    data["post_processor"] = {  # puts <s> in front, as Meta's code does
+        "type": "TemplateProcessing", "single": begin,
+        "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {"<s>": bos},
+    }
     text = json.dumps(data, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     write_json(folder / "tokenizer_config.json", {
