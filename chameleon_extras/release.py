@@ -11,20 +11,7 @@ checkpoint.py calls it for a folder of one of these layouts:
     models/7b or models/30b, tokenizer/        the release's root, also GAIR/Anole-7b-v0.1
     *.safetensors, q_norm.weight of one dimension    written by Anole's fork of transformers
 
-The table lists Meta's name, its shape in each of the P shards, how the shards are joined, and
-Hugging Face's name. Letters are those of chameleon.py; "layers.N." and "model.layers.N." are left
-out.
-
-    tok_embeddings      (V, D/P)      columns        embed_tokens
-    attention.wq        (H Dh/P, D)   rows, halves   self_attn.q_proj
-    attention.wk        (Hkv Dh/P, D) rows, halves   self_attn.k_proj
-    attention.wv        (Hkv Dh/P, D) rows           self_attn.v_proj
-    attention.wo        (D, H Dh/P)   columns        self_attn.o_proj
-    attention.q_normalization (Dh,)   every head     self_attn.q_norm (H, Dh); k_norm (Hkv, Dh)
-    feed_forward.w1, w3 (F/P, D)      rows           mlp.gate_proj, up_proj
-    feed_forward.w2     (D, F/P)      columns        mlp.down_proj
-    attention_norm, ffn_norm, norm    mean           input_layernorm, post_attention_layernorm, norm
-    output              (V/P, D)      rows           lm_head
+`name_table` lists the names of both, and how the P shards of a tensor are joined.
 
 Halves: RoPE rotates pairs of numbers. Meta pairs neighbours (x_2i, x_2i+1); Hugging Face and
 chameleon.py pair (x_i, x_i+Dh/2). Putting the even rows of each head before its odd rows turns one
@@ -97,31 +84,34 @@ def join_stored(parts: list[Stored], join: Callable) -> Stored:
 
 
 def name_table(c: ChameleonConfig) -> dict[str, tuple[str, Callable]]:
-    """{Hugging Face's name: (Meta's name, function that joins its shards)} of the decoder."""
+    """{Hugging Face's name: (Meta's name, function that joins its shards)} of the decoder.
+
+    In comments: the shape in each of the P shards, with the letters of chameleon.py.
+    """
     turn = partial(halves, head_dim=c.head_dim)
     q_heads = partial(every_head, heads=c.num_attention_heads)
     k_heads = partial(every_head, heads=c.num_key_value_heads)
     layer = {
-        "self_attn.q_proj.weight": ("attention.wq.weight", turn),
-        "self_attn.k_proj.weight": ("attention.wk.weight", turn),
-        "self_attn.v_proj.weight": ("attention.wv.weight", rows),
-        "self_attn.o_proj.weight": ("attention.wo.weight", columns),
-        "self_attn.q_norm.weight": ("attention.q_normalization.weight", q_heads),
+        "self_attn.q_proj.weight": ("attention.wq.weight", turn),  # (H Dh/P, D)
+        "self_attn.k_proj.weight": ("attention.wk.weight", turn),  # (Hkv Dh/P, D)
+        "self_attn.v_proj.weight": ("attention.wv.weight", rows),  # (Hkv Dh/P, D)
+        "self_attn.o_proj.weight": ("attention.wo.weight", columns),  # (D, H Dh/P)
+        "self_attn.q_norm.weight": ("attention.q_normalization.weight", q_heads),  # (Dh,)
         "self_attn.q_norm.bias": ("attention.q_normalization.bias", q_heads),
         "self_attn.k_norm.weight": ("attention.k_normalization.weight", k_heads),
         "self_attn.k_norm.bias": ("attention.k_normalization.bias", k_heads),
-        "mlp.gate_proj.weight": ("feed_forward.w1.weight", rows),
-        "mlp.up_proj.weight": ("feed_forward.w3.weight", rows),
-        "mlp.down_proj.weight": ("feed_forward.w2.weight", columns),
-        "input_layernorm.weight": ("attention_norm.weight", mean),
-        "post_attention_layernorm.weight": ("ffn_norm.weight", mean),
+        "mlp.gate_proj.weight": ("feed_forward.w1.weight", rows),  # (F/P, D)
+        "mlp.up_proj.weight": ("feed_forward.w3.weight", rows),  # (F/P, D)
+        "mlp.down_proj.weight": ("feed_forward.w2.weight", columns),  # (D, F/P)
+        "input_layernorm.weight": ("attention_norm.weight", mean),  # (D,)
+        "post_attention_layernorm.weight": ("ffn_norm.weight", mean),  # (D,)
     }
-    table = {"model.embed_tokens.weight": ("tok_embeddings.weight", columns)}
+    table = {"model.embed_tokens.weight": ("tok_embeddings.weight", columns)}  # shape: (V, D/P)
     for n in range(c.num_hidden_layers):
         for ours, (metas, join) in layer.items():
             table[f"model.layers.{n}.{ours}"] = (f"layers.{n}.{metas}", join)
     table["model.norm.weight"] = ("norm.weight", mean)
-    table["lm_head.weight"] = ("output.weight", rows)
+    table["lm_head.weight"] = ("output.weight", rows)  # shape: (V/P, D)
     return table
 
 
