@@ -34,16 +34,13 @@ class Stats:
             torch.cuda.reset_peak_memory_stats(model.device)
 
     def watch(self, steps: Iterator[Tensor]) -> Iterator[Tensor]:
-        steps = iter(steps)
-        while True:
-            start = time.perf_counter()
-            ids = next(steps, None)
-            if ids is None:
-                return
+        start = time.perf_counter()
+        for ids in steps:
             self.rows, first = len(ids), int(ids[0])  # to read an id is part of making it
             self.seconds.append(time.perf_counter() - start)
             self.codes += first in self.is_code
             yield ids
+            start = time.perf_counter()
 
     def report(self, cache: KVCache | None = None) -> str:
         """What was seen, with the cache of the last step. Measures the memory's bandwidth, too."""
