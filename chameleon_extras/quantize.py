@@ -30,13 +30,8 @@ Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE (
 
 "nf4" has 16 values at unequal distances, see NF4Linear.
 
-Three ways to get there:
-    load_checkpoint(..., quantize="int8")       each matrix on its own as it comes from the disk, so
-                                                that memory never holds the whole model in bf16
-    python -m chameleon_extras.convert SRC DST --quantize int8
-                                                once and for all: DST is half as large
-    quantize_model(model, "int8")               a model that is in memory already
-All give the same bits.
+Weights packed as they come from the disk (checkpoint.py), by the command of convert.py, or in
+memory (`quantize_model`) have the same bits.
 """
 
 import torch
@@ -230,12 +225,6 @@ def group_size(inputs: int, sizes: tuple[int, ...] = Int4Linear.GROUPS) -> int:
     raise ValueError(f"4-bit weights need widths that are multiples of {sizes[-1]}, not {inputs}")
 
 
-def linear_layers(model: nn.Module, kind: str | None = None) -> dict[str, nn.Linear]:
-    """The layers that are quantized: all of the decoder and, but for nf4, its head."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-            and "vqmodel" not in name and not (kind == "nf4" and name == "lm_head")}
-
-
 def check_kind(kind: str) -> None:
     """ValueError for a quantization that does not exist."""
     if kind not in KINDS:
@@ -271,11 +260,14 @@ def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
-    """Puts twins, empty (on the meta device), in place -> {name: the layer that was there}.
+    """Puts twins, empty (on the meta device), in place of the decoder's linear layers and, but for
+    nf4, of its head -> {name: the layer that was there}.
 
     ValueError for widths that 4-bit groups do not fit, before any change.
     """
-    layers = linear_layers(model, kind)
+    layers = {name: module for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and "vqmodel" not in name
+              and (kind, name) != ("nf4", "lm_head")}
     twins = {name: empty_twin(layer.in_features, layer.out_features, layer.bias is not None, kind)
              for name, layer in layers.items()}
     for name, twin in twins.items():
