@@ -17,7 +17,7 @@ they will in a real prompt.
 Letters: B rows, T tokens of a row, S codes of a picture, K codes of the codebook.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -60,6 +60,7 @@ class Document:
         self.weight += weight if isinstance(weight, list) else [weight] * len(ids)
         self.branch += [branch] * len(ids)
         self.position += range(start, start + len(ids))
+        assert len(self.read) == len(self.weight) == len(self.ids)  # else `packed` would shift them
 
 
 class Picture(NamedTuple):
@@ -230,9 +231,7 @@ class Corpus:
             return writer.completion(*prompt, scene)
         if kind < 0.85:  # interleaved
             other = self.scene()
-            return writer.completion(
-                language.caption(scene), scene, language.caption(other), other
-            )
+            return writer.completion(language.caption(scene), scene, language.caption(other), other)
         if kind < 0.88:  # text alone
             return writer.completion(" ".join(self.statements(scene, 4)))
         return writer.completion(" ".join(self.again()))
@@ -483,22 +482,15 @@ class Rows:
 
 def packed(rows: list[list[Document]], T: int, pad: int) -> dict[str, Tensor]:
     """B rows of documents -> the tensors of `Rows.batch`."""
-    shape = len(rows), T
-    arrays = {
-        "ids": np.full(shape, pad), "read": np.full(shape, pad),
-        "position": np.zeros(shape, np.int64), "branch": np.zeros(shape, np.int64),
-        "document": np.full(shape, -1), "weight": np.zeros(shape, np.float32),
-    }  # fmt: skip
-    for b, documents in enumerate(rows):
-        start = 0
-        for n, document in enumerate(documents):
-            place = b, slice(start, start + len(document.ids))
-            for name in ("ids", "read", "position", "weight", "branch"):
-                arrays[name][place] = getattr(document, name)
-            arrays["document"][place] = n
-            start += len(document.ids)
-    batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    batch["mask"] = visible(batch.pop("document"), batch.pop("branch"))  # (B, T, T)
+
+    def filled(lists: Iterable[list], value: float) -> Tensor:
+        return torch.tensor([row + [value] * (T - len(row)) for row in lists])  # (B, T)
+
+    fills = {"ids": pad, "read": pad, "position": 0, "branch": 0, "weight": 0.0}
+    batch = {name: filled(([x for document in row for x in getattr(document, name)]
+                           for row in rows), value) for name, value in fills.items()}
+    numbers = ([n for n, document in enumerate(row) for _ in document.ids] for row in rows)
+    batch["mask"] = visible(filled(numbers, -1), batch.pop("branch"))  # (B, T, T)
     return batch
 
 
