@@ -40,13 +40,7 @@ from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 from chameleon_extras.files import Stored, open_tensors, write_atomically
-from chameleon_extras.quantize import (
-    KINDS,
-    check_kind,
-    kind_of,
-    pack,
-    swap_layers,
-)
+from chameleon_extras.quantize import KINDS, check_kind, kind_of, pack, swap_layers
 from chameleon_extras.release import (
     DECODER_PREFIX,
     VQ_PREFIX,
@@ -58,8 +52,7 @@ from chameleon_extras.release import (
 from tokenizer import read_json
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
-OWN_FILES = re.compile(
-    r"model(?:\.(int[48]|nf4))?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+OWN_FILES = re.compile(r"model(?:\.(int[48]|nf4))?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 PICKLE = "pytorch_model.bin"  # the file of older checkpoints
 QUANTIZED = "quantized_weights"  # in config.json: one of KINDS; absent where weights are plain
 

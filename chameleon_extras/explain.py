@@ -125,8 +125,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
                              ).last_hidden_state[0]  # (T, D)
         probs = model.lm_head(hidden[-1:]).float().softmax(-1)[0].cpu()  # (V,)
     cache.length -= 1  # the last token once more, with the attention that returns its weights
-    last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True,
-                       return_dict=True)
+    last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True, return_dict=True)
     attention = torch.cat([weights[0].mean(0) for weights in last.attentions])  # (layers, T)
     allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); 2-D would give None
     tokens = tokens_of(model, names, ids[0], hidden)

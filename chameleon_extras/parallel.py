@@ -159,6 +159,5 @@ def shard(
     # `rows` gives only some logits. Their rows of the head are on several ranks: compute them all.
     model.lm_head.rows = lambda ids: lambda hidden: model.lm_head(hidden)[..., ids]
     Hkv = model.config.num_key_value_heads // N
-    model.config = model.model.config = dataclasses.replace(
-        model.config, num_key_value_heads=Hkv)
+    model.config = model.model.config = dataclasses.replace(model.config, num_key_value_heads=Hkv)
     return model.to(device)

@@ -143,8 +143,7 @@ def answer(model, processor, conversations: list[Turns]) -> list[str]:
     inputs = read(processor, conversations).to(model.device)
     with torch.inference_mode():  # the longest answer: three things, then two of them again
         ids = generate(model, **inputs, max_new_tokens=96)  # (B, T + new)
-    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :],
-                                  skip_special_tokens=True)
+    return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def accuracy(model, processor, row: str, questions: int, held_out: bool = False) -> float:
