@@ -55,9 +55,8 @@ class Run:
             known, out = self.state / "out.txt", f"{self.out.resolve()}\n"
             if self.out.exists() and not self.out.is_dir():
                 raise ValueError(f"--out {self.out} is no folder: name another")
-            names = ["config.json", *(f.name for f in self.out.glob("model*.safetensors*"))]
-            if any((self.out / name).exists() for name in names) and (
-                    not known.is_file() or known.read_text(encoding="utf-8") != out):
+            found = [*self.out.glob("config.json"), *self.out.glob("model*.safetensors*")]
+            if found and not (known.is_file() and known.read_text(encoding="utf-8") == out):
                 raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
                                  f"{self.state}: name another --out")
             self.state.mkdir(parents=True, exist_ok=True)
