@@ -268,21 +268,15 @@ def shades(weights: Tensor) -> list[str]:
     return ["".join(SHADES[level] * 2 for level in row) for row in levels.tolist()]
 
 
-def block(walk: Walk, query: tuple, key: tuple) -> str:
-    """Which tokens of segment `key` those of segment `query` may attend to: all, half or none."""
-    part = walk.allowed[query[1] : query[2], key[1] : key[2]]  # (queries, keys)
-    return "all" if part.all() else "half" if part.any() else "none"
-
-
 def mask_lines(walk: Walk) -> list[str]:
     T, pairs = len(walk.tokens), int(walk.allowed.sum())
     lines = [f"positions 0 to {T - 1}, one each, text and pictures alike",
              f"mask: {pairs} of {T} x {T} pairs, each token looks at itself and what is before it"]
-    signs = {"all": "█", "half": "◣", "none": "·"}
     widest = max(len(name) for name, _, _ in walk.segments)
-    for query in walk.segments:
-        row = " ".join(signs[block(walk, query, key)] for key in walk.segments)
-        lines.append(f"  {query[0]:{widest}}  {row}")
+    for name, start, end in walk.segments:  # its queries, and below the keys of each segment
+        parts = [walk.allowed[start:end, first:last] for _, first, last in walk.segments]
+        signs = ("█" if part.all() else "◣" if part.any() else "·" for part in parts)
+        lines.append(f"  {name:{widest}}  {' '.join(signs)}")
     return lines
 
 
@@ -367,17 +361,12 @@ def picture_figures(walk: Walk, n: int, codes: Tensor) -> list[str]:
 
 def mask_figure(walk: Walk, side: int = 240) -> str:
     """Queries downwards, keys to the right. Lines separate text and pictures."""
-    scale, drawn = side / len(walk.tokens), []
-    for query in walk.segments:
-        for key in walk.segments:
-            x0, x1, y0, y1 = (place * scale for place in (*key[1:], *query[1:]))
-            corners = {"all": [(x0, y0), (x1, y0), (x1, y1), (x0, y1)],
-                       "half": [(x0, y0), (x1, y1), (x0, y1)], "none": []}[block(walk, query, key)]
-            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
-            drawn.append(f'<polygon class="bar" fill-opacity=".6" points="{points}"/>')
-    for _, start, _ in walk.segments[1:]:
-        at = start * scale
-        drawn.append(f'<path class="line" d="M0 {at:.1f}H{side}M{at:.1f} 0V{side}"/>')
-    return (f'<figure><svg width="{side}" height="{side}">{"".join(drawn)}</svg><figcaption>'
-            f"{int(walk.allowed.sum())} of {len(walk.tokens)} x {len(walk.tokens)} pairs; a token "
-            "of a picture, too, looks back only</figcaption></figure>")
+    T, keys = len(walk.tokens), walk.allowed.sum(1).tolist()  # each query sees the first so many
+    scale = side / T
+    edge = " ".join(f"{n * scale:.1f},{t * scale:.1f}" for t, n in enumerate(keys, start=1))
+    starts = [start * scale for _, start, _ in walk.segments[1:]]
+    lines = "".join(f"M0 {at:.1f}H{side}M{at:.1f} 0V{side}" for at in starts)
+    return (f'<figure><svg width="{side}" height="{side}"><polygon class="bar" fill-opacity=".6" '
+            f'points="0,0 {edge} 0,{side}"/><path class="line" d="{lines}"/></svg><figcaption>'
+            f"{sum(keys)} of {T} x {T} pairs; a token of a picture, too, looks back only"
+            "</figcaption></figure>")
