@@ -254,11 +254,10 @@ def picture_lines(walk: Walk, n: int, codes: Tensor) -> list[str]:
              f"{walk.tokens[start].id}"]
     shaded = shades(weights)
     rows = [" ".join(f"{code:4}" for code in row[:GRID].tolist()) for row in codes[:GRID]]
-    cut = " ..." if max(h, w) > GRID else ""
     if w <= GRID and h <= GRID:
         lines += [f"{row}    |{shade}|" for row, shade in zip(rows, shaded)]
     else:
-        lines += [row + cut for row in rows] + [f"|{shade}|" for shade in shaded]
+        lines += [row + " ..." for row in rows] + [f"|{shade}|" for shade in shaded]
     return [*lines, f"shaded: attention of the last token, the darkest {float(weights.max()):.2%}"]
 
 
