@@ -166,10 +166,6 @@ def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namesp
     if not options.data:
         add_code_rows(model)
     adapter = add_learned(model, options.train)
-
-    def drop(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
-        return F.dropout(y, options.dropout, module.training)
-
     for layer in model.model.layers:
         assert isinstance(layer, ChameleonDecoderLayer)
         if options.no_qk_norm:
@@ -177,7 +173,8 @@ def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namesp
                 setattr(layer.self_attn, name, nn.Identity())
         if options.dropout:  # on the outputs of attention and feed-forward (section 2.3, 7B only)
             for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                last.register_forward_hook(drop)
+                last.register_forward_hook(
+                    lambda module, _, y: F.dropout(y, options.dropout, module.training))
     return adapter
 
 
@@ -489,8 +486,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} must be from {low} to {high}, got {value}")
-    if options.questions is None:
-        options.questions = min(200, options.steps or 200)
+    options.questions = options.questions or min(200, options.steps or 200)
     for name, default in (("train", "all"), ("model", TINY)):
         if getattr(options, name) != default and not options.data:
             parser.error(f"--{name} {getattr(options, name)} needs --data")
