@@ -141,9 +141,8 @@ def train_tokenizer(run: Run) -> None:
 # The decoder: one loop for pretrain and sft
 
 
-def build_model(
-    tokenizer: SentencePieceTokenizer, vq: ChameleonVQVAE, options: argparse.Namespace
-) -> ChameleonForConditionalGeneration:
+def build_model(tokenizer: SentencePieceTokenizer, vq: ChameleonVQVAE,
+                options: argparse.Namespace) -> ChameleonForConditionalGeneration:
     """An untrained decoder around a trained VQ-VAE, which is frozen."""
     config = ChameleonConfig(
         **SIZES, vocab_size=tokenizer.vocab_size, vocabulary_map=tokenizer.vocab, vq_config=VQ,
@@ -231,9 +230,8 @@ class Muon(torch.optim.Optimizer):
             p.add_(x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
-def decoder_loss(
-    model: ChameleonForConditionalGeneration, batch: dict[str, Tensor], z_weight: float
-) -> tuple[Tensor, dict[str, float]]:
+def decoder_loss(model: ChameleonForConditionalGeneration, batch: dict[str, Tensor],
+                 z_weight: float) -> tuple[Tensor, dict[str, float]]:
     """A batch from `Rows` -> the loss (scalar), and its parts for curves.csv, in nats per token.
 
         loss = sum_t w_t (-log p(x_t | x_<t) + z_weight log^2 Z_t) / sum_t w_t
@@ -413,9 +411,8 @@ def own_rate(width: int, learned: str) -> float:
     return OWN_RATE[learned] if width >= 1024 else 1e-3
 
 
-def export(
-    model: ChameleonForConditionalGeneration, processor: ChameleonProcessor, run: Run
-) -> None:
+def export(model: ChameleonForConditionalGeneration, processor: ChameleonProcessor,
+           run: Run) -> None:
     """Writes the checkpoint --out in the HF layout: bf16 weights, config, tokenizer, processor."""
     weights, _ = run.whole_state(model)  # every rank sends its slices; only rank 0 writes
     if run.rank:

@@ -123,9 +123,8 @@ def read_folder(folder: Path, kind: str | None, *arguments) -> dict[str, Stored]
     return tensors
 
 
-def open_checkpoint(
-    folder: Path, device: str | torch.device, vqgan: Path | None = None, apart: bool = False
-) -> tuple[ChameleonConfig, str | None, dict[str, Stored]]:
+def open_checkpoint(folder: Path, device: str | torch.device, vqgan: Path | None = None,
+                    apart: bool = False) -> tuple[ChameleonConfig, str | None, dict[str, Stored]]:
     """A folder of any layout -> config, kind of quantized weights, {Hugging Face's name: tensor}.
 
     `vqgan` names a file whose VQ-VAE replaces the folder's, see release.py.
@@ -211,10 +210,8 @@ class WithoutInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def open_model(
-    cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None,
-    quantize: str | None = None,
-) -> tuple[nn.Module, dict[str, Stored]]:
+def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None,
+               quantize: str | None = None) -> tuple[nn.Module, dict[str, Stored]]:
     """-> model on the "meta" device, and on disk exactly the tensors that it needs. For the class
     ChameleonModel, it is the model around one, without its head.
 

@@ -209,9 +209,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 # Attention: which kernel computes it
 
 
-def one_query_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> tuple[Tensor, None]:
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                        dropout: float) -> tuple[Tensor, None]:
     """softmax(q k^T / sqrt(Dh)) v for a single query, keys and values shared by their group.
 
     q (B, H, 1, Dh), k and v (B, Hkv, L, Dh), mask (B or 1, 1, 1, L) or None -> (B, H, 1, Dh)
@@ -225,9 +224,8 @@ def one_query_attention(
     return y.flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
 
 
-def one_query_loops(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> tuple[Tensor, None]:
+def one_query_loops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                    dropout: float) -> tuple[Tensor, None]:
     """`one_query_attention` for torch.compile on a CPU: the same, but better loops come of it.
 
     The query is made fp32 once, not once for each key. And AT_ONCE columns of v are summed in each
@@ -244,9 +242,8 @@ def one_query_loops(
     return y.to(q.dtype).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
 
 
-def auto_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> tuple[Tensor, None]:
+def auto_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                   dropout: float) -> tuple[Tensor, None]:
     """The form for one query; for many the fused kernel that torch picks.
 
     On CUDA that is flash for a prompt without a mask. Padding and guidance need one, which flash

@@ -125,9 +125,8 @@ def shard_quantized(model: ChameleonForConditionalGeneration, rank: int, N: int,
     model.lm_head.register_forward_hook(gather)
 
 
-def shard(
-    model: ChameleonForConditionalGeneration, device: torch.device
-) -> ChameleonForConditionalGeneration:
+def shard(model: ChameleonForConditionalGeneration,
+          device: torch.device) -> ChameleonForConditionalGeneration:
     """A whole model, the same on every rank -> this rank's part of it, on its device. In place.
 
     The config gets Hkv/N key/value heads, the size of this rank's KV cache.

@@ -132,9 +132,8 @@ class Writer:
         document.add(self.eos, 1.0)
         return document
 
-    def branches(
-        self, shared: tuple, turns: list[tuple[str, str]], image: float, room: int
-    ) -> Document:
+    def branches(self, shared: tuple, turns: list[tuple[str, str]], image: float,
+                 room: int) -> Document:
         """A shared beginning and one branch for each turn, as many as fit into `room` tokens.
 
         A turn is (question, answer). With an empty question the answer is a plain statement, and

@@ -171,10 +171,8 @@ def draw(model, inputs: dict, seed: int, guidance: float) -> tuple[Tensor, Tenso
     return codes, logp.sum((1, 2))
 
 
-def drawn_right(
-    model, processor, row: str, questions: int, held_out: bool = False, guidance: float = 1.0,
-    tries: int = 1,
-) -> float:  # fmt: skip
+def drawn_right(model, processor, row: str, questions: int, held_out: bool = False,
+                guidance: float = 1.0, tries: int = 1) -> float:
     """Share of right drawings, 0..1. Of `tries` drawings, the most likely one counts."""
     right = 0
     found = batches(DRAWINGS, row, questions, held_out)

@@ -180,9 +180,8 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     return loss, curves, (flatten_patches(z_e.detach()), codes.flatten(), things, level)
 
 
-def codebook_sample(
-    vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device, pictures: int
-) -> tuple[Tensor, Tensor]:
+def codebook_sample(vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device,
+                    pictures: int) -> tuple[Tensor, Tensor]:
     """Encoder outputs z (N, E) of new pictures, and weights (N,) that favour things."""
     z, weight = [], []
     with torch.no_grad():

@@ -72,9 +72,8 @@ def pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
 
 
-def sample_thing(
-    rng: np.random.Generator, place: tuple[int, int], held_out: bool | None = False
-) -> Thing:
+def sample_thing(rng: np.random.Generator, place: tuple[int, int],
+                 held_out: bool | None = False) -> Thing:
     """A thing at `place`. `held_out`: is its (colour, shape) in HELD_OUT? None: it may be."""
     while True:
         colour, shape = pick(rng, COLOURS), pick(rng, SHAPES)
@@ -83,9 +82,8 @@ def sample_thing(
             return Thing(colour, shape, pick(rng, SIZES), place, float(dy), float(dx))
 
 
-def sample_scene(
-    rng: np.random.Generator, count: int | None = None, held_out: bool | None = False
-) -> Scene:
+def sample_scene(rng: np.random.Generator, count: int | None = None,
+                 held_out: bool | None = False) -> Scene:
     """A random scene of `count` things, by default one to three, no two alike in colour and shape.
 
     held_out: True makes the first thing drawn a HELD_OUT pair, and only that; False allows none;
