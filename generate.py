@@ -285,29 +285,27 @@ def guide(logits: Tensor, s_text: float, s_image: float) -> Tensor:
 
 
 class Contexts:
-    """The G versions of B rows: one left-padded batch, one KV cache, one prefill for all.
+    """The G versions of B rows: one batch, one KV cache, one prefill for all.
 
-    Each step feeds one column to all G * B rows. Where a version must not see the new token (a
-    word, in the stream "pictures"), the column is masked for that row. So a row can go from text to
-    a picture and back, and nothing of its past is computed again.
+    All versions hold the same ids. Where one must not see an id (a word, in the stream "pictures"),
+    its column is masked for that row. So a row can go from text to a picture and back, and nothing
+    of its past is computed again.
     """
 
-    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
-                 rows: list[Tensor], streams: list[str], steps: int, decoder=None,
+    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar, ids: Tensor,
+                 is_token: Tensor, streams: list[str], steps: int, decoder=None,
                  past: KVCache | None = None) -> None:
-        self.model, self.streams, self.B, self.decoder = model, streams, len(rows), decoder
-        self.is_picture, self.begin, self.end = grammar.pictures, grammar.begin, grammar.end
-        rows = [self.version(row, name) for name in streams for row in rows]  # G * B times (n,)
-        T = max(map(len, rows))
-        self.new = torch.stack([F.pad(row, (T - len(row), 0)) for row in rows])  # (GB, T)
+        self.model, self.grammar, self.streams, self.decoder = model, grammar, streams, decoder
+        self.B, T = ids.shape
+        self.new = ids.repeat(len(streams), 1)  # (GB, T)
         size = -(-(T + steps) // CACHE_STEP) * CACHE_STEP  # rounded up
-        self.mask = torch.stack([F.pad(torch.ones_like(row), (T - len(row), size - T))
-                                 for row in rows])  # (GB, size)
-        self.padded = len(streams) > 1 or not bool(self.mask[:, :T].all())
+        seen = torch.cat([self.visible(ids, is_token, stream) for stream in streams])  # (GB, T)
+        self.mask = F.pad(seen.long(), (0, size - T))  # (GB, size)
+        self.padded = len(streams) > 1 or not bool(is_token.all())
         if decoder:  # it may reuse the last answer's cache, and CUDA graphs recorded for it
-            self.cache = decoder.new_cache(len(rows), size)
+            self.cache = decoder.new_cache(len(seen), size)
         else:
-            self.cache = KVCache(model.config, len(rows), size, model.dtype, model.device)
+            self.cache = KVCache(model.config, len(seen), size, model.dtype, model.device)
         if past is not None and len(streams) == 1:
             self.take_over(past)
 
@@ -330,17 +328,15 @@ class Contexts:
                           for kind in (self.cache.k, self.cache.v))
         past.ids, past.length, past.max_length = seen[:, :n].clone(), n, None
 
-    def version(self, row: Tensor, stream: str) -> Tensor:
-        """One row's ids (n,) -> those that the stream sees; <s> always stays."""
+    def visible(self, ids: Tensor, is_token: Tensor, stream: str) -> Tensor:
+        """Prompts (B, T) -> which of their ids the stream sees, bool (B, T); <s> always is."""
         if stream == "full":
-            return row
-        keep = self.is_picture[row]  # (n,)
+            return is_token
+        sees = self.grammar.pictures[ids]  # (B, T)
         if stream == "nothing":  # a picture that the prompt itself began is still being drawn
-            begun = int((row == self.begin).nonzero().max()) if (row == self.begin).any() else 0
-            finished = bool((row[begun:] == self.end).any())
-            keep[: len(row) if finished else begun] = False
-        keep[0] = True
-        return row[keep]
+            for row, n in zip(sees, self.grammar.places(ids)):
+                row[: len(row) if n is None else -n - 1] = False
+        return is_token & (sees | (is_token.cumsum(1) == 1))  # (B, T)
 
     def hidden(self) -> Tensor:
         """Runs the columns that are new -> the last one's hidden states (G, B, D)."""
@@ -362,11 +358,11 @@ class Contexts:
 
     def feed(self, chosen: Tensor) -> None:
         """The rows' next ids (B,) become the next column of all streams."""
-        column = self.cache.length
+        column, pictures, begin = self.cache.length, self.grammar.pictures, self.grammar.begin
         for stream, mask in zip(self.streams, self.mask.split(self.B)):  # views (B, size)
-            mask[:, column] = 1 if stream == "full" else self.is_picture[chosen].long()
+            mask[:, column] = 1 if stream == "full" else pictures[chosen].long()
             if stream == "nothing":  # a new picture forgets the one before; <s> stays
-                forget = (chosen == self.begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, size)
+                forget = (chosen == begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, size)
                 mask[:, :column].masked_fill_(forget[:, :column], 0)
         self.new = chosen.repeat(len(self.streams))[:, None]  # (GB, 1)
 
@@ -487,16 +483,16 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
     """
     input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
     o = pick.options
-    input_ids, is_token = (x.repeat_interleave(o.num_return_sequences, dim=0)
+    start = int(is_token.any(0).nonzero()[0])  # before this column all is padding
+    input_ids, is_token = (x[:, start:].repeat_interleave(o.num_return_sequences, dim=0)
                            for x in (input_ids, is_token))  # (B, T)
-    rows = [ids[here] for ids, here in zip(input_ids, is_token)]
-    has_pictures = any(pick.grammar.begin in row.tolist() for row in rows)
-    streams = guidance_streams(o.guidance_text, o.guidance_image, o.mode, has_pictures)
-    contexts = Contexts(model, pick.grammar, rows, streams, steps, decoder, past)
-    # What the repetition penalty and the grammar look at. Padding becomes a copy of the row's last
-    # id, which is in the row anyway.
+    # Padding becomes a copy of the row's last id: the grammar and the repetition penalty look at
+    # all ids, and that one is in the row anyway.
     seen = torch.where(is_token, input_ids, input_ids[:, -1:])  # (B, T)
     places = pick.grammar.places(seen)
+    has_pictures = pick.grammar.begin in seen.unique().tolist()
+    streams = guidance_streams(o.guidance_text, o.guidance_image, o.mode, has_pictures)
+    contexts = Contexts(model, pick.grammar, seen, is_token, streams, steps, decoder, past)
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
     ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
     try:
