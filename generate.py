@@ -748,29 +748,28 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
     yields what is half done, then re-raises.
     """
     vocabulary, S = tokenizer.vocabulary, model.config.vq_config.codes_per_image
-    decoders, codes, interrupt = [], [], None
+    decoders, interrupt = [], None
+    drawn: dict[int, list[int]] = {}  # row -> the ids so far of the picture that it is in
 
     def picture(row: int) -> Piece:
-        n = len(codes[row])
-        whole = torch.tensor([codes[row] + codes[row][:1] * (S - n)], device=model.device)  # (1, S)
+        n = len(drawn[row])
+        whole = torch.tensor([drawn[row] + drawn[row][:1] * (S - n)], device=model.device)  # (1, S)
         return Piece(row, image=decode_pictures(model, whole)[0], drawn=n)
 
     try:
         for ids in steps:
+            decoders = decoders or [tokenizer.stream_decoder() for _ in ids]
             for row, i in enumerate(ids.tolist()):
-                if row == len(decoders):
-                    decoders.append(tokenizer.stream_decoder())
-                    codes.append(None)
                 if i == vocabulary.begin_image_id:
-                    codes[row] = []
-                elif codes[row] is None:
+                    drawn[row] = []
+                elif row not in drawn:
                     if text := decoders[row].feed(i):
                         yield Piece(row, text)
-                elif len(codes[row]) == S:
-                    codes[row] = None  # this is end-image
+                elif len(drawn[row]) == S:
+                    del drawn[row]  # this is end-image
                 else:
-                    codes[row].append(i)
-                    n = len(codes[row])
+                    drawn[row].append(i)
+                    n = len(drawn[row])
                     if n == S or (every and n % every == 0):
                         yield picture(row)
     except KeyboardInterrupt as stop:
@@ -778,7 +777,7 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
     for row, decoder in enumerate(decoders):
         if rest := decoder.flush():
             yield Piece(row, rest)
-        if codes[row] and len(codes[row]) < S:
+        if 0 < len(drawn.get(row, [])) < S:
             yield picture(row)
     if interrupt:
         raise interrupt
