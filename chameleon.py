@@ -440,9 +440,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
     return ((j <= q) & token | (j == q))[:, None]  # (B, 1, T, L)
 
 
-def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor | None]:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                    dropout: float) -> tuple[Tensor, Tensor | None]:
     """The readable form of attention (arXiv 1706.03762, equation 1). Query heads may share key and
     value heads (arXiv 2305.13245): the 34B model has 8 for 64 query heads.
 
@@ -461,9 +460,8 @@ def eager_attention(
     return F.dropout(weights, dropout) @ v, weights  # (B, H, T, Dh), (B, H, T, L)
 
 
-def sdpa_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
-) -> tuple[Tensor, Tensor | None]:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+                   dropout: float) -> tuple[Tensor, Tensor | None]:
     """The same by PyTorch. Its fused kernels never hold the (T, L) weights (arXiv 2205.14135)."""
     causal = False  # one query may see every key
     if mask is None and q.shape[2] > 1:  # an `if`, because torch.export wants a bool, no symbol
@@ -807,17 +805,12 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        inputs_embeds: Tensor | None = None,
+        input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None, inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,  # (B, T); IGNORE counts for nothing
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        use_cache: bool | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None, return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,  # so many last positions get logits, or these; 0: all
         mask_image_logits: bool = True,
