@@ -21,8 +21,7 @@ N       pictures over all rows, pixels (N, 3, height, width)
 
 What differs from a plain Llama (Chameleon, https://arxiv.org/abs/2405.09818, section 2.3):
 - QK-norm: a LayerNorm on each query and key head, before RoPE. `ChameleonLayerNorm` says why.
-- The 34B model applies its norms after attention and feed-forward, not before (`swin_norm`). That
-  bounds what each block adds to the residual stream.
+- The 34B model (`swin_norm`) has its norms after attention and feed-forward, not before.
 - Early fusion (section 2): the vocabulary holds 8192 image codes beside the text, and no layer
   knows which is which. Image tokens are causal like all others, because the model must also be
   able to WRITE them one by one.
@@ -431,8 +430,7 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
                              f"{tuple(mask.shape)}")
         if mask.ndim == 4:
             return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
-        looks = mask.ndim == 2 and T > 1 and not compiling
-        if looks and mask.all():
+        if mask.ndim == 2 and T > 1 and not compiling and mask.all():
             mask = None  # the processor always sends a mask; most often nothing is padded
     if mask is None:
         return None if T == 1 or past == 0 else (j <= q)[None, None]  # (1, 1, T, L)
@@ -564,7 +562,7 @@ class ChameleonAttention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------
-# Layers and the model
+# Layers
 
 
 class ChameleonMLP(nn.Module):
@@ -600,9 +598,8 @@ class ChameleonDecoderLayer(nn.Module):
 
 
 class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
-    """The layer of the 34B model: norms after the blocks, which bounds what a block can add.
-
-    Same parameters, same names. Section 2.3 takes this order from Swin Transformers.
+    """The layer of the 34B model: norms after the blocks, which bounds what a block can add to the
+    residual stream. Same parameters, same names. Section 2.3 takes this from Swin Transformers.
     """
 
     def forward(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor | None]:
@@ -776,10 +773,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
 
 class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
-    """The decoder with its head. Equals transformers' class of the same name.
-
-    `generate` writes with it; generate.py shows how. Weights start random; `from_pretrained` reads
-    a checkpoint.
+    """The decoder with its head. Equals transformers' class of the same name. Weights start random,
+    as those of ChameleonModel; `from_pretrained` reads a checkpoint.
     """
 
     def __init__(self, config: ChameleonConfig, with_vq_decoder: bool = True) -> None:
