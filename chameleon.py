@@ -7,16 +7,18 @@
     one layer (7B)      h = x + attention(norm(x))        out = h + mlp(norm(h))
     one layer (34B)     h = x + norm(attention(x))        out = h + norm(mlp(h))
 
-Letter  meaning                         7B      config field
+Letter  meaning                         7B      34B     config field
 B       sequences in the batch
 T       new tokens in this call
-L       keys: tokens in the cache + T   <=4096  max_position_embeddings
-D       width of the residual stream    4096    hidden_size
-H, Hkv  query heads, key/value heads    32, 32  num_attention_heads, num_key_value_heads
-Dh      width of one head, D / H        128
-F       width of the feed-forward       11008   intermediate_size
-V       vocabulary: text AND images     65536   vocab_size
-S       image tokens per picture        1024    vq_config.codes_per_image
+L       keys: tokens in the cache + T   <=4096  <=4096  max_position_embeddings
+D       width of the residual stream    4096    8192    hidden_size
+H       query heads                     32      64      num_attention_heads
+Hkv     heads of keys and values        32      8       num_key_value_heads
+Dh      width of one head, D / H        128     128
+F       width of the feed-forward       11008   22016   intermediate_size
+-       layers                          32      48      num_hidden_layers
+V       vocabulary: text AND images     65536   65536   vocab_size
+S       image tokens per picture        1024    1024    vq_config.codes_per_image
 N       pictures over all rows, pixels (N, 3, height, width)
 
 What differs from a plain Llama (Chameleon, https://arxiv.org/abs/2405.09818, section 2.3):
@@ -179,15 +181,6 @@ class ChameleonConfig(PreTrainedConfig):
         """How many times longer rope_scaling makes the context; 1 without it."""
         return 1.0 if self.rope_type == "default" else (self.rope_scaling or {}).get("factor", 0)
 
-    @classmethod
-    def chameleon_34b(cls, **changes) -> "ChameleonConfig":
-        """The larger release, called 30b on disk; sizes as in Hugging Face's converter."""
-        sizes: dict = dict(
-            hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
-            num_attention_heads=64, num_key_value_heads=8, model_parallel_size=4, swin_norm=True,
-        )
-        return cls(**sizes | changes)
-
     def to_dict(self) -> dict:
         """The config.json of transformers 4, which every version of transformers reads."""
         values = super().to_dict() | {"vq_config": self.vq_config.to_dict()}
@@ -235,12 +228,15 @@ class ChameleonOutput(Mapping):
         return dict(zip(self, values))[key] if isinstance(key, str) else values[key]
 
 
+torch.export.register_dataclass(ChameleonOutput)  # shows its tensors to torch.export and FSDP
+
+
 class ChameleonPreTrainedModel(PreTrainedModel):
     """What both models share under the names of transformers' class; libraries look for them."""
 
     config: ChameleonConfig
     gradient_checkpointing = False
-    generation_config = None  # peft looks for it; options are arguments of `generate` here
+    generation_config = None  # or transformers' GenerationConfig, whose values `generate` takes
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # for the Trainer: forward takes num_items_in_batch
     base_model_prefix = "model"
@@ -397,6 +393,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # Attention: who may look at whom, and two ways to compute it
 
 
+def refuse(wrong: Tensor, message: str, *numbers: Tensor) -> None:
+    """ValueError, with the numbers at {} of the message, if `wrong`, a bool, is true. To see that
+    is a GPU synchronization. Compiled code does not wait: a RuntimeError, or the process ends.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.aten._assert_async.msg(~wrong, message.replace("{}", "another number of"))
+    elif wrong:
+        raise ValueError(message.format(*map(int, numbers)))
+
+
 def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
                  device: torch.device) -> Tensor | None:
     """The ONE mask rule -> bool (B or 1, 1, T, L), True where a query may look at key j, or None.
@@ -405,8 +411,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
 
         (B, L)        1 for a real token, 0 for padding       allowed = j <= q and mask[b, j]
         (B, T, L)     for packed documents                    allowed = j <= q and mask[b, t, j]
-        (B, 1, T, L)  bool, or float: 0 allows, all else      allowed = mask[b, 0, t, j]
-                      forbids
+        (B, 1, T, L)  bool, or float: 0 allows, -1000 or      allowed = mask[b, 0, t, j]
+                      less forbids
 
     In each case a query may look at itself. Without that, padding would have no key, and a softmax
     over no key is NaN. (The output of padding is never used.)
@@ -424,13 +430,13 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
         if mask.ndim not in (2, 3, 4) or mask.shape[-1] != L or wrong:
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, but there are {L} tokens "
                              f"({past} cached + {T} new): see allowed_keys")
-        compiling = torch.compiler.is_compiling()
-        if mask.ndim == 3 and mask.is_floating_point() and not compiling and (mask < 0).any():
-            raise ValueError("an additive attention_mask is (B, 1, T, L), this one is "
-                             f"{tuple(mask.shape)}")
+        if mask.ndim > 2 and mask.is_floating_point():  # DIFFERS: transformers adds any number
+            other = (mask != 0) & (mask > -1e3) if mask.ndim == 4 else mask < 0
+            refuse(other.any(), "an additive attention_mask is (B, 1, T, L), and 0 or at most -1000"
+                   f": give others as bool, this one is {tuple(mask.shape)}")
         if mask.ndim == 4:
             return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
-        if mask.ndim == 2 and T > 1 and not compiling and mask.all():
+        if mask.ndim == 2 and T > 1 and not torch.compiler.is_compiling() and mask.all():
             mask = None  # the processor always sends a mask; most often nothing is padded
     if mask is None:
         return None if T == 1 or past == 0 else (j <= q)[None, None]  # (1, 1, T, L)
@@ -620,6 +626,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     def __init__(self, config: ChameleonConfig, with_vq_decoder: bool = True) -> None:
         super().__init__()
+        if not isinstance(config, ChameleonConfig):  # such as transformers' own
+            raise ValueError(f"a {type(config).__name__} of {type(config).__module__} is no config "
+                             "of this file: give ChameleonConfig.from_dict(config.to_dict())")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         layer_class = ChameleonSwinDecoderLayer if config.swin_norm else ChameleonDecoderLayer
@@ -662,28 +671,29 @@ class ChameleonModel(ChameleonPreTrainedModel):
         Pictures (N, 3, height, width) fill the placeholders in order, row after row. The result
         gives the same output as the pictures. ValueError if there are not exactly N * S
         placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
-        synchronizations, so a single token is not checked, nor anything while torch.compile traces.
+        synchronizations, so a single token is not checked.
         """
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
             raise ValueError("input_ids must be a tensor (B, T), as the processor returns it")
         placeholder, V = self.vocabulary.image_token_id, self.config.vocab_size
-        checks = not torch.compiler.is_compiling() and not input_ids.is_meta and (
-            input_ids.shape[1] > 1 or pixel_values is not None)
-        if checks and ((input_ids < 0) | (input_ids >= V)).any():
+        checks = not input_ids.is_meta and (input_ids.shape[1] > 1 or pixel_values is not None)
+        if checks and not torch.compiler.is_compiling() and (
+                (input_ids < 0) | (input_ids >= V)).any():  # compiled code checks each index itself
             raise ValueError(f"input_ids hold {int(input_ids.min())}..{int(input_ids.max())}, but "
                              f"the ids of this model are 0 to {V - 1}")
         if pixel_values is None:
-            if checks and placeholder is not None and (input_ids == placeholder).any():
-                raise ValueError("the prompt has <image> placeholders but there are no "
-                                 "pixel_values: pass the pictures that the processor prepared")
+            if checks and placeholder is not None:
+                refuse((input_ids == placeholder).any(), "the prompt has <image> placeholders but "
+                       "there are no pixel_values: pass the pictures that the processor prepared")
             return input_ids
         image_ids = self.get_image_tokens(pixel_values)  # (N, S)
         if placeholder is None:
             raise ValueError("this vocabulary has no <image>: put the pictures' ids into input_ids")
         here = input_ids == placeholder  # (B, T)
-        if checks and here.sum() != image_ids.numel():
-            raise ValueError(f"{len(image_ids)} pictures are {image_ids.numel()} image tokens, but "
-                             f"the prompt has {here.sum()} <image> placeholders")
+        if checks:
+            refuse((found := here.sum()) != image_ids.numel(), f"{len(image_ids)} pictures are "
+                   f"{image_ids.numel()} image tokens, but the prompt has {{}} <image> "
+                   "placeholders", found)
         return input_ids.masked_scatter(here, image_ids.to(input_ids.dtype))
 
     def embed_pictures(self, inputs_embeds: Tensor, pixel_values: Tensor | None) -> Tensor:
@@ -748,6 +758,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if position_ids is None:
             positions = torch.arange(past, past + T, device=x.device)  # (T,)
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
+        if position_ids.shape not in ((1, T), (len(x), T)):
+            raise ValueError(f"position_ids are {tuple(position_ids.shape)}: {len(x)} row(s) of "
+                             f"{T} new token(s) need one for each of these, and none for the past")
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         if attention_mask is not None and len(attention_mask) != len(x) and (
@@ -796,6 +809,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
+        options = {"generation_config": self.generation_config} | options
         return generate(self, input_ids, *inputs, **generation_options(**options))
 
     def forward(
@@ -830,8 +844,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
                 filled = self.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
                 labels = torch.where(labels == mark, filled, labels)
                 input_ids, pixel_values = filled, None
-            elif mark is not None and not torch.compiler.is_compiling() and (labels == mark).any():
-                raise ValueError("labels hold <image>: put the pictures' ids there")
+            elif mark is not None:
+                refuse((labels == mark).any(), "labels hold <image>: put the pictures' ids there")
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache, output_attentions, output_hidden_states, True, cache_position)
@@ -856,10 +870,10 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         n: how many labels count, here or, if given, in all batches whose gradients are added.
         """
         # DIFFERS: transformers returns an infinite loss here, without a word.
-        if masked and not torch.compiler.is_compiling() and (
-                torch.isin(labels, self.model.vocabulary.code_to_id).any()):
-            raise ValueError("labels contain image codes, whose logits are masked: call the model "
-                             "with mask_image_logits=False to train on pictures")
+        if masked:
+            refuse(torch.isin(labels, self.model.vocabulary.code_to_id).any(),
+                   "labels contain image codes, whose logits are masked: call the model with "
+                   "mask_image_logits=False to train on pictures")
         targets = labels[:, 1:].flatten()
         total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE,
                                 reduction="sum")

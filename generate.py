@@ -593,6 +593,10 @@ def unwrapped(model: nn.Module) -> ChameleonForConditionalGeneration:
     """The model inside a wrapper, such as a LoRA model of peft. ValueError if there is none."""
     for module in model.modules():
         if isinstance(module, ChameleonForConditionalGeneration):
+            if hasattr(model, "prompt_encoder") or (
+                    module.prepare_inputs_for_generation.__self__ is not module):
+                raise ValueError("generate does not read the prompts that peft's prompt tuning has "
+                                 "learned: use LoRA")
             return module
     raise ValueError(f"{type(model).__name__} holds no ChameleonForConditionalGeneration")
 
@@ -640,6 +644,9 @@ def stream(
     steps = min(room, o.max_new_tokens or (256 if o.mode == "text" else room))
     if o.mode == "image":
         steps = grammar.S + 2  # one picture with its marks
+    if o.min_new_tokens > steps:
+        raise ValueError(f"min_new_tokens {o.min_new_tokens} is more than the {steps} ids that may "
+                         "come: raise max_new_tokens, or shorten the prompt")
     stops = stop_ids(model, eos_token_id, o.mode)
     pad = next(i for i in (pad_token_id, model.config.pad_token_id, *stops, 0) if i is not None)
     for named in {"pad_token_id": pad}, *({"eos_token_id": i} for i in stops):
@@ -673,8 +680,9 @@ def generate(
     Further options are those of `stream`. `model.generate(**inputs, ...)` is the same, and takes a
     GenerationConfig and num_beams=1, too: the arguments of transformers' method of that name.
     DIFFERS: makes pictures, if asked to. An answer ends at end of turn, too. Text never contains
-    begin-image, end-image or <image>; transformers masks the codes only. top_k defaults to none,
-    not 50, and the default length is 256 new ids, not 20 in all. TypeError for an unknown option.
+    begin-image, end-image or <image>; transformers masks the codes only. The seed is 0 in each
+    call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the length to 256 new
+    ids, not 20 in all; no generation_config.json is read. TypeError for an unknown option.
     """
     if max_length is not None and options.get("max_new_tokens") is None:
         if type(max_length) is not int or max_length <= input_ids.shape[-1]:

@@ -255,6 +255,18 @@ def padded(rows: list[list[int]], padding: bool | str | None, max_length: int | 
 # Text <-> ids: what both file formats share
 
 
+def special_token(name: str) -> property:
+    """The attribute that names a special token; its id is the attribute NAME_id. Setting the name
+    sets the id. ValueError for a name that is not in the vocabulary.
+    """
+    def write(tokenizer: "Tokenizer", token: str) -> None:
+        if token not in tokenizer.vocab:
+            raise ValueError(f"{name} {token!r:.80} is not in the vocabulary")
+        setattr(tokenizer, f"{name}_id", tokenizer.vocab[token])
+
+    return property(lambda tokenizer: tokenizer._names.get(getattr(tokenizer, f"{name}_id")), write)
+
+
 class Tokenizer:
     """The base class of both formats. A subclass supplies text_ids and text_bytes.
 
@@ -265,6 +277,8 @@ class Tokenizer:
     """
 
     model_input_names = ["input_ids", "attention_mask"]
+    SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "image_token")
+    bos_token, eos_token, unk_token, sep_token, pad_token, image_token = map(special_token, SPECIAL)
 
     def __init__(self, path: str | Path, vocab: dict[str, int], special_ids: Iterable[int]) -> None:
         self.path, self.vocab, self.vocabulary = Path(path), vocab, VocabularyMap(vocab)
@@ -279,13 +293,7 @@ class Tokenizer:
         self.image_token_id = self.vocabulary.image_token_id
         self._names: dict[int | None, str] = {i: name for name, i in vocab.items()}
         self.all_special_ids = sorted(self.special_ids)
-        self.bos_token, self.eos_token, self.pad_token, self.unk_token, self.sep_token = (
-            self._names.get(i) for i in (self.bos_token_id, self.eos_token_id, self.pad_token_id,
-                                         self.unk_token_id, self.sep_token_id))
-        self.image_token = self._names.get(self.image_token_id)
         self.all_special_tokens = [self._names[i] for i in self.all_special_ids]
-        self.special_tokens_map = {name: value for name, value in vars(self).items()
-                                   if name.endswith("_token") and value is not None}
         controls = {self.bos_token_id, self.pad_token_id, self.eos_token_id, self.unk_token_id,
                     self.vocabulary.begin_image_id, self.vocabulary.end_image_id, self.sep_token_id,
                     self.image_token_id, *self.vocabulary.code_to_id.tolist()} - {None}
@@ -335,6 +343,10 @@ class Tokenizer:
             del data["attention_mask"]
         return BatchFeature({name: tensor_rows(rows, return_tensors)
                              for name, rows in data.items()})
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        return {name: token for name in self.SPECIAL if (token := getattr(self, name)) is not None}
 
     def __len__(self) -> int:
         return self.vocab_size

@@ -165,6 +165,10 @@ def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namesp
     if not options.data:
         add_code_rows(model)
     adapter = add_learned(model, options.train)
+
+    def drop(module: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
+        return F.dropout(y, options.dropout, module.training)
+
     for layer in model.model.layers:
         assert isinstance(layer, ChameleonDecoderLayer)
         if options.no_qk_norm:
@@ -172,8 +176,7 @@ def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namesp
                 setattr(layer.self_attn, name, nn.Identity())
         if options.dropout:  # on the outputs of attention and feed-forward (section 2.3, 7B only)
             for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                last.register_forward_hook(
-                    lambda module, _, y: F.dropout(y, options.dropout, module.training))
+                last.register_forward_hook(drop)
     return adapter
 
 
@@ -444,6 +447,10 @@ STAGES = {
     "sft": lambda run: train_decoder("sft", run),
     "evaluate": lambda run: evaluate.table(run.out, run.options.questions, run.options.device),
 }  # fmt: skip
+DECODER = {"pretrain", "sft", "all"}
+READ_BY = {"learning_rate": {"vqvae", *DECODER}, "questions": {"evaluate", "all"}} | dict.fromkeys(
+    ("optimizer", "compile", "checkpointing", "norm_order", "no_qk_norm", "no_z_loss", "dropout"),
+    DECODER)  # options that not every stage reads, and the stages that do
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -483,11 +490,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} must be from {low} to {high}, got {value}")
-    options.questions = options.questions or min(200, options.steps or 200)
     for name, default in (("train", "all"), ("model", TINY)):
         if getattr(options, name) != default and not options.data:
             parser.error(f"--{name} {getattr(options, name)} needs --data")
-    if options.no_qk_norm and options.stage in ("all", "evaluate"):
+    for name, stages in READ_BY.items():
+        if getattr(options, name) != parser.get_default(name) and options.stage not in stages:
+            parser.error(f"--{name.replace('_', '-')} changes nothing in {options.stage}")
+    if options.no_qk_norm and options.stage == "all":
         parser.error("--no-qk-norm makes curves and no checkpoint: give it to pretrain and sft")
     if options.data and (options.no_qk_norm or options.norm_order != "pre"):
         parser.error("--no-qk-norm and --norm-order are for a new model, and --model is none")
@@ -497,6 +506,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--dropout must be from 0 to below 1, got {options.dropout}")
     if options.learning_rate is not None and not 0 < options.learning_rate < 1:
         parser.error(f"--learning-rate must be between 0 and 1, got {options.learning_rate}")
+    options.questions = options.questions or min(200, options.steps or 200)
     options.optimizer = options.optimizer or ("adamw" if options.data else "muon")
     options.state = options.state or options.out.with_name(options.out.name + ".train")
     if options.state.resolve() == options.out.resolve():

@@ -272,6 +272,8 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     if quantize:
         check_kind(quantize)
     model, tensors = open_model(cls, folder, device, vqgan, quantize)
+    if dtype is None:  # one for all: some files hold norms or the head in another
+        dtype = tensors["model.embed_tokens.weight"].dtype
     state = {}
     for name, want in tensors_of(model).items():
         to = torch.float32 if name.startswith("model.vqmodel.") else dtype

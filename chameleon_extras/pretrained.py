@@ -29,8 +29,9 @@ ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
 
 # Of transformers' `generate`: values that change nothing here, and what a GenerationConfig holds
 # beside options.
-NEUTRAL = {"num_beams": (1, None), "output_scores": (False, None),
-           "return_dict_in_generate": (False, None)}
+NEUTRAL = {"num_beams": 1} | dict.fromkeys((
+    "output_scores", "output_attentions", "output_hidden_states", "output_logits",
+    "return_dict_in_generate", "synced_gpus"), False)
 NO_OPTIONS = ("bos_token_id", "transformers_version", "_from_model_config")
 
 Config, Model = TypeVar("Config"), TypeVar("Model")
@@ -41,7 +42,8 @@ class BitsAndBytesConfig:
     """As transformers' class of that name; another name is a TypeError.
 
     load_in_8bit   one scale for each output row, as `--quantize int8`
-                   DIFFERS: bitsandbytes computes rows with large activations in fp16 (LLM.int8)
+                   DIFFERS: bitsandbytes computes rows with large activations in fp16 (LLM.int8),
+                   and leaves the head as it is
     load_in_4bit   bnb_4bit_quant_type "nf4": the same numbers as bitsandbytes, bit for bit
     """
 
@@ -61,6 +63,11 @@ def kind_of_quantization(config: object) -> str | None:
         raise ValueError(f"quantization_config {config!r:.80} is not offered: use "
                          "BitsAndBytesConfig(load_in_8bit=True) or (load_in_4bit=True, "
                          "bnb_4bit_quant_type='nf4')")
+    flags = [read(name) or False for name in ("load_in_8bit", "load_in_4bit")]
+    if all(flags) or {*map(type, flags)} != {bool}:
+        raise ValueError("load_in_8bit and load_in_4bit are true or false, and not both are true")
+    if read("llm_int8_skip_modules"):
+        raise ValueError("llm_int8_skip_modules is not offered: leave it out")
     if read("load_in_8bit"):
         return "int8"
     if not read("load_in_4bit"):
@@ -78,8 +85,8 @@ def as_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
     if name is None or name == "auto":
         return None
     dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r} is no dtype of torch: say bfloat16, float32 ...")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"{name!r} is no dtype of torch to compute in: say bfloat16, float32 ...")
     return dtype
 
 
@@ -104,7 +111,7 @@ def attention_of(name: str) -> str:
 
 def generation_options(generation_config=None, **options: object) -> dict:
     """Options of transformers' `model.generate` -> those of ours. The values of a GenerationConfig
-    hold where no option is given. Options in NEUTRAL change nothing and are left out.
+    hold where no option is given. NEUTRAL values and None change nothing and are left out.
     """
     if generation_config is not None:
         if not hasattr(generation_config, "to_diff_dict"):
@@ -112,7 +119,8 @@ def generation_options(generation_config=None, **options: object) -> dict:
                              f"{type(generation_config).__name__}: give options by name")
         options = generation_config.to_diff_dict() | options
     return {name: value for name, value in options.items()
-            if name not in NO_OPTIONS and value not in NEUTRAL.get(name, ())}
+            if value is not None and name not in NO_OPTIONS and (
+                name not in NEUTRAL or value != NEUTRAL[name])}
 
 
 def choose_attention(model: nn.Module, name: str) -> None:
@@ -166,7 +174,7 @@ def load_pretrained(
     torch_dtype: torch.dtype | str | None = None, device_map=None, device=None,
     low_cpu_mem_usage: bool = True,  # accepted: memory never holds the checkpoint twice
     attn_implementation: str | None = None, quantization_config: object = None,
-    use_safetensors: bool = True,  # accepted: safetensors are read first
+    use_safetensors: bool | None = None,  # None: they are read first
     **hub: object,
 ) -> Model:
     """What `from_pretrained` of all models does. ValueError, in one line, for what is wrong."""
@@ -182,7 +190,13 @@ def load_pretrained(
     dtype = as_dtype(torch_dtype if dtype is None else dtype)
     place = as_device(device if device_map is None else device_map)
     folder = find_folder(folder, **hub)
+    if use_safetensors is not None and use_safetensors != any(folder.glob("*.safetensors")):
+        raise ValueError(f"use_safetensors={use_safetensors}, but {folder} holds "
+                         + ("none" if use_safetensors else "some, which are read first"))
     if issubclass(cls, ChameleonVQVAE):
+        if kind or attention:
+            raise ValueError("a VQ-VAE has no quantization_config and no attn_implementation: "
+                             "leave them out")
         return load_vqvae(cls, folder).to(place)
     model = load_checkpoint(cls, folder, dtype, place, quantize=kind)
     return set_attention(model, attention) if attention else model

@@ -27,6 +27,8 @@ def read_prompts(file: Path) -> list[Line]:
     """
     if not file.is_file():
         raise ValueError(f"--prompts {file} is no file: write one prompt a line into it")
+    if file.suffix.lower() == ".json":
+        raise ValueError(f"--prompts {file}: write one JSON object a line, and name it .jsonl")
     asked = []
     for line in read_lines(file, "prompt"):
         line = line._replace(prompt=place_images([line.prompt], len(line.images))[0])

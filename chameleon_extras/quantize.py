@@ -34,6 +34,8 @@ Weights packed as they come from the disk (checkpoint.py), by the command of con
 memory (`quantize_model`) have the same bits.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,7 +53,20 @@ KERNEL_ROWS = 64  # of a 4-bit weight, which that kernel orders by blocks of so 
 IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the cache
 
 
-class Int8Linear(nn.Module):
+class PackedLinear(nn.Module):
+    """A layer whose scale, like its packed weights, keeps its dtype in .to(), .half(), .float()."""
+
+    scale: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        before = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before.dtype:
+            self.scale = before.to(self.scale.device)
+        return self
+
+
+class Int8Linear(PackedLinear):
     """y = scale * (x W^T) + b.   x (..., I) -> (..., O)"""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
@@ -101,7 +116,7 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(PackedLinear):
     """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs.
 
     For few rows of x, the CPU's kernel wants them in an order of its own: a second copy of the same

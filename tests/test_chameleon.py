@@ -1,12 +1,15 @@
 """The decoder: shapes, causality, caches, padding, positions, norms, labels, configs. Equality with
 transformers is in test_oracle.py; files are in test_checkpoint.py."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import SIZES, VQ, K, S, V, batch_with_pictures, randomize, scrambled_vocabulary
 
+import chameleon
 from chameleon import (
     IGNORE,
     ChameleonConfig,
@@ -379,14 +382,18 @@ def test_an_unknown_attention_names_the_known_ones():
 # --------------------------------------------------------------------------------------- configs
 
 
-def test_presets_have_the_published_sizes():
+def test_the_sizes_at_the_top_are_the_published_ones():
+    rows = re.findall(r"  (\d+) +(\d+) +(\w+)$", chameleon.__doc__, re.MULTILINE)
+    smaller, larger = ({name: int(pair[n]) for *pair, name in rows} for n in (0, 1))
+
     def parameters(config: ChameleonConfig) -> float:
         with torch.device("meta"):
             model = ChameleonForConditionalGeneration(config, with_vq_decoder=False)
         return sum(p.numel() for n, p in model.named_parameters() if "vqmodel" not in n) / 1e9
 
+    assert len(rows) == 6 and ChameleonConfig(**smaller) == ChameleonConfig()
     assert round(parameters(ChameleonConfig()), 2) == 7.01
-    assert round(parameters(ChameleonConfig.chameleon_34b()), 2) == 34.29
+    assert round(parameters(ChameleonConfig(**larger, swin_norm=True)), 2) == 34.29
 
 
 def test_the_released_layout_has_548_tensors():
@@ -502,6 +509,46 @@ def test_positions_to_keep_may_be_listed():
     close(MODEL(ids, logits_to_keep=torch.tensor([1, 3])).logits, logits[:, [1, 3]])
     with pytest.raises(ValueError, match="labels need all logits"):
         MODEL(ids, labels=ids, logits_to_keep=torch.tensor([3]))
+
+
+@pytest.mark.parametrize("positions", [
+    torch.arange(7)[None], torch.zeros(2, 1, dtype=torch.long), torch.arange(7), torch.arange(1)])
+def test_positions_that_are_not_those_of_the_new_tokens_are_refused(positions):
+    """They would be broadcast, and one token would get the logits of seven."""
+    ids = torch.tensor([[0, 80, 81, 82, 83, 84, 85]])
+    with torch.no_grad():
+        cache = MODEL(ids[:, :6]).past_key_values
+        with pytest.raises(ValueError, match=r"1 row\(s\) of 1 new token"):
+            MODEL(ids[:, 6:], past_key_values=cache, position_ids=positions)
+        step = MODEL(ids[:, 6:], past_key_values=cache, position_ids=torch.tensor([[6]])).logits
+        torch.testing.assert_close(step, MODEL(ids).logits[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_code_refuses_what_would_give_a_wrong_answer():
+    model = torch.compile(MODEL, backend="eager", fullgraph=True)
+    ids = torch.tensor([[0, 80, *[73] * S, 81]])
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    code = scrambled_vocabulary()[image_token_name(3)]
+    for arguments, message in (
+        (dict(input_ids=ids), "there are no pixel_values"),
+        (dict(input_ids=ids, pixel_values=pixels), "2 pictures are 128 image .* another number"),
+        (dict(input_ids=ids[:, :2], labels=torch.tensor([[0, code]])), "labels contain image"),
+        (dict(input_ids=ids[:, :2], labels=torch.tensor([[0, 73]])), "labels hold <image>"),
+    ):
+        with pytest.raises(RuntimeError, match=message), torch.no_grad():
+            model(**arguments, use_cache=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, pixels[:1], use_cache=False).logits,
+                                   MODEL(ids, pixels[:1]).logits)
+
+
+def test_an_output_can_be_exported():
+    ids = torch.tensor([[0, 80, 81, 82]])
+    with torch.no_grad():
+        exported = torch.export.export(MODEL, (ids,), {"use_cache": False}).module()
+        output = exported(ids, use_cache=False)
+    assert type(output) is type(MODEL(ids))
+    torch.testing.assert_close(output.logits, MODEL(ids).logits)
 
 
 def test_masks_and_pictures_that_do_not_fit_are_refused():

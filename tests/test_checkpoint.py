@@ -89,6 +89,27 @@ def test_bfloat16_leaves_the_vqvae_in_float32(folder):
     assert load(folder / "again").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("part", ["norm", "lm_head"])
+def test_a_folder_of_two_dtypes_gives_a_model_of_one(folder, part):
+    change_tensor(lambda t: t.update({
+        name: x if part in name or "vqmodel" in name else x.bfloat16() for name, x in t.items()})
+    )(folder)
+    model = load(folder)
+    assert {p.dtype for name, p in model.named_parameters() if "vqmodel" not in name} == {
+        torch.bfloat16}
+    model(torch.tensor([[0, 80, 81]]))
+
+
+def test_a_pickle_is_not_read_where_safetensors_are_asked_for(folder):
+    state = load_file(folder / "model.safetensors")
+    torch.save(state, folder / "pytorch_model.bin")
+    assert load(folder, use_safetensors=True)
+    (folder / "model.safetensors").unlink()
+    assert load(folder, use_safetensors=False)
+    with pytest.raises(ValueError, match="use_safetensors=True, but .* holds none"):
+        load(folder, use_safetensors=True)
+
+
 def test_an_earlier_save_never_shines_through(tmp_path):
     for shard in (200_000, 5 * 10**9, 200_000):
         model = small_model()

@@ -4,6 +4,7 @@ What is replaced is named in PLACES: the module, the model's folder, the device,
 pictures. The oracle for what the calls give is transformers itself.
 """
 
+import copy
 import inspect
 import json
 import types
@@ -424,6 +425,12 @@ def test_the_options_of_the_page(folder, options):
     (dict(quantization_config=BitsAndBytesConfig(load_in_4bit=True)), "fp4"),
     (dict(quantization_config={"quant_method": "gptq", "bits": 4}), "gptq.* is not offered"),
     (dict(quantization_config=8), "quantization_config 8 is not offered"),
+    (dict(quantization_config=dict(load_in_8bit=True, load_in_4bit=True)), "not both"),
+    (dict(quantization_config=dict(load_in_8bit="False")), "true or false"),
+    (dict(quantization_config=dict(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])),
+     "llm_int8_skip_modules is not offered"),
+    (dict(dtype="float8_e4m3fn"), "no dtype of torch to compute in"),
+    (dict(use_safetensors=False), "holds some, which are read first"),
 ])
 def test_options_that_are_not_offered_are_named(folder, options, message):
     with pytest.raises(ValueError, match=message):
@@ -561,6 +568,8 @@ def test_options_that_do_not_exist_are_named_and_idle_ones_warned_about():
         MODEL.generate(PROMPT, num_beams=4)
     with pytest.warns(UserWarning, match="without do_sample=True"):
         MODEL.generate(PROMPT, temperature=0.5, max_new_tokens=2)
+    with pytest.raises(ValueError, match="min_new_tokens 5 is more than the 4 ids"):
+        MODEL.generate(PROMPT, min_new_tokens=5, max_new_tokens=4)
 
 
 def test_a_generation_config_holds_where_no_option_is_given():
@@ -575,6 +584,16 @@ def test_a_generation_config_holds_where_no_option_is_given():
         MODEL.generate(PROMPT, generation_config=config)
     with pytest.raises(ValueError, match="must be a GenerationConfig, got a dict"):
         MODEL.generate(PROMPT, generation_config={"max_length": 9})
+
+
+def test_a_models_own_generation_config_holds_and_none_changes_nothing():
+    model = small_model()
+    model.generation_config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=[])
+    nothing = dict(temperature=None, top_p=None, top_k=None, logits_processor=None,
+                   stopping_criteria=None, output_attentions=False, synced_gpus=False, num_beams=1)
+    expected = MODEL.generate(PROMPT, max_new_tokens=3, eos_token_id=[])
+    assert torch.equal(model.generate(PROMPT, **nothing), expected)
+    assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
 
 
 def test_head_and_cache_have_the_methods_of_the_page():
@@ -685,6 +704,12 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
     assert bpe.special_tokens_map.items() >= theirs.special_tokens_map.items()
+    bpe = copy.copy(bpe)
+    bpe.pad_token = bpe.eos_token
+    rows = bpe(["Hi", "Hi, you"], padding=True)["input_ids"]
+    assert bpe.pad_token_id == bpe.eos_token_id == rows[0][0] == bpe.vocab["</s>"]
+    with pytest.raises(ValueError, match="pad_token '<none>' is not in the vocabulary"):
+        bpe.pad_token = "<none>"
     assert set(bpe.all_special_tokens) >= set(theirs.all_special_tokens)
     spaced = "Hello , it 's a   ' b ' . We do n't ! 've 're 'm"
     assert bpe.convert_tokens_to_string(bpe.tokenize(spaced)) == spaced
@@ -782,6 +807,24 @@ def test_transformers_reads_the_processor_that_is_saved_and_we_read_theirs(
         (tmp_path / "theirs" / "tokenizer.model").write_bytes(either.path.read_bytes())
     again = ChameleonProcessor.from_pretrained(tmp_path / "theirs")
     assert torch.equal(again(text=text, images=picture)["input_ids"], want["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts_that_peft_has_learned_are_never_dropped(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=3,
+                                 token_dim=64, num_attention_heads=4)
+    model = peft.get_peft_model(small_model(), config)
+    for write in (model.generate, lambda **inputs: generate(model, **inputs)):
+        with pytest.raises(ValueError, match="use LoRA"):
+            write(input_ids=PROMPT, max_new_tokens=2)
+
+
+def test_a_config_of_transformers_own_class_is_named():
+    config = transformers.ChameleonConfig(vocab_size=160, hidden_size=64)
+    with pytest.raises(ValueError, match=r"ChameleonConfig of transformers.*\.from_dict"):
+        ChameleonModel(config)
+    assert ChameleonConfig.from_dict(config.to_dict()).hidden_size == 64
 
 
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])

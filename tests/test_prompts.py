@@ -45,6 +45,12 @@ def test_each_prompt_gets_a_line_whatever_the_batch(run):
     assert [answer["prompt"] for answer in answers] == ["a", "abc"]
 
 
+def test_a_file_of_json_that_is_not_of_lines_is_refused(run, tmp_path):
+    (tmp_path / "asked.jsonl").rename(tmp_path / "asked.json")
+    code, out, err = run("asked.json")
+    assert code == 2 and out == "" and "name it .jsonl" in err and err.count("\n") == 1
+
+
 def test_a_long_prompt_does_not_shorten_the_answers_of_others(run, tmp_path, untrained_folder):
     processor = ChameleonProcessor.from_pretrained(untrained_folder)
     context = read_json(untrained_folder / "config.json")["max_position_embeddings"]

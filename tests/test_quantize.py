@@ -67,6 +67,17 @@ def test_the_layer_computes_with_exactly_its_own_weights(kind, rows, bias, dtype
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cast_model_keeps_its_scales_and_what_it_saves_can_be_read(kind, dtype, tmp_path):
+    model = quantize_model(small_model().bfloat16(), kind)
+    before = {name: tensor for name, tensor in model.state_dict().items() if "scale" in name}
+    model.to("cpu", dtype).save_pretrained(tmp_path)
+    again = ChameleonForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert before and all(torch.equal(again[name], scale) and again[name].dtype == scale.dtype
+                          for name, scale in before.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_sums_in_float16_do_not_overflow(kind):
     weight = torch.nn.Linear(64, 48, bias=False)
     weight.weight.data.fill_(5.0)
