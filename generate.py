@@ -631,9 +631,10 @@ def stream(
         raise ValueError("input_ids must be a tensor (B, T) with T > 0, got "
                          f"{getattr(input_ids, 'shape', type(input_ids).__name__)}")
     if not o.do_sample and o.mode != "image" and (
-            o.temperature not in (0, 1) or o.top_k or o.top_p < 1):
-        warnings.warn("temperature, top_k and top_p change nothing here: without do_sample=True, "
-                      "text is greedy", stacklevel=2)
+            o.temperature not in (0, 1) or o.top_k or o.top_p < 1
+            or (o.num_return_sequences > 1 and o.mode == "text")):
+        warnings.warn("without do_sample=True, text is greedy: temperature, top_k and top_p change "
+                      "nothing, and num_return_sequences gives equal rows", stacklevel=2)
     model = unwrapped(model)
     if decoder is None:
         from chameleon_extras.decoding import decoder_of  # what is fast is no part of the loop

@@ -568,6 +568,8 @@ def test_options_that_do_not_exist_are_named_and_idle_ones_warned_about():
         MODEL.generate(PROMPT, num_beams=4)
     with pytest.warns(UserWarning, match="without do_sample=True"):
         MODEL.generate(PROMPT, temperature=0.5, max_new_tokens=2)
+    with pytest.warns(UserWarning, match="num_return_sequences gives equal rows"):
+        MODEL.generate(PROMPT, num_return_sequences=2, max_new_tokens=2)
     with pytest.raises(ValueError, match="min_new_tokens 5 is more than the 4 ids"):
         MODEL.generate(PROMPT, min_new_tokens=5, max_new_tokens=4)
 
