@@ -157,12 +157,12 @@ class ChameleonConfig(PreTrainedConfig):
         check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 
     def take_rope_parameters(self, given: dict) -> None:
-        """Turns them into rope_theta and rope_scaling. ValueError if those hold other values."""
+        """Turns rope_parameters into rope_theta and rope_scaling; ValueError if they contradict."""
         self.rope_parameters = None
         kind = given.get("rope_type", given.get("type", "default"))
         scaling = None if kind == "default" else {"type": kind, "factor": given.get("factor")}
         theta = given.get("rope_theta", self.rope_theta)
-        if self.rope_theta not in (theta, ChameleonConfig.rope_theta) or (
+        if self.rope_theta not in (theta, ChameleonConfig.rope_theta) or (  # default: not given
                 self.rope_scaling and self.rope_scaling != scaling):
             raise ValueError("rope_parameters contradict rope_theta or rope_scaling: give only one")
         self.rope_theta, self.rope_scaling = theta, scaling
@@ -273,7 +273,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, new_num_tokens: int | None = None,
                                 pad_to_multiple_of: int | None = None) -> nn.Embedding:
         """Keeps the rows of ids that stay; new rows are the mean of the old ones, as in
-        transformers. ValueError if an id of the vocabulary_map or of the config would lie outside.
+        transformers. ValueError if the new size drops an id of the vocabulary_map or the config.
         """
         # Only to fine-tune with a larger vocabulary: no part of the model.
         from chameleon_extras.pretrained import resize_embeddings
@@ -352,7 +352,7 @@ class ChameleonLayerNorm(nn.Module):
 def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """RoPE's angles (arXiv 2104.09864, section 3.2.2).   position_ids (B, T) -> cos, sin
 
-        angle(p, i) = p * theta^(-2i / Dh)       i = 0 .. Dh/2 - 1
+        angle(p, i) = p * theta^(-2i / Dh)       position p, pair i = 0 .. Dh/2 - 1
 
     cos and sin are (B, 1, T, Dh) in fp32. They are computed anew in each call, so there is no
     table that a cast to bf16 could round.
@@ -394,8 +394,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def refuse(wrong: Tensor, message: str, *numbers: Tensor) -> None:
-    """ValueError, with the numbers at {} of the message, if `wrong`, a bool, is true. To see that
-    is a GPU synchronization. Compiled code does not wait: a RuntimeError, or the process ends.
+    """ValueError if `wrong`, a bool tensor, is true; `numbers` fill the {} of the message. The host
+    waits for the device. Compiled code does not: it raises RuntimeError, or the process ends.
     """
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(~wrong, message.replace("{}", "another number of"))
@@ -453,8 +453,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     -> output (B, H, T, Dh), weights (B, H, T, L)
     """
     T, L = q.shape[2], k.shape[2]
-    groups = q.shape[1] // k.shape[1]  # so many query heads share one key/value head
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # (B, H, L, Dh)
+    sharing = q.shape[1] // k.shape[1]  # so many query heads share one key/value head
+    k, v = (x.repeat_interleave(sharing, dim=1) for x in (k, v))  # (B, H, L, Dh)
     if mask is None:
         mask = torch.ones(T, L, dtype=torch.bool, device=q.device).tril(L - T)  # (T, L)
     # y = softmax(q k^T / sqrt(Dh)) v
@@ -467,8 +467,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                    dropout: float) -> tuple[Tensor, Tensor | None]:
     """The same by PyTorch. Its fused kernels never hold the (T, L) weights (arXiv 2205.14135)."""
-    causal = False  # one query may see every key
-    if mask is None and q.shape[2] > 1:  # an `if`, because torch.export wants a bool, no symbol
+    causal = False  # also without a mask, if T = 1: the only query may see every key
+    if mask is None and q.shape[2] > 1:  # an `if` gives torch.export a bool, not a symbolic one
         causal = True
     output = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=True
@@ -604,8 +604,8 @@ class ChameleonDecoderLayer(nn.Module):
 
 
 class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
-    """The layer of the 34B model: norms after the blocks, which bounds what a block can add to the
-    residual stream. Same parameters, same names. Section 2.3 takes this from Swin Transformers.
+    """The layer of the 34B model (section 2.3, from Swin Transformers): each norm bounds what its
+    block can add to x. Names are those of the 7B, so input_layernorm stands after attention.
     """
 
     def forward(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor | None]:
@@ -668,8 +668,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
                                    pixel_values: Tensor | None) -> Tensor:
         """input_ids (B, T) with `<image>` placeholders -> ids (B, T) with the pictures' own ids.
 
-        Pictures (N, 3, height, width) fill the placeholders in order, row after row. The result
-        gives the same output as the pictures. ValueError if there are not exactly N * S
+        Pictures (N, 3, height, width) fill the placeholders in order, row after row. With these ids
+        the model needs no pictures. ValueError if there are not exactly N * S
         placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
         synchronizations, so a single token is not checked.
         """
@@ -759,8 +759,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
             positions = torch.arange(past, past + T, device=x.device)  # (T,)
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
         if position_ids.shape not in ((1, T), (len(x), T)):
-            raise ValueError(f"position_ids are {tuple(position_ids.shape)}: {len(x)} row(s) of "
-                             f"{T} new token(s) need one for each of these, and none for the past")
+            raise ValueError(f"position_ids are {tuple(position_ids.shape)}, but must be (1 or "
+                             f"{len(x)}, {T}): one for each new token, none for cached tokens")
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         if attention_mask is not None and len(attention_mask) != len(x) and (
@@ -821,7 +821,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         use_cache: bool | None = None, output_attentions: bool | None = None,
         output_hidden_states: bool | None = None, return_dict: bool | None = None,
         cache_position: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,  # so many last positions get logits, or these; 0: all
+        logits_to_keep: int | Tensor = 0,  # how many last positions, or which; 0: all
         mask_image_logits: bool = True,
         num_items_in_batch: Tensor | int | None = None,  # see `_loss`
     ) -> "ChameleonOutput | tuple":
@@ -849,8 +849,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache, output_attentions, output_hidden_states, True, cache_position)
-        last = isinstance(logits_to_keep, int)  # -0 is all
-        kept = slice(-logits_to_keep, None) if last else logits_to_keep
+        last = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if last else logits_to_keep  # 0: slice(0, None), all
         logits = self.lm_head(body.last_hidden_state[:, kept])  # (B, T or those kept, V)
         if mask_image_logits:
             lowest = torch.finfo(logits.dtype).min
@@ -882,8 +882,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
 
 # ---------------------------------------------------------------------------------------------
-# The other public classes by this module's name, as transformers has them in one:
-# `from chameleon import ChameleonProcessor`. Their files are read when they are asked for.
+# transformers has all public classes in one module. So `from chameleon import ChameleonProcessor`
+# works, too; processor.py and the others are imported at the first use of such a name.
 
 HOMES = {"ChameleonProcessor": "processor", "ChameleonImageProcessor": "processor",
          "AutoTokenizer": "tokenizer", "BitsAndBytesConfig": "chameleon_extras.pretrained"}

@@ -71,7 +71,7 @@ class Options:
     """How `stream` and `generate` choose ids. ValueError, naming the option, for a wrong value."""
 
     mode: Mode = "text"  # "image": one picture at once; "interleaved": as the model decides
-    max_new_tokens: Number | None = None  # None: 256 of "text", else all that fits; not for "image"
+    max_new_tokens: Number | None = None  # not for "image"; None: 256 for "text", else all that fit
     min_new_tokens: NumberOr0 = 0  # a text does not end before
     do_sample: Flag = False  # of text; pictures are sampled unless image_temperature is 0
     temperature: Temperature = 1.0
@@ -122,9 +122,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)
     probs = ordered.softmax(-1)
     # The sum BEFORE an id decides, so the id with which the sum crosses p is kept.
-    out = probs.cumsum(-1) - probs >= p
-    out[..., 0] = False  # a p below 1e-45 is 0 in fp32, and would drop even the first
-    return logits.masked_fill(out.scatter(-1, order, out), float("-inf"))
+    drop = probs.cumsum(-1) - probs >= p
+    drop[..., 0] = False  # a p below 1e-45 is 0 in fp32, and would drop even the first
+    return logits.masked_fill(drop.scatter(-1, order, drop), float("-inf"))  # in order of ids
 
 
 def sample(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
@@ -213,7 +213,7 @@ class Grammar:
         To read the ids on the host is a GPU synchronization. They are read only where a row of an
         interleaved document is in text; a whole picture, or plain text, needs no synchronization.
         """
-        begins = [self.mode == "image" and self.fits(room)] * len(places)
+        begins = [self.mode == "image" and self.fits(room)] * len(places)  # true for its first id
         if self.mode == "interleaved" and None in places:
             begins = (chosen == self.begin).tolist()
         return [self.next_place(n, begin) for n, begin in zip(places, begins)]
@@ -310,10 +310,10 @@ class Contexts:
             self.take_over(past)
 
     def take_over(self, past: KVCache) -> None:
-        """Copies from `past` the columns of the ids with which both begin. Only the rest is new.
-        The last id is always new, because a cache holds no hidden states.
+        """Copies from `past` the columns of the first ids that are equal in both; the model reads
+        only the rest. It always reads the last id, because a cache holds no hidden states.
         """
-        ids = self.new if past.ids is None else past.ids  # None: only forward has filled it
+        ids = self.new if past.ids is None else past.ids  # None: filled by forward, taken as equal
         n = min(past.length, ids.shape[1], self.new.shape[1] - 1)
         same = (ids[:, :n] == self.new[:, :n]).all(0)  # (n,)
         n = int(same.cumprod(0).sum())
@@ -334,22 +334,22 @@ class Contexts:
             return is_token
         sees = self.grammar.pictures[ids]  # (B, T)
         if stream == "nothing":  # a picture that the prompt itself began is still being drawn
-            for row, n in zip(sees, self.grammar.places(ids)):
+            for row, n in zip(sees, self.grammar.places(ids)):  # begin-image and n codes stay
                 row[: len(row) if n is None else -n - 1] = False
         return is_token & (sees | (is_token.cumsum(1) == 1))  # (B, T)
 
     def hidden(self) -> Tensor:
         """Runs the columns that are new -> the last one's hidden states (G, B, D)."""
-        past = self.cache.length
-        L = past + self.new.shape[1]
+        filled = self.cache.length
+        L = filled + self.new.shape[1]
         mask = positions = None  # without padding, each step may use the fastest attention
         if self.padded:
             mask = self.mask[:, :L]
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]  # (GB, T)
-        if self.decoder and self.decoder.compiled and past and self.new.shape[1] == 1:  # a step
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, filled:]  # (GB, T)
+        if self.decoder and self.decoder.compiled and filled and self.new.shape[1] == 1:  # a step
             hidden = self.decoder(self.new, self.mask if self.padded else None, positions,
                                   self.cache)  # (GB, D)
-        else:  # only the last place is used: logits of all places would be 1 GiB at 4096 x 65536
+        else:  # no head yet: fp32 logits of all T positions would be 1 GiB at 4096 x 65536
             with self.decoder.kernels(self.new.numel(), False) if self.decoder else nullcontext():
                 hidden = self.model.model(
                     self.new, attention_mask=mask, position_ids=positions,
@@ -428,7 +428,7 @@ class Picker:
                     row[self.stops] = False
         logits = logits.masked_fill(~allowed, float("-inf"))
         generators = [None if codes else g for g, codes in zip(self.generators, inside)]
-        o = self.options
+        o = self.options  # without do_sample the temperature below is 0: greedy
         ids = choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)  # (B,)
         return ids.masked_fill(~computed.sum(-1).isfinite(), NO_ID)
 
@@ -519,7 +519,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
 
 
 def seeds_of(seed: int | list[int], rows: int) -> list[int]:
-    """-> a seed for each row; ValueError if their number is another, or one is too large."""
+    """-> a seed for each row; ValueError if there is not one for each, or one is too large."""
     seeds = [seed + b for b in range(rows)] if isinstance(seed, int) else seed
     if not isinstance(seeds, (list, tuple)):
         raise ValueError(f"seed {seeds!r:.40} is no whole number, and no list of them")
@@ -531,7 +531,7 @@ def seeds_of(seed: int | list[int], rows: int) -> list[int]:
 
 
 def room_behind(config: ChameleonConfig, prompt_length: int, mode: str = "text") -> int:
-    """How many ids fit behind a prompt. ValueError if none does, or no picture."""
+    """How many ids fit behind a prompt. ValueError if none fits, or in mode "image" no picture."""
     context = int(config.max_position_embeddings * config.rope_factor)
     picture = config.vq_config.codes_per_image + 2
     if prompt_length + (picture if mode == "image" else 1) > context:
@@ -565,8 +565,8 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
 
 
 def check_past(config: ChameleonConfig, past: KVCache, rows: int, is_token: Tensor) -> None:
-    """ValueError for a cache that these rows cannot go on from. is_token (B, T): no padding."""
-    shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    """ValueError for a cache that these rows cannot continue. is_token (B, T): False on padding."""
+    shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim  # k: (B,Hkv,L,Dh)
     if not isinstance(past, KVCache) or (len(past.k), *past.k[0].shape[1::2]) != shape:
         raise ValueError("past_key_values is no cache of this model: begin with KVCache(config)")
     past.check_batch(rows)
@@ -578,7 +578,7 @@ def check_past(config: ChameleonConfig, past: KVCache, rows: int, is_token: Tens
 
 
 def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
-    """Where an answer ends: the ids asked for, else end of sequence and end of turn."""
+    """The ids that end a row: end-image for "image", else those given, or </s> and end of turn."""
     vocabulary = model.model.vocabulary
     asked = model.config.eos_token_id if eos_token_id is None else eos_token_id
     ids: list[int | None] = list(asked) if isinstance(asked, (list, tuple)) else [asked]
@@ -762,8 +762,8 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
 
     def picture(row: int) -> Piece:
         n = len(drawn[row])
-        whole = torch.tensor([drawn[row] + drawn[row][:1] * (S - n)], device=model.device)  # (1, S)
-        return Piece(row, image=decode_pictures(model, whole)[0], drawn=n)
+        ids = torch.tensor([drawn[row] + drawn[row][:1] * (S - n)], device=model.device)  # (1, S)
+        return Piece(row, image=decode_pictures(model, ids)[0], drawn=n)
 
     try:
         for ids in steps:

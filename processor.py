@@ -1,4 +1,4 @@
-"""What goes into the model: prompts become ids and pictures become pixels. And pixels come back.
+"""What goes into the model: prompts become ids, and pictures become pixels; and the way back.
 
     "What is this?<image>"                               picture file
               |                                                |  load_image
@@ -124,7 +124,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 def as_shown(image: Image.Image) -> Image.Image:
     """A loaded picture file -> PIL picture upright, with 8 bits, and with its transparency."""
-    with suppress(Exception):  # of many kinds: a viewer shows what has broken EXIF data, too
+    with suppress(Exception):  # broken EXIF data raises errors of many kinds: it is ignored
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] == "I" and np.asarray(image).max() < 2**16:  # grey, 16 bits
         clear = image.info.pop("transparency", None)
@@ -267,7 +267,7 @@ def sides(*keys: set[str]) -> Callable[[object], bool]:
     return lambda v: isinstance(v, dict) and set(v) in keys and all(map(whole(1, 4096), v.values()))
 
 
-def numbers(v: Any, least: float = 0.0) -> bool:
+def are_numbers(v: Any, least: float = 0.0) -> bool:
     """Is v a number, or a list of them, each from -1e9 to 1e9 and at least `least` in size?"""
     values = v if isinstance(v, (list, tuple)) else [v]
     return all(real(-1e9, 1e9)(x) and abs(x) >= least for x in values)
@@ -279,8 +279,8 @@ Sides = Annotated[Any, "height and width, 1 to 4096", sides({"height", "width"})
 Filter = Annotated[int, "a filter of PIL, 0 to 5 (1 is Lanczos)", lambda x: type(x) in (
     int, Image.Resampling) and x in list(Image.Resampling)]
 Factor = Annotated[float, "a finite number", real(-1e9, 1e9)]
-Means = Annotated[list, "finite numbers", numbers]
-Divisors = Annotated[list, "finite numbers other than 0", lambda v: numbers(v, 1e-9)]
+Means = Annotated[list, "finite numbers", are_numbers]
+Divisors = Annotated[list, "finite numbers other than 0", lambda v: are_numbers(v, 1e-9)]
 
 
 @dataclass(eq=False)
@@ -292,7 +292,7 @@ class ChameleonImageProcessor:
     """
 
     do_resize: Flag = True
-    # Also: with longest_edge, a limit; {height, width}; an int, which is the shortest edge.
+    # Or with longest_edge, which is a limit; or {height, width}; or an int, the shortest edge.
     size: Edges = field(default_factory=lambda: {"shortest_edge": 512})
     resample: Filter = 1  # the filter's number in PIL: Lanczos
     do_center_crop: Flag = True
@@ -405,10 +405,10 @@ class ChameleonImageProcessor:
         """Pixels (N, 3, H, W), about [-1, 1] -> N PIL pictures. ValueError for another shape."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixels must be (N, 3, H, W), got {tuple(pixel_values.shape)}")
-        # level = trunc((clamp(pixel, -1, 1) + 1) / 2 * 255)
         if not pixel_values.isfinite().all():
             raise ValueError("pixels hold inf or nan: the weights of the VQ-VAE's decoder are "
                              "damaged (download them again)")
+        # level = trunc((clamp(pixel, -1, 1) + 1) / 2 * 255)
         levels = (pixel_values.detach().float().clamp(-1, 1) + 1) / 2 * 255
         levels = levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()  # (N, H, W, 3)
         return [Image.fromarray(image) for image in levels.numpy()]
@@ -712,8 +712,8 @@ class ChameleonProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes) -> "ChameleonProcessor":
-        """Reads a folder or a hub id. Without processor_config.json the defaults hold; `changes` of
-        image_seq_length and image_token replace either, others are options of the hub.
+        """Reads a folder or a hub id; defaults without processor_config.json. image_seq_length and
+        image_token in `changes` replace the values read; others are options of the hub.
         """
         from chameleon_extras.files import find_folder  # only to find files
 

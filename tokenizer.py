@@ -394,8 +394,8 @@ class Tokenizer:
     def decode(self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:
         """Ids (T,), or one id -> text. Bytes that are not utf-8 become U+FFFD. ValueError for
-        unknown ids. clean_up_tokenization_spaces is accepted, and changes nothing of BPE's texts,
-        as in transformers 5.
+        unknown ids. clean_up_tokenization_spaces is accepted and ignored, as transformers 5 does
+        for BPE.
         """
         given: Any = ids
         if hasattr(given, "tolist"):  # a tensor or an array
@@ -425,7 +425,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one id at a time. All strings, and that of `flush`, joined equal Tokenizer.decode.
+    """Decodes one id at a time. The strings of `feed` and `flush`, joined, are Tokenizer.decode's.
 
     One character may need up to four ids. So the bytes of each id go through an incremental utf-8
     decoder, which holds back the bytes of an incomplete character.
@@ -493,7 +493,7 @@ class Shapes(dict):
     """Code point -> a letter for its class: str.translate turns "Hi, 5€" into the shape "LLP NO".
 
     L letter, N number, P punctuation, " " space, _ other white space, O everything else. Python's
-    re has no \\p{L}; a pattern for shapes does without. Entries are computed when first needed.
+    re has no \\p{L}, so WORDS matches shapes instead. Entries are computed when first needed.
     """
 
     def __missing__(self, code_point: int) -> str:
@@ -645,7 +645,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor  # the release does not need it
 
         try:
-            content = Path(path).read_bytes() or b"empty"  # sentencepiece accepts b""
+            content = Path(path).read_bytes() or b"empty"  # b"" would give no error
             self._model = model = SentencePieceProcessor(model_proto=content)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None

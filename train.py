@@ -224,7 +224,7 @@ class Muon(torch.optim.Optimizer):
             x = x.bfloat16() if fast_bf16(p.device) else x
             x = x / x.norm().clamp(min=1e-7)
             x = x.T if p.shape[0] > p.shape[1] else x
-            for _ in range(5):
+            for _ in range(5):  # Newton-Schulz: all singular values of x go to about 1
                 A = x @ x.T
                 # x <- 3.4445 x + (-4.7750 A + 2.0315 A^2) x
                 x = torch.addmm(x, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
@@ -244,7 +244,7 @@ def decoder_loss(model: ChameleonForConditionalGeneration, batch: dict[str, Tens
     The z-loss pulls log Z towards 0 (section 2.3).
     """
     ids, weight = batch["ids"], batch["weight"][:, 1:]  # position t predicts token t + 1
-    with autocast(ids.device):
+    with autocast(ids.device):  # "read": the ids, some codes corrupted; "ids": the targets
         hidden = model.model(
             batch["read"], attention_mask=batch["mask"], position_ids=batch["position"],
             use_cache=False, return_dict=True,
@@ -283,7 +283,7 @@ class QueryNorm:
         assert isinstance(layer, ChameleonDecoderLayer)
         if unshard := getattr(layer, "unshard", None):  # FSDP: each rank has a slice of q_proj
             unshard()
-        if not isinstance(layer, ChameleonSwinDecoderLayer):  # there the norm follows attention
+        if not isinstance(layer, ChameleonSwinDecoderLayer):  # in Swin's the norm follows attention
             x = layer.input_layernorm(x)  # (B, T, D)
         q = layer.self_attn.q_proj(x).unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
         if reshard := getattr(layer, "reshard", None):
@@ -319,7 +319,7 @@ def train_decoder(stage: str, run: Run) -> None:
     if options.checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:
-        lengths = None if options.data else False  # user's batches differ: dynamic after the first
+        lengths = None if options.data else False  # None: dynamic after a second length is seen
         for layer in model.model.layers:  # alike, so compiled once for all of them
             layer.forward = torch.compile(layer.forward, dynamic=lengths)
     model.train()
@@ -410,7 +410,7 @@ def own_data(run: Run) -> Prepared:
 
 
 def own_rate(width: int, learned: str) -> float:
-    """The peak learning rate of --data; a narrow model learns faster."""
+    """The peak learning rate of --data; a narrow model takes a higher one."""
     return OWN_RATE[learned] if width >= 1024 else 1e-3
 
 
@@ -430,8 +430,8 @@ def export(model: ChameleonForConditionalGeneration, processor: ChameleonProcess
         adapter.merge_and_unload()
     bake(twin)
     twin.to(torch.bfloat16)
-    for weight in twin.model.vqmodel.parameters():  # fp32 in any model, so that codes stay equal
-        rounded = weight.data.bfloat16()  # exact where trained_vqvae has rounded
+    for weight in twin.model.vqmodel.parameters():  # still fp32: see ChameleonVQVAE._apply
+        rounded = weight.data.bfloat16()  # exact where trained_vqvae has rounded: bf16 in the file
         weight.data = rounded if torch.equal(rounded.float(), weight.data) else weight.data
     twin.save_pretrained(run.out)
     processor.save_pretrained(run.out)
@@ -499,7 +499,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.no_qk_norm and options.stage == "all":
         parser.error("--no-qk-norm makes curves and no checkpoint: give it to pretrain and sft")
     if options.data and (options.no_qk_norm or options.norm_order != "pre"):
-        parser.error("--no-qk-norm and --norm-order are for a new model, and --model is none")
+        parser.error("--no-qk-norm and --norm-order are for a new model: leave out --data")
     if options.epochs and (options.steps or not options.data):
         parser.error("--epochs is for --data without --steps")
     if not 0 <= options.dropout < 1:

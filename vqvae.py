@@ -7,7 +7,7 @@
 Letter  meaning                                         default  config field
 B       pictures in the batch
 H, W    height and width of a picture, in pixels         512      resolution
-h, w    the same after the encoder: H / 2^(levels-1)     32       len(channel_multiplier) - 1
+h, w    the same after the encoder: H / 2^(levels-1)     32       levels: len(channel_multiplier)
 S       codes per picture, h * w in raster order         1024
 K       codes in the codebook                            8192     num_embeddings
 E       width of one code vector e_k ("D" in the paper)  256      embed_dim
@@ -20,7 +20,7 @@ What differs from a plain VQ-VAE (van den Oord et al., 2017, https://arxiv.org/a
 - Encoder and decoder are those of VQGAN (Esser et al., 2021, https://arxiv.org/abs/2012.09841):
   residual blocks, GroupNorm, swish, and one attention block at the lowest resolution.
 - The sizes are those of Chameleon (https://arxiv.org/abs/2405.09818, section 2.1), which trains
-  its image tokenizer after Make-A-Scene (https://arxiv.org/abs/2203.13131).
+  its image tokenizer as Make-A-Scene does (https://arxiv.org/abs/2203.13131).
 
 Three words for three spaces: `pixels` are floats in [-1, 1]; `codes` are integers in 0..K-1;
 `ids` are integers in 0..V-1, the vocabulary of the decoder in chameleon.py, not used here.
@@ -49,7 +49,7 @@ from torch import Tensor
 # base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
 # lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
-ONE_THREAD = RLock()  # for a setting of the whole process
+ONE_THREAD = RLock()  # held while `exact_convolutions` changes a setting of the whole process
 
 
 # ---------------------------------------------------------------------------------------------
@@ -92,9 +92,9 @@ Config = TypeVar("Config", bound="PreTrainedConfig")
 
 
 def keeping_others(cls: type[Config]) -> type[Config]:
-    """Keeps keywords that are no fields, as from a newer config.json, as attributes that are
-    written back. Left out are those about weights, those that begin with "_", and names that the
-    class has for something else.
+    """Class decorator: a keyword that is no field, such as one of a newer config.json, becomes an
+    attribute, and `to_dict` returns it. Dropped are keywords in OF_WEIGHTS, those that begin with
+    "_", and those that name another attribute of the class.
     """
     init = cls.__init__
 
@@ -190,7 +190,7 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
 
     @property
     def codes_per_image(self) -> int:
-        """S of a square picture: (512 / 16)^2 = 1024 in the released model (section 2.1)."""
+        """S of a square picture: (512 / 16)^2 = 1024 in the release (2405.09818, section 2.1)."""
         return (self.resolution // self.downsampling) ** 2
 
 
@@ -341,7 +341,7 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv_in(pixels)  # (B, C, H, W)
         # Level has no forward, because a call keeps its input alive until it returns: at 512x512
-        # that is 134 MB for each open call. Nor are the maps kept in a list.
+        # one input takes 134 MB.
         for level in self.down:
             assert isinstance(level, Level)
             for step in level.steps():
@@ -546,9 +546,9 @@ class ChameleonVQVAE(PreTrainedModel):
         """Pixels in [-1, 1] (B, 3, H, W) -> codes (B, S) in raster order (2405.09818, section 2.1).
 
         DIFFERS: transformers encodes in the model's dtype, and in bf16 1.6 % of the codes change.
-        Here encoding is always fp32: `from_pretrained(dtype=torch.bfloat16)` leaves this module so.
-        Raises ValueError if pixels are no floats (B, 3, H, W), the weights are not fp32, or inf or
-        nan comes out.
+        Here it is always fp32: `from_pretrained(dtype=torch.bfloat16)` leaves this module in fp32.
+        Raises ValueError if pixels are not floats (B, 3, H, W), if the weights are not fp32, or if
+        the encoder gives inf or nan.
         """
         channels = self.config.in_channels
         if not pixel_values.is_floating_point():
@@ -572,7 +572,7 @@ class ChameleonVQVAE(PreTrainedModel):
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)
             z = self.quant_conv(self.encoder(pixels))  # (B, E, h, w)
             flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B*S, E)
-            # argmin would take NaN for the nearest. The check is a GPU synchronization.
+            # argmin would take NaN for the nearest. The check makes the host wait for the GPU.
             finite = flat.isfinite().all() & self.quantize.embedding.weight.isfinite().all()
             if not torch.compiler.is_compiling() and not finite:
                 raise ValueError("the VQ-VAE computes inf or nan: pixel_values hold such numbers, "
@@ -598,7 +598,7 @@ class ChameleonVQVAE(PreTrainedModel):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")
         zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, E, h, w)
         features = self.post_quant_conv(zq)  # (B, latent_channels, h, w)
-        # As in encode; after post_quant_conv, because a 1x1 convolution may reorder the memory.
+        # channels_last as in encode; here, because the 1x1 convolution may reorder the memory.
         features = features.contiguous(memory_format=torch.channels_last)
         return decoder(features)  # (B, 3, H, W)
 
