@@ -680,10 +680,10 @@ def generate(
 
     Further options are those of `stream`. `model.generate(**inputs, ...)` is the same, and takes a
     GenerationConfig and num_beams=1, too: the arguments of transformers' method of that name.
-    DIFFERS: makes pictures, if asked to. An answer ends at end of turn, too. Text never contains
-    begin-image, end-image or <image>; transformers masks the codes only. The seed is 0 in each
-    call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the length to 256 new
-    ids, not 20 in all; no generation_config.json is read. TypeError for an unknown option.
+    DIFFERS: makes pictures, if asked to. An answer ends at end of turn and with the context, too.
+    Text never contains begin-image, end-image or <image>; transformers masks the codes only. The
+    seed is 0 in each call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the
+    length to 256 new ids, not 20. No generation_config.json is read. TypeError: unknown option.
     """
     if max_length is not None and options.get("max_new_tokens") is None:
         if type(max_length) is not int or max_length <= input_ids.shape[-1]:
