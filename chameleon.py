@@ -515,7 +515,8 @@ class KVCache:
                              "make it with a larger max_length")
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]  # (B, Hkv, L, Dh)
+        keys, values = self.k[layer][:, :, :end], self.v[layer][:, :, :end]  # (B, Hkv, L, Dh)
+        return keys.to(k.dtype), values.to(v.dtype)  # no copy, unless a cache has another dtype
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -804,13 +805,14 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_tokens(pixel_values)
 
-    def generate(self, input_ids: Tensor, *inputs: Tensor | None, **options) -> Tensor:
+    def generate(self, input_ids: Tensor, *inputs: Tensor | None, generation_config=None,
+                 **options) -> Tensor:
         """As `generate` of generate.py, which explains it; takes a generation_config, too."""
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
-        options = {"generation_config": self.generation_config} | options
-        return generate(self, input_ids, *inputs, **generation_options(**options))
+        config = generation_config or self.generation_config
+        return generate(self, input_ids, *inputs, **generation_options(config, **options))
 
     def forward(
         self,

@@ -459,7 +459,8 @@ def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside there is no dropout. Outside, a model that is being trained stays in training, since
-    a caller may run other code between two ids of a stream, or stop asking for ids.
+    a caller may run other code between two ids of a stream, or stop asking for ids. Several threads
+    may share a model only if it is not in training.
     """
     trained = [module for module in model.modules() if module.training] if model.training else []
     for module in trained:
@@ -543,7 +544,7 @@ def room_behind(config: ChameleonConfig, prompt_length: int, mode: str = "text")
 
 
 def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
-                attention_mask: Tensor | None, pad: int, stops: list[int]) -> Tensor:
+                attention_mask: Tensor | None, pad: int | None, stops: list[int]) -> Tensor:
     """-> which ids are no padding, bool (B, T). ValueError for what would give a wrong answer.
 
     Without an attention_mask, padding is recognized by its id, as in transformers.
@@ -553,11 +554,12 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
         raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are whole "
                          f"numbers from 0 to {V - 1}: take the tokenizer of its own folder")
     if attention_mask is None:
-        known = pad == model.config.pad_token_id and pad not in stops
+        known = pad is not None and pad not in stops
         attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but input_ids are "
-                         f"{tuple(input_ids.shape)}")
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        found = getattr(attention_mask, "shape", "")
+        raise ValueError(f"attention_mask must be a tensor {tuple(input_ids.shape)}, as input_ids "
+                         f"are, got {type(attention_mask).__name__} {found}")
     if not attention_mask[:, -1].all():
         raise ValueError("the prompts are padded on the right, and the next token would follow "
                          "padding: use padding_side='left'")
@@ -629,7 +631,7 @@ def stream(
     o = Options(**options)
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError("input_ids must be a tensor (B, T) with T > 0, got "
-                         f"{getattr(input_ids, 'shape', type(input_ids).__name__)}")
+                         f"{type(input_ids).__name__} {getattr(input_ids, 'shape', '')}")
     if not o.do_sample and o.mode != "image" and (
             o.temperature not in (0, 1) or o.top_k or o.top_p < 1
             or (o.num_return_sequences > 1 and o.mode == "text")):
@@ -649,10 +651,11 @@ def stream(
         raise ValueError(f"min_new_tokens {o.min_new_tokens} is more than the {steps} ids that may "
                          "come: raise max_new_tokens, or shorten the prompt")
     stops = stop_ids(model, eos_token_id, o.mode)
-    pad = next(i for i in (pad_token_id, model.config.pad_token_id, *stops, 0) if i is not None)
+    padding = model.config.pad_token_id if pad_token_id is None else pad_token_id
+    pad = next(i for i in (padding, *stops, 0) if i is not None)
     for named in {"pad_token_id": pad}, *({"eos_token_id": i} for i in stops):
         check_ids(named, model.config.vocab_size)
-    is_token = real_tokens(model, input_ids, attention_mask, pad, stops)
+    is_token = real_tokens(model, input_ids, attention_mask, padding, stops)
     seeds = seeds_of(seed, len(input_ids) * o.num_return_sequences)
     if past_key_values is not None:
         check_past(model.config, past_key_values, len(seeds), is_token)
@@ -696,7 +699,9 @@ def generate(
             raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
         words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
         pad = options.get("pad_token_id")
-        steps = until_said(steps, words, tokenizer, tokenizer.pad_token_id if pad is None else pad)
+        stops = stop_ids(unwrapped(model), options.get("eos_token_id"), options.get("mode", "text"))
+        steps = until_said(steps, words, tokenizer, tokenizer.pad_token_id if pad is None else pad,
+                           stops)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     new = []
@@ -711,9 +716,9 @@ def generate(
     return torch.cat((prompts, new), dim=1)  # (B, T + new)
 
 
-def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer, pad: int
-               ) -> Iterator[Tensor]:
-    """Passes the ids (B,) on; a row ends with the id whose text completes one of `words`."""
+def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer, pad: int,
+               stops: list[int]) -> Iterator[Tensor]:
+    """Passes the ids (B,) on; a row ends with one of `stops` or when its text holds a word."""
     decoders, texts, ended = [], [], []
     for ids in steps:
         if not decoders:
@@ -722,7 +727,7 @@ def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer, 
         yield torch.where(torch.tensor(ended), pad, ids.cpu())
         for row, i in enumerate(ids.tolist()):
             texts[row] += decoders[row].feed(i)
-            ended[row] = ended[row] or any(word in texts[row] for word in words)
+            ended[row] = ended[row] or i in stops or any(word in texts[row] for word in words)
         if all(ended):
             return
 

@@ -600,6 +600,8 @@ class ChameleonProcessor:
                     raise ValueError(f"prompt {n + 1} has {count} {mark} but {len(group)} "
                                      "picture(s): give one for each")
             return [picture for group in groups for picture in group]
+        if isinstance(images, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in images):
+            raise ValueError("images mixes lists and pictures: give a flat list, or one per prompt")
         pictures = [] if images is None else flat_pictures(images)
         if len(pictures) != sum(places):
             counts = ", ".join(f"prompt {n + 1} has {count}" for n, count in enumerate(places))
@@ -640,9 +642,9 @@ class ChameleonProcessor:
         return [begin, *[place] * self.image_seq_length, end]
 
     def end_of_turn(self) -> list[int]:
-        if self.tokenizer.vocabulary.end_of_turn_id is None:
+        if self.tokenizer.sep_token_id is None:
             raise ValueError("this tokenizer has no end of turn: set return_for_text_completion")
-        return [self.tokenizer.vocabulary.end_of_turn_id]
+        return [self.tokenizer.sep_token_id]
 
     def apply_chat_template(self, conversation: list, *, tokenize: bool = True,
                             return_dict: bool = True, add_generation_prompt: bool = True,

@@ -331,7 +331,7 @@ class Tokenizer:
     def batch(self, rows: list[list[int]], *, padding: bool | str | None = False,
               truncation: bool | str | None = False, max_length: int | None = None,
               padding_side: str | None = None, pad_to_multiple_of: int | None = None,
-              return_tensors: str | None = None, return_attention_mask: bool = True,
+              return_tensors: str | None = None, return_attention_mask: bool | None = True,
               pad_id: int | None = None) -> BatchFeature:
         """Rows of ids -> input_ids and attention_mask, (B, T) with return_tensors. The options are
         those of transformers' tokenizers; padding is True or "longest", "max_length", or False.
@@ -339,7 +339,7 @@ class Tokenizer:
         rows = truncated(rows, truncation, max_length, padding, self.vocabulary.end_image_id)
         data = padded(rows, padding, max_length, padding_side or self.padding_side,
                       self.pad_token_id if pad_id is None else pad_id, pad_to_multiple_of)
-        if not return_attention_mask:
+        if return_attention_mask is False:  # None, transformers' default, gives it
             del data["attention_mask"]
         return BatchFeature({name: tensor_rows(rows, return_tensors)
                              for name, rows in data.items()})
@@ -494,6 +494,7 @@ class Shapes(dict):
 
     L letter, N number, P punctuation, " " space, _ other white space, O everything else. Python's
     re has no \\p{L}, so WORDS matches shapes instead. Entries are computed when first needed.
+    DIFFERS: a character newer than Python's unicodedata is O; `tokenizers` may know its class.
     """
 
     def __missing__(self, code_point: int) -> str:

@@ -52,6 +52,7 @@ from chameleon import (
 )
 from chameleon_extras.files import OneLineParser, exit_code, fast_bf16, hold, write_atomically
 from chameleon_extras.quantize import kind_of
+from chameleon_extras.release import load_processor
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import evaluate, language, world
 from tiny_world.code_rows import add_code_rows, bake
@@ -133,7 +134,10 @@ def train_tokenizer(run: Run) -> None:
         add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
         minloglevel=2,
     )  # fmt: skip
-    write_atomically(run.out / "tokenizer.model", lambda part: part.write_bytes(file.getvalue()))
+    path = run.out / "tokenizer.model"
+    if run.file("pretrain").exists() and path.is_file() and path.read_bytes() != file.getvalue():
+        raise ValueError(f"{path} is the one that pretrain has read with: name another --out")
+    write_atomically(path, lambda part: part.write_bytes(file.getvalue()))
     run.say(f"tokenizer: {trained_tokenizer(run).vocab_size} ids")
 
 
@@ -371,7 +375,9 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator) -> Prepared:
     add_parts(model, options)
     model.to(run.device)
     if stage == "sft":
-        run.take_over("pretrain", model)
+        made_by = run.take_over("pretrain", model).get("made_by", {})
+        if (order := made_by.get("--norm-order", "pre")) != options.norm_order:
+            raise ValueError(f"pretrain was run with --norm-order {order}: give it to sft, too")
     pictures = Pictures.sample(options.seed, min(PICTURES, 100 * steps))  # few for a smoke run
     pictures.encode(vq, run.state / f"codes-{run.rank}.int16", run.progress)
     corpus = Corpus(Writer(tokenizer, pictures.codes), pictures, rng)
@@ -393,13 +399,15 @@ def own_data(run: Run) -> Prepared:
     """The checkpoint in --model, and the user's documents in --data."""
     options = run.options
     examples = read_examples(options.data)  # first: it finds mistakes in seconds
+    if options.train == "image-head" and not any("<image>" in line.answer for line in examples):
+        raise ValueError("--train image-head learns from pictures, and no answer holds <image>")
     frozen = options.train != "all" and fast_bf16(run.device)  # what does not learn is in bf16
     model = ChameleonForConditionalGeneration.from_pretrained(
         options.model, dtype=torch.bfloat16 if frozen else torch.float32, device_map=run.device)
     if kind := kind_of(model):
         raise ValueError(f"--model {options.model} holds {kind} weights, which do not learn: give "
                          "the folder they were made from")
-    processor = ChameleonProcessor.from_pretrained(options.model)
+    processor = load_processor(options.model)
     corpus = OwnData(examples, model, processor, options.seed)
     run.made_by["--data"] = fingerprint(x for d in corpus.documents for x in (d.ids, d.weight))
     add_parts(model, options)
@@ -414,6 +422,7 @@ def own_rate(width: int, learned: str) -> float:
     return OWN_RATE[learned] if width >= 1024 else 1e-3
 
 
+@torch.random.fork_rng(devices=[])  # the twin's first weights are no draws of the training
 def export(model: ChameleonForConditionalGeneration, processor: ChameleonProcessor,
            run: Run) -> None:
     """Writes the checkpoint --out in the HF layout: bf16 weights, config, tokenizer, processor."""
@@ -448,9 +457,11 @@ STAGES = {
     "evaluate": lambda run: evaluate.table(run.out, run.options.questions, run.options.device),
 }  # fmt: skip
 DECODER = {"pretrain", "sft", "all"}
-READ_BY = {"learning_rate": {"vqvae", *DECODER}, "questions": {"evaluate", "all"}} | dict.fromkeys(
-    ("optimizer", "compile", "checkpointing", "norm_order", "no_qk_norm", "no_z_loss", "dropout"),
-    DECODER)  # options that not every stage reads, and the stages that do
+READ_BY = {  # options that not every stage reads, and the stages that do
+    "steps": {"vqvae", "evaluate", *DECODER}, "seed": {"vqvae", "tokenizer", *DECODER},
+    "learning_rate": {"vqvae", *DECODER}, "questions": {"evaluate", "all"}} | dict.fromkeys((
+        "optimizer", "compile", "checkpointing", "norm_order", "no_qk_norm", "no_z_loss",
+        "dropout"), DECODER)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -416,8 +416,9 @@ class VectorQuantizer(nn.Module):
         e = self.embedding.weight  # (K, E)
         # |z - e_j|^2 / 2 = |e_j|^2 / 2 - z . e_j + |z|^2 / 2. The last term is the same for every
         # j and is left out. The rest is one matrix product with a bias.
-        score = torch.addmm(e.square().sum(1) / 2, z, e.T, alpha=-1)  # (N, K), lowest is nearest
-        return score.argmin(dim=1)  # (N,)
+        with torch.autocast(z.device.type, enabled=False):  # in bf16, other codes seem the nearest
+            score = torch.addmm(e.square().sum(1) / 2, z.to(e.dtype), e.T, alpha=-1)  # (N, K)
+        return score.argmin(dim=1)  # (N,), the lowest is nearest
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, VQLosses]:
         """z (B, E, h, w) -> zq (B, E, h, w), codes (B, S) in raster order, losses"""
@@ -590,6 +591,7 @@ class ChameleonVQVAE(PreTrainedModel):
         if codes.ndim != 2 or codes.is_floating_point():
             raise ValueError(f"codes must be (B, S) whole numbers, got {codes.dtype} "
                              f"{tuple(codes.shape)}")
+        codes = codes.long()  # an embedding reads no int16, and no uint16 has a minimum
         K, S = self.config.num_embeddings, codes.shape[1]
         h, w = grid or (isqrt(S), isqrt(S))
         if h * w != S or min(h, w) < 1:

@@ -32,7 +32,7 @@ from chameleon import ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, seed, with_bar
 from chameleon_extras.files import STOPS, say, stop
 from chameleon_extras.sheets import save_picture, write_document
-from generate import Piece, pieces, room_behind, stream
+from generate import Piece, pieces, room_behind, seeds_of, stream
 from processor import ChameleonImageProcessor, ChameleonProcessor, load_image
 
 HELP = """\
@@ -177,7 +177,7 @@ class Terminal:
         elif word == "/image":
             self.image(rest)
         elif word == "/seed":
-            self.seed = seed(rest)
+            self.seed = seeds_of(seed(rest), 1)[0]
         elif word == "/reset":
             self.conversation.reset()
             self.waiting = []

@@ -9,6 +9,7 @@ Source: the documentation of transformers' PreTrainedModel.from_pretrained and B
 """
 
 import inspect
+import warnings
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TypeVar
@@ -32,6 +33,7 @@ ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
 NEUTRAL = {"num_beams": 1} | dict.fromkeys((
     "output_scores", "output_attentions", "output_hidden_states", "output_logits",
     "return_dict_in_generate", "synced_gpus"), False)
+IDLE = {"text": ("image_", "guidance_"), "image": ("max_", "min_")}  # beginnings of names
 NO_OPTIONS = ("bos_token_id", "transformers_version", "_from_model_config")
 
 Config, Model = TypeVar("Config"), TypeVar("Model")
@@ -113,6 +115,10 @@ def generation_options(generation_config=None, **options: object) -> dict:
     """Options of transformers' `model.generate` -> those of ours. The values of a GenerationConfig
     hold where no option is given. NEUTRAL values and None change nothing and are left out.
     """
+    mode = options.get("mode", "text")
+    if idle := [name for name, value in options.items()
+                if value is not None and name.startswith(IDLE.get(mode, "none"))]:
+        warnings.warn(f"with mode={mode!r}, {', '.join(idle)} changes nothing", stacklevel=3)
     if generation_config is not None:
         if not hasattr(generation_config, "to_diff_dict"):
             raise ValueError("generation_config must be a GenerationConfig, got a "

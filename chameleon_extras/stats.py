@@ -53,12 +53,13 @@ class Stats:
         if cache is not None:
             column = sum(b.nbytes for b in (*cache.k, *cache.v)) / cache.max_length
             read += column * (cache.length - len(later) / 2)  # as long as it was on average
+        peak = peak_memory(self.model.device)  # before `bandwidth`, which takes memory, too
         rate, most = read / step, bandwidth(self.model.device)
         return (f"{len(self.seconds)} steps of {self.rows} row(s): first after "
                 f"{self.seconds[0]:.3f} s, then {self.rows / step:.1f} tokens/s "
                 f"({1000 * step:.2f} ms a step); reads {rate / 1e9:.1f} GB/s, "
                 f"{100 * rate / most:.0f} % of the {most / 1e9:.1f} GB/s measured here; "
-                f"peak memory {peak_memory(self.model.device) / 1e9:.2f} GB")
+                f"peak memory {peak / 1e9:.2f} GB")
 
 
 def step_bytes(model: ChameleonForConditionalGeneration,

@@ -1,6 +1,7 @@
 """The decoder: shapes, causality, caches, padding, positions, norms, labels, configs. Equality with
 transformers is in test_oracle.py; files are in test_checkpoint.py."""
 
+import copy
 import re
 
 import pytest
@@ -223,6 +224,15 @@ def test_a_mask_of_the_wrong_width_and_a_full_cache_are_refused():
             MODEL(text_ids(1, 5), attention_mask=torch.tensor(mask))
     with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
         MODEL(text_ids(1, 5), past_key_values=KVCache(MODEL.config, 1, 4))
+
+
+def test_a_cache_of_another_dtype_is_read_in_the_models():
+    model, ids = copy.deepcopy(MODEL).bfloat16(), text_ids(1, 5)
+    with torch.no_grad():
+        cache = KVCache(model.config, 1, 16)
+        model(ids[:, :3], past_key_values=cache)
+        torch.testing.assert_close(model(ids[:, 3:], past_key_values=cache).logits,
+                                   model(ids).logits[:, 3:], atol=0.3, rtol=0.1)
 
 
 # --------------------------------------------------------------------------------- RoPE and norms
@@ -518,7 +528,7 @@ def test_positions_that_are_not_those_of_the_new_tokens_are_refused(positions):
     ids = torch.tensor([[0, 80, 81, 82, 83, 84, 85]])
     with torch.no_grad():
         cache = MODEL(ids[:, :6]).past_key_values
-        with pytest.raises(ValueError, match=r"1 row\(s\) of 1 new token"):
+        with pytest.raises(ValueError, match="one for each new token, none for cached"):
             MODEL(ids[:, 6:], past_key_values=cache, position_ids=positions)
         step = MODEL(ids[:, 6:], past_key_values=cache, position_ids=torch.tensor([[6]])).logits
         torch.testing.assert_close(step, MODEL(ids).logits[:, -1:], atol=1e-4, rtol=1e-4)

@@ -162,6 +162,7 @@ def test_five_turns_with_two_pictures_in_and_two_out(lines, tmp_path):
     ("/image 'a", "No closing quotation"),
     ("/draw", "needs words"),
     ("/seed red", "no whole number"),
+    (f"/seed {2**70}", "below 2^63"),
     ("/save", "name of a folder"),
     ("/paint a star", "no command: /help"),
     ("What is this?<image>", "0 picture"),

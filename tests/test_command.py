@@ -18,7 +18,7 @@ from synthetic import png
 
 import generate as module
 from chameleon import ChameleonForConditionalGeneration
-from chameleon_extras import command
+from chameleon_extras import command, stats
 from generate import pieces
 from tokenizer import load_tokenizer
 
@@ -184,6 +184,15 @@ def test_a_bar_grows_with_the_picture_and_passes_every_id_on(untrained_folder, m
     passed = list(command.with_bar((torch.tensor([i]) for i in ids), model))
     assert [int(i) for i in passed] == ids
     assert [(bar.n, bar.total, bar.closed) for bar in bars] == [(17, 17, True), (3, 17, True)]
+
+
+def test_the_peak_of_memory_is_that_of_the_answer(monkeypatch, untrained_folder):
+    monkeypatch.setattr(stats, "bandwidth", lambda device: peaks.pop() and 1e9)
+    monkeypatch.setattr(stats, "peak_memory", lambda device: peaks[-1])
+    peaks, model = [1e9, 2e9], ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    watch = stats.Stats(model)
+    list(watch.watch(iter([torch.tensor([3])] * 3)))
+    assert watch.report().endswith("peak memory 2.00 GB")  # not the 1 GB that follows
 
 
 @pytest.mark.parametrize("mode", ["text", "image"])

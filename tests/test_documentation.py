@@ -596,6 +596,11 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     expected = MODEL.generate(PROMPT, max_new_tokens=3, eos_token_id=[])
     assert torch.equal(model.generate(PROMPT, **nothing), expected)
     assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
+    assert torch.equal(model.generate(PROMPT, generation_config=None), expected)
+    with pytest.warns(UserWarning, match="with mode='text', guidance_text changes nothing"):
+        model.generate(PROMPT, guidance_text=3.0)
+    with pytest.warns(UserWarning, match="with mode='image', max_new_tokens changes nothing"):
+        model.generate(PROMPT, mode="image", max_new_tokens=3)
 
 
 def test_head_and_cache_have_the_methods_of_the_page():
@@ -707,6 +712,7 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
     assert bpe.special_tokens_map.items() >= theirs.special_tokens_map.items()
     bpe = copy.copy(bpe)
+    assert bpe("Hi", return_attention_mask=None).keys() == {"input_ids", "attention_mask"}
     bpe.pad_token = bpe.eos_token
     rows = bpe(["Hi", "Hi, you"], padding=True)["input_ids"]
     assert bpe.pad_token_id == bpe.eos_token_id == rows[0][0] == bpe.vocab["</s>"]

@@ -199,6 +199,7 @@ def test_image_options_reach_the_image_processor(bpe):
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2, []]), "prompt 1 has 1 <image>"),
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)], None]), "prompt 2 has 1 <image>"),
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2]), "1 lists of pictures for 2"),
+    (dict(text=["a<image>", "b<image>"], images=[[picture(1)], picture(2)]), "mixes lists and"),
     (dict(text="a<image>", images="picture.png"), "No such file"),
     (dict(text="a<image>", images="https://a.b/c.png"), "nothing is fetched"),
     (dict(text=["a", "a longer one"]), "padding=True"),

@@ -594,6 +594,9 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
     (["vqvae", "--out", "x", "--norm-order", "swin"], "--norm-order changes nothing in vqvae"),
     (["evaluate", "--out", "x", "--compile"], "--compile changes nothing in evaluate"),
     (["sft", "--out", "x", "--questions", "5"], "--questions changes nothing in sft"),
+    (["evaluate", "--out", "x", "--seed", "5"], "--seed changes nothing in evaluate"),
+    (["tokenizer", "--out", "x", "--steps", "5"], "--steps changes nothing in tokenizer"),
+    (["sft", "--out", "x", "--data", "nowhere"], "--data nowhere is no folder"),
     (["sft", "--out", "x", "--data", "d", "--epochs", "3", "--steps", "2"], "without --steps"),
     (["sft", "--out", "x", "--device", "abacus"], "abacus"),
     (["sft", "--out", "x", "--state", "file"], "file"),
@@ -705,6 +708,11 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     assert train.main(["pretrain", "--no-qk-norm", "--out", str(alone), "--steps", "2"]) == 0
     assert "no class here reads weights without QK-norm" in capsys.readouterr().err
     assert not (alone / "config.json").exists()
+    # The weights before fit the options and the tokenizer, or are not used.
+    for stage, option in ((["sft", "--norm-order", "swin"], "--norm-order pre: give it to sft"),
+                          (["tokenizer", "--seed", "5"], "is the one that pretrain has read with")):
+        assert train.main([*stage, "--out", str(out)]) == 2
+        assert option in capsys.readouterr().err
     # Another stage's weights of another kind are named, not loaded.
     capsys.readouterr()
     assert train.main(["sft", "--no-qk-norm", "--out", str(out), "--steps", "3"]) == 2
@@ -989,7 +997,8 @@ def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch
 
 def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "OWN_ROWS", 1)
-    folder, out = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}), tmp_path / "out"
+    drawn = {"prompt": "Hi", "answer": "<image>", "images": ["a.png"]}
+    folder, out = own_folder(tmp_path, drawn), tmp_path / "out"
     asked = ["sft", "--data", str(folder), "--model", str(TINY), "--out", str(out), "--steps", "1"]
     assert train.main(asked) == 0
     shutil.rmtree(out)
@@ -1000,11 +1009,19 @@ def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monk
         message = capsys.readouterr().err
         assert f"{more[0]} " in message and f", not {more[1]}: remove" in message
         assert message.count("\n") == 1
-    for more, words in ((["--train", "image-head"], "with other options"),
+    for more, words in ((["--train", "image-head"], "saved with other options: give those, or"),
                         (["--dropout", "0.5"], "--dropout 0.0, not 0.5")):
         assert train.main([*asked, *more]) == 2 and words in capsys.readouterr().err
+    moved = tmp_path / "moved" / "out"
+    moved.parent.mkdir()
+    for name in ("out", "out.train"):
+        (tmp_path / name).rename(moved.with_name(name))
+    asked[asked.index(str(out))] = str(moved)
+    assert train.main(asked) == 0 and "all 1 steps are done" in capsys.readouterr().err
     own_folder(tmp_path, {"prompt": "Hi", "answer": "Good morning"})
     assert train.main(asked) == 2 and "--data (fingerprint" in capsys.readouterr().err
+    assert train.main([*asked, "--train", "image-head"]) == 2
+    assert "no answer holds <image>" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_state_before(tmp_path, monkeypatch, capsys):

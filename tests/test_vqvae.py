@@ -93,6 +93,16 @@ def test_encode_and_forward_and_decode_use_the_same_codes():
     )
 
 
+def test_the_nearest_code_is_the_same_under_autocast():
+    torch.manual_seed(0)
+    quantize = VectorQuantizer(ChameleonVQVAEConfig(num_embeddings=512, embed_dim=64))
+    torch.nn.init.normal_(quantize.embedding.weight)
+    z = torch.randn(2000, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = quantize.nearest(z)
+    assert torch.equal(codes, quantize.nearest(z))
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), h=st.integers(1, 4), w=st.integers(1, 4))
 def test_the_straight_through_gradient_is_the_identity(seed, h, w):
@@ -226,6 +236,12 @@ def test_a_model_without_decoder_says_so():
     for draws in (lambda: model.decode(codes), lambda: model(torch.zeros(1, 3, 8, 8))):
         with pytest.raises(ValueError, match="no VQ-VAE decoder"):
             draws()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32])
+def test_codes_are_whole_numbers_of_any_width(dtype):
+    model, codes = small_vqvae(), torch.tensor([[0, 5, 31, 7]])
+    assert torch.equal(model.decode(codes.to(dtype)), model.decode(codes))
 
 
 @pytest.mark.parametrize("codes, grid, message", [

@@ -31,7 +31,9 @@ def read_examples(folder: Path) -> list[Line]:
 
     ValueError names the file, the line and the error.
     """
-    files = sorted(file for file in folder.glob("*.jsonl") if file.is_file())
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder} is no folder: name the one with the .jsonl file in it")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() == ".jsonl" and f.is_file())
     if not files:
         raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
     examples = []

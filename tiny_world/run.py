@@ -18,6 +18,7 @@ import math
 import pickle
 import time
 from collections.abc import Iterable, Iterator
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Run:
         if options.stage != "evaluate":
             if (self.state / "config.json").exists():
                 raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
-            known, out = self.state / "out.txt", f"{self.out.resolve()}\n"
+            known = self.state / "out.txt"  # relative: the two may be moved together
+            out = f"{relpath(self.out.resolve(), self.state.resolve())}\n"
             if self.out.exists() and not self.out.is_dir():
                 raise ValueError(f"--out {self.out} is no folder: name another")
             found = [*self.out.glob("config.json"), *self.out.glob("model*.safetensors*")]
@@ -132,7 +134,8 @@ class Run:
             dcp.set_state_dict(model, optimizers, model_state_dict=states[0],
                                optim_state_dict=states[1], options=how)
         except (RuntimeError, ValueError, KeyError):
-            raise ValueError(f"{path} was saved with other options: name another --state") from None
+            raise ValueError(f"{path} was saved with other options: give those, or name another "
+                             "--out") from None
         if not optimizers:
             self.say(f"{stage}: its weights of step {step} are used")
         return data
