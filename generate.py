@@ -557,9 +557,9 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
         known = pad is not None and pad not in stops
         attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        found = getattr(attention_mask, "shape", "")
+        found = isinstance(attention_mask, Tensor) and tuple(attention_mask.shape)
         raise ValueError(f"attention_mask must be a tensor {tuple(input_ids.shape)}, as input_ids "
-                         f"are, got {type(attention_mask).__name__} {found}")
+                         f"are, got {found or type(attention_mask).__name__}")
     if not attention_mask[:, -1].all():
         raise ValueError("the prompts are padded on the right, and the next token would follow "
                          "padding: use padding_side='left'")

@@ -177,7 +177,7 @@ def test_pixels_that_are_none_are_refused(untrained_folder, pixels, message):
     ([0, 10**6], {}, "input_ids hold"), ([0, -1, 5], {}, "input_ids hold -1"),
     ([0, 5.5], {}, "input_ids hold"), ([0, 5], dict(pad_token_id=10**9), "pad_token_id is"),
     ([0, 5], dict(pad_token_id="x"), "pad_token_id is 'x'"),
-    ([0, 5], dict(attention_mask=torch.ones(1, 3)), r"attention_mask is \(1, 3\)"),
+    ([0, 5], dict(attention_mask=torch.ones(1, 3)), r"attention_mask must be .* got \(1, 3\)"),
     ([0, 5], dict(max_length="9"), "max_length '9'"), ([0, 5], dict(max_length=2), "no room"),
     ([], {}, "must be a tensor"),
 ])
