@@ -941,16 +941,19 @@ def test_the_smoke_runs_weights_depend_on_the_seed_alone(corpus):
 
 @pytest.mark.parametrize("kind", ["all", "lora", "image-head"])
 def test_what_learns_in_part_is_resumed_too(tmp_path, kind, monkeypatch, capsys):
-    """Two steps and two more give the weights of four."""
+    """Two steps and two more give the weights of four, with a save in between and with dropout."""
     monkeypatch.setattr(train, "OWN_ROWS", 1)
-    pytest.importorskip("peft")
+    monkeypatch.setattr(train.Run, "SAVE", 2)
+    if kind == "lora":
+        pytest.importorskip("peft")
     Image.new("RGB", (36, 36), "red").save(tmp_path / "a.png")
     data = ["--data", str(own_folder(tmp_path, {"prompt": "Hi", "answer": "<image>",
                                                 "images": ["a.png"]}))]
     monkeypatch.setattr(train, "rate", lambda *_: 1.0)
     for out, steps in (("a", 2), ("a", 4), ("b", 4)):
         assert train.main(["sft", *data, "--model", str(TINY), "--out", str(tmp_path / out),
-                           "--train", kind, "--steps", str(steps), "--seed", "3"]) == 0
+                           "--train", kind, "--steps", str(steps), "--seed", "3",
+                           "--dropout", "0.1"]) == 0
     assert "goes on at step 2" in capsys.readouterr().err
     a, b, tiny = (ChameleonForConditionalGeneration.from_pretrained(folder).state_dict()
                   for folder in (tmp_path / "a", tmp_path / "b", TINY))
