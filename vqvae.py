@@ -197,10 +197,7 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
 # ---------------------------------------------------------------------------------------------
 # Building blocks of encoder and decoder. Their attribute names are those of the checkpoint.
 
-
-def swish(x: Tensor) -> Tensor:
-    """x * sigmoid(x), any shape -> same."""
-    return F.silu(x)
+swish = F.silu  # x * sigmoid(x), any shape -> same
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
