@@ -688,7 +688,8 @@ def generate(
     seed is 0 in each call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the
     length to 256 new ids, not 20. No generation_config.json is read. TypeError: unknown option.
     """
-    if max_length is not None and options.get("max_new_tokens") is None:
+    if max_length is not None and options.get("max_new_tokens") is None and isinstance(
+            input_ids, Tensor):  # `stream` refuses what is none
         if type(max_length) is not int or max_length <= input_ids.shape[-1]:
             raise ValueError(f"max_length {max_length!r:.80} leaves no room behind the prompt's "
                              f"{input_ids.shape[-1]} ids: raise it, or set max_new_tokens")

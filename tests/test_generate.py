@@ -262,6 +262,8 @@ def test_padding_is_known_by_the_pad_token_id_that_is_asked_for():
     inputs, options = left_padded([[0, 80, 81, 82, 90, 91], [0, 90]]), dict(max_new_tokens=4)
     expected = generate(model, **inputs, **options, pad_token_id=1)
     assert torch.equal(generate(model, inputs["input_ids"], **options, pad_token_id=1), expected)
+    with pytest.raises(ValueError, match="must be a tensor .* got list"):
+        generate(model, [[0, 80]], max_length=9)
     for mask in (inputs["attention_mask"].tolist(), inputs["attention_mask"].numpy()):
         with pytest.raises(ValueError, match=r"attention_mask must be a tensor \(2, 6\)"):
             generate(model, inputs["input_ids"], mask)

@@ -29,8 +29,8 @@ LATE = {
     ("generate", "stream"): "chameleon_extras.decoding",
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
-LINES = {"chameleon.py": 897, "generate.py": 813, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_233, 32
+LINES = {"chameleon.py": 897, "generate.py": 814, "README.md": 220}
+ALL_LINES, ALL_FILES = 11_234, 32
 
 
 def own_modules(node: ast.stmt) -> list[str]:
