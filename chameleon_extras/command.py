@@ -245,6 +245,9 @@ def check_output(options: argparse.Namespace) -> None:
         return check_file(options.out)
     if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
         raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
+    if options.count > 1 and not options.image_temperature:
+        raise ValueError("--image-temperature 0 draws one picture again and again: raise it, or "
+                         "leave --count out")
     if not 0 <= options.scale <= 64 or (options.scale and options.mode == "interleaved"):
         raise ValueError("--scale is a whole factor, 1 to 64, for --mode image")
     if options.mode == "interleaved" and len(options.prompt) > 1:

@@ -337,6 +337,8 @@ BAD = {
     "a hundred thousand pictures": (("--prompt", "a", "--mode", "image", "--count", "100000"),
                                     "1 to 1000"),
     "less than no picture": (("--prompt", "a", "--mode", "image", "--count", "-1"), "1 to 1000"),
+    "equal pictures": (("--prompt", "a", "--mode", "image", "--count", "3", "--image-temperature",
+                        "0"), "leave --count out"),
     "a pipe as picture": ((*ASK, "pipe.png"), "a pipe"),
     "a photograph of a telephone": ((*ASK, "photo.HEIC"), "pip install pillow-heif"),
     "a seed too large for the rows": (("--prompt", "a", "--prompt", "b", "--seed", str(2**63 - 1)),
