@@ -811,7 +811,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
-        config = generation_config or self.generation_config
+        config = self.generation_config if generation_config is None else generation_config
         return generate(self, input_ids, *inputs, **generation_options(config, **options))
 
     def forward(

@@ -501,8 +501,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} must be from {low} to {high}, got {value}")
-    for name, default in (("train", "all"), ("model", TINY)):
-        if getattr(options, name) != default and not options.data:
+    for name in ("train", "model"):
+        if getattr(options, name) != parser.get_default(name) and not options.data:
             parser.error(f"--{name} {getattr(options, name)} needs --data")
     for name, stages in READ_BY.items():
         if getattr(options, name) != parser.get_default(name) and options.stage not in stages:

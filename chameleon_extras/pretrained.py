@@ -117,7 +117,7 @@ def generation_options(generation_config=None, **options: object) -> dict:
     """
     mode = options.get("mode", "text")
     if idle := [name for name, value in options.items()
-                if value is not None and name.startswith(IDLE.get(mode, "none"))]:
+                if value is not None and name.startswith(IDLE.get(str(mode), "none"))]:
         warnings.warn(f"with mode={mode!r}, {', '.join(idle)} changes nothing", stacklevel=3)
     if generation_config is not None:
         if not hasattr(generation_config, "to_diff_dict"):
@@ -198,7 +198,8 @@ def load_pretrained(
     folder = find_folder(folder, **hub)
     if use_safetensors is not None and use_safetensors != any(folder.glob("*.safetensors")):
         raise ValueError(f"use_safetensors={use_safetensors}, but {folder} holds "
-                         + ("none" if use_safetensors else "some, which are read first"))
+                         + ("none" if use_safetensors else "some, which are read first")
+                         + ": leave it out")
     if issubclass(cls, ChameleonVQVAE):
         if kind or attention:
             raise ValueError("a VQ-VAE has no quantization_config and no attn_implementation: "

@@ -584,8 +584,11 @@ def test_a_generation_config_holds_where_no_option_is_given():
     config.num_beams = 3
     with pytest.raises(TypeError, match="num_beams"):
         MODEL.generate(PROMPT, generation_config=config)
-    with pytest.raises(ValueError, match="must be a GenerationConfig, got a dict"):
-        MODEL.generate(PROMPT, generation_config={"max_length": 9})
+    for config in ({}, {"max_length": 9}):
+        with pytest.raises(ValueError, match="must be a GenerationConfig, got a dict"):
+            MODEL.generate(PROMPT, generation_config=config)
+    with pytest.raises(ValueError, match="mode must be one of"):
+        MODEL.generate(PROMPT, mode=["text"])
 
 
 def test_a_models_own_generation_config_holds_and_none_changes_nothing():
