@@ -569,6 +569,11 @@ def test_masks_and_pictures_that_do_not_fit_are_refused():
     MODEL(ids, attention_mask=torch.ones(1, 6, 6))
     with pytest.raises(ValueError, match="this one is"):
         MODEL(ids, attention_mask=torch.full((3, 6, 6), -1e9).triu(1))
+    causal = torch.full((1, 1, 6, 6), -1e4).triu(1)
+    torch.testing.assert_close(MODEL(ids, attention_mask=causal).logits, MODEL(ids).logits)
+    for biased in (causal - 0.5, torch.ones(1, 1, 6, 6).tril()):  # transformers adds such numbers
+        with pytest.raises(ValueError, match="0 or at most -1000"):
+            MODEL(ids, attention_mask=biased)
     with pytest.raises(ValueError, match="but the prompt has 0 <image>"):
         MODEL(ids[:, :1], pixel_values=pixels)
 

@@ -313,7 +313,7 @@ class Corpus:
                 scene = self.told_scene(count)
                 pair = world.sample_pair(rng, self.chance(0.3))
                 while pair[0].things[0].colour == pair[1].things[0].colour and self.chance(0.6):
-                    pair = world.sample_pair(rng, self.chance(0.3))  # of one colour: fewer, as shapes are harder
+                    pair = world.sample_pair(rng, self.chance(0.3))  # shapes are harder: rarer
                 edit = world.sample_edit(rng, self.chance(0.3))
             share = rng.random()
             if kind < 0.5:
