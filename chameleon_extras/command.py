@@ -160,7 +160,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="vqgan.ckpt or safetensors: its VQ-VAE instead of the model's, for the decoder in it")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes the fastest there is")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="auto is float32 on a CPU, else bfloat16; 7B on a CPU wants bfloat16")
+        help="auto is float32 for plain weights on a CPU, else bfloat16; 7B wants bfloat16")
     add("--quantize", choices=KINDS, help="weights in 8 or 4 bits, packed while they are read")
     add("--compile", action="store_true",
         help="faster steps, after some seconds of compiling: for long answers and large models")
@@ -234,7 +234,14 @@ def place_images(prompts: list[str], count: int) -> list[str]:
 def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
     if options.explain:
-        return check_page(options)
+        if ranks() > 1:
+            raise ValueError("--explain shows one prompt on one device: leave torchrun out")
+        if len(options.prompt) > 1:
+            raise ValueError("--explain walks one prompt: give one --prompt")
+        if options.out and options.out.suffix.lower() not in (".html", ".htm"):
+            raise ValueError("--explain draws a page: name --out "
+                             f"{options.out.with_suffix('.html')}")
+        return check_file(options.out)
     if options.chat or options.demo:
         return None  # they have no --out
     if options.prompts:
@@ -314,17 +321,6 @@ def check_writable(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out} cannot be written: {e.strerror}") from None
 
 
-def check_page(options: argparse.Namespace) -> None:
-    """What `check_output` does for --explain."""
-    if ranks() > 1:
-        raise ValueError("--explain shows one prompt on one device: leave torchrun out")
-    if len(options.prompt) > 1:
-        raise ValueError("--explain walks one prompt: give one --prompt")
-    if options.out is not None and options.out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--explain draws a page: name --out {options.out.with_suffix('.html')}")
-    check_file(options.out)
-
-
 def check_pair(config: ChameleonConfig, processor: ChameleonProcessor, inputs: dict) -> None:
     """ValueError if tokenizer and pictures are not those of this model."""
     ours = config.vocabulary_map or {}
@@ -356,14 +352,15 @@ def check_pair(config: ChameleonConfig, processor: ChameleonProcessor, inputs: d
 def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration:
     """The model on its device; under torchrun, this rank's part of it."""
     device, dtype = pick_device(options.device), options.dtype
+    config, kind = open_config(options.model)
+    kind = options.quantize or kind
     if ranks() > 1:  # started by torchrun
         device = join(device)
-        config, kind = open_config(options.model)
-        check_ranks(config, ranks(), options.quantize or kind)
+        check_ranks(config, ranks(), kind)
         if options.compile:
             raise ValueError("--compile is for one device: start without torchrun")
     if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
+        dtype = "float32" if device.type == "cpu" and not kind else "bfloat16"
     dtype = getattr(torch, dtype)
     check_attention(options.attention, device, dtype, options.compile)
     if options.compile:

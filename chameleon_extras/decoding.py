@@ -71,13 +71,15 @@ from chameleon import (
     sdpa_attention,
 )
 from chameleon_extras.files import fast_bf16
-from chameleon_extras.quantize import Int8Linear, kind_of
+from chameleon_extras.quantize import Int4Linear, Int8Linear, kind_of
 from vqvae import ChameleonVQVAE
 
 FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
 VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
 VIEW = 256  # such a view has a multiple of so many columns
 UNREAD = 8  # columns behind the last that a view may have
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+LONGEST = 4096  # terms of one sum in a compiled loop on a CPU
 AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few
 
 
@@ -320,28 +322,37 @@ def set_attention(model: ChameleonForConditionalGeneration,
 def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
     """sum_i w_oi x_ni in fp32.   weight (O, I), rows (n, I) -> (n, O)
 
-    One sum for each row n, which torch.compile joins into one loop: it reads each weight once, as
-    it is stored, and writes nothing but the sums. On a CPU the loop computes one output of each
-    half at once: it loads x once for both, and neither sum waits for the other.
+    torch.compile joins the sums of all rows into one loop, which reads each weight once, as it is
+    stored. On a CPU the loop computes four outputs at once, one of each quarter: it loads x once
+    for all four, and no sum waits for another. A sum of more than LONGEST terms is split, because
+    torch.compile would add up a longer one more exactly, at a third of the speed.
+
+    On a GPU, and on a CPU without AVX-512, int8 weights are read four at a time, as one int32: that
+    is as wide as one number of x in fp32. A thread of a GPU loads 16 bytes at once, and would pass
+    single weights through shared memory to bring 16 of them and 4 numbers of x together. Such a CPU
+    would load less than a whole register of weights by way of memory, at a tenth of the speed.
     """
-    parts = weight.float().chunk(2 if weight.device.type == "cpu" else 1)  # (O/2, I) each
-    sums = [[(row * part).sum(-1) for part in parts] for row in map(in_memory, rows.float())]
-    return torch.stack([torch.cat(halves) for halves in sums])  # (n, O)
+    cpu = weight.device.type == "cpu"
+    fours = weight.dtype == torch.int8 and weight.shape[1] % 4 == 0 and not (cpu and AVX512)
+    x = rows.float()[:, None]  # (n, 1, I)
+    if fours:
+        weight = weight.view(torch.int32)  # (O, I/4), byte b of number j is weight 4j + b
+        x = x[:, 0].unflatten(-1, (-1, 4)).mT.contiguous()  # (n, 4, I/4)
+    splits = split_of(weight.shape[1]) if cpu else 1
+    x = in_memory(x).unflatten(-1, (splits, -1))  # (n, 1 or 4, splits, terms)
+    sums = []
+    for part in weight.unflatten(1, (splits, -1)).chunk(4 if cpu else 1):  # (O/4, splits, terms)
+        # Up, so that the byte's sign is the number's; down, so that the sign fills what is above.
+        w = [part << 24 - 8 * b >> 24 for b in range(4)] if fours else [part]
+        products = ([w_b.float() * x_b for w_b, x_b in zip(w, row)] for row in x)
+        sums.append([sum(p, first).sum(-1).sum(-1) for first, *p in products])  # n times (O/4,)
+    return torch.stack([torch.cat(row) for row in zip(*sums)])  # (n, O)
 
 
-def packed_row_sums(weight: Tensor, rows: Tensor) -> Tensor:
-    """`row_sums` for int8 weights on CUDA, read four at a time as one int32.
-
-    A thread of a GPU loads 16 bytes at once: 16 weights, but only 4 numbers of x in fp32. To bring
-    the two together, a loop over single weights passes them through shared memory, and it waits
-    for the slow conversion from int8. Four weights in one number are as wide as a number of x.
-    """
-    four = weight.view(torch.int32)  # (O, I/4), byte b of number j is weight 4j + b
-    # Up, so that the byte's sign is the number's; down, so that the sign fills what is above.
-    q = [(four << 24 - 8 * b >> 24).float() for b in range(4)]  # 4 times (O, I/4)
-    rows = rows.float().unflatten(-1, (-1, 4)).mT.contiguous()  # (n, 4, I/4)
-    sums = [sum(q_b * x_b for q_b, x_b in zip(q, row)).sum(-1) for row in in_memory(rows)]
-    return torch.stack(sums, dim=-1).T  # (n, O)
+def split_of(length: int) -> int:
+    """Into how many equal parts a sum of so many terms is split. A part fills whole registers."""
+    fitting = (n for n in range(-(-length // LONGEST), 65) if length % (16 * n) == 0)
+    return next(fitting, 1)
 
 
 @cache
@@ -365,8 +376,7 @@ class RowProduct(nn.Module):
         rows, cuda = x.flatten(0, -2), x.device.type == "cuda"  # (n, I)
         if len(rows) > (1 if cuda and not self.int8 else FEW):
             return self.layer(x)
-        packed = cuda and self.int8 and x.shape[-1] % 4 == 0
-        y = (packed_row_sums if packed else row_sums)(self.layer.weight, rows)  # (n, O)
+        y = row_sums(self.layer.weight, rows)  # (n, O)
         if self.int8:
             y = y * self.layer.scale
         y = y.to(x.dtype).unflatten(0, x.shape[:-1])  # (..., O)
@@ -380,6 +390,8 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
     if isinstance(module, (nn.Linear, Int8Linear)):
         loop = form_of(module, rows, dtype, compiled=True) == "loop"
         return RowProduct(module) if loop else module
+    if isinstance(module, Int4Linear):
+        module.prepare(rows, dtype)  # here: compiled code would do it in each step
     twin = copy.copy(module)
     twin.training = False  # whatever the model does between two answers: no dropout in a step
     twin._modules = {name: with_row_products(child, rows, dtype)
@@ -520,10 +532,15 @@ class Decoder:
             set_attention(model, attention)
         self.cache = self.spare = None  # of the last step; of the last answer, to be used again
         kind = kind_of(model)
-        if not compiled and kind and model.device.type == "cuda":
-            # Only a compiled step reads quantized weights as they are.
-            warnings.warn(f"{kind} weights save memory but no time on CUDA unless the step is "
-                          "compiled: say compile=True (--compile)", stacklevel=2)
+        advice, device = None, model.device.type  # else packed weights are unpacked in each step
+        if kind and device == "cuda" and not compiled:
+            advice = "compile=True (--compile)"
+        elif device == "cpu" and model.dtype != torch.bfloat16 and (
+                kind == "int4" or kind == "int8" and not compiled):
+            advice = "dtype=torch.bfloat16 (--dtype bfloat16)"
+        if advice:
+            warnings.warn(f"{kind} weights save memory but no time here: say {advice}",
+                          stacklevel=2)
         if compiled:
             check_compile(model.device)
             if any(hasattr(module, "base_layer") for module in model.modules()):  # peft's

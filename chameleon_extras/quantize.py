@@ -148,11 +148,6 @@ class Int4Linear(PackedLinear):
         q = q.flatten(1).to(torch.uint8)  # (O, I)
         return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale[..., 0].bfloat16()}
 
-    @staticmethod
-    def nibbles(weight: Tensor) -> Tensor:
-        """(O, I/2) uint8 -> 0 .. 15, (O, I) int32"""
-        return torch.stack((weight // 16, weight % 16), dim=-1).flatten(1).int()
-
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (O, I) that these numbers stand for."""
         values = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)  # (16,)
@@ -178,27 +173,27 @@ class Int4Linear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
-        if self.has_kernel(flat):
-            y = self.cpu_product(flat)
+        if self.has_kernel(len(flat)) and not flat.requires_grad:  # it has no gradient
+            self.prepare(len(flat), x.dtype)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.kernel[0], self.group,
+                                                           self.kernel[1])
         else:
             y = F.linear(flat, self.unpacked(x.dtype))
         y = y.unflatten(0, x.shape[:-1])  # (..., O)
         return y if self.bias is None else y + self.bias
 
-    def has_kernel(self, x: Tensor) -> bool:
-        few = len(self.weight) % 16 == 0 and len(x) <= INT4_ROWS
-        return x.device.type == "cpu" and few and not x.requires_grad  # it has no gradient
+    def has_kernel(self, rows: int) -> bool:
+        return (self.weight.device.type == "cpu" and len(self.weight) % 16 == 0
+                and rows <= INT4_ROWS)
 
-    def cpu_product(self, x: Tensor) -> Tensor:
-        """x (rows, I) -> (rows, O) by PyTorch's 4-bit kernel."""
-        if self.kernel is None or self.kernel[1].dtype != x.dtype:
-            packed = torch.cat([
-                torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.nibbles(rows), 1)
-                for rows in self.weight.split(KERNEL_ROWS)])  # (O, I/2)
-            scale = self.scale.T.to(x.dtype)  # (I/g, O)
+    def prepare(self, rows: int, dtype: torch.dtype) -> None:
+        """Makes the copy for PyTorch's 4-bit kernel, if so many rows of this dtype need it."""
+        if self.has_kernel(rows) and (self.kernel is None or self.kernel[1].dtype != dtype):
+            order = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            packed = torch.cat([order(torch.stack((w // 16, w % 16), -1).flatten(1).int(), 1)
+                                for w in self.weight.split(KERNEL_ROWS)])  # (O, I/2)
+            scale = self.scale.T.to(dtype)  # (I/g, O)
             self.kernel = packed, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.kernel[0], self.group,
-                                                          self.kernel[1])
 
 
 class NF4Linear(Int4Linear):
@@ -225,7 +220,7 @@ class NF4Linear(Int4Linear):
         q = q.flatten(1).to(torch.uint8)  # (O, I)
         return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale}
 
-    def has_kernel(self, x: Tensor) -> bool:
+    def has_kernel(self, rows: int) -> bool:
         return False
 
 

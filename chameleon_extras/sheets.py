@@ -11,6 +11,7 @@ import html
 import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,8 +67,8 @@ def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     rows = math.ceil(len(pictures) / columns)
-    size = columns * (width + GAP) + GAP, rows * (height + GAP) + GAP
-    sheet = Image.new("RGB", size, "lightgray")
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP),
+                      "lightgray")
     for n, picture in enumerate(pictures):
         row, column = divmod(n, columns)
         sheet.paste(picture, (column * (width + GAP) + GAP, row * (height + GAP) + GAP))
@@ -164,6 +165,4 @@ def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
         + "\n".join(body) + "\n"
     )
     for name, text in (("document.md", "\n\n".join(markdown) + "\n"), ("document.html", page)):
-        write_atomically(
-            folder / name, lambda part, text=text: part.write_text(text, encoding="utf-8")
-        )
+        write_atomically(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))

@@ -65,9 +65,9 @@ class Stats:
 def step_bytes(model: ChameleonForConditionalGeneration,
                share_of_codes: float | None = 0.0) -> float:
     """Bytes of weights that a step reads: the layers, and the head or its rows for codes.
-
     `share_of_codes` None: the layers alone.
     """
+
     def size(module: torch.nn.Module) -> int:
         return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 

@@ -19,6 +19,7 @@ from synthetic import png
 import generate as module
 from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras import command, stats
+from chameleon_extras.quantize import quantize_model
 from generate import pieces
 from tokenizer import load_tokenizer
 
@@ -65,6 +66,19 @@ def test_quantized_weights_answer_and_draw(run, tmp_path, kind):
     assert code == 0 and len(out) > 1
     code, _, _ = run("--prompt", "Draw", "--quantize", kind, "--mode", "image", "--out", "q.png")
     assert code == 0 and Image.open(tmp_path / "q.png").size == (16, 16)
+
+
+def test_quantized_weights_on_a_cpu_are_computed_in_bf16_unless_one_says_otherwise(
+        untrained_folder, tmp_path):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    quantize_model(model, "int8").save_pretrained(tmp_path / "packed")
+    for folder, words, dtype in (
+            (untrained_folder, (), torch.float32),
+            (untrained_folder, ("--quantize", "int8"), torch.bfloat16),
+            (tmp_path / "packed", (), torch.bfloat16),
+            (tmp_path / "packed", ("--dtype", "float32"), torch.float32)):
+        options = command.parse(["--model", str(folder), "--device", "cpu", *words])
+        assert command.load_model(options).dtype == dtype
 
 
 def test_a_picture_is_written_where_one_says(run, tmp_path):

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from small import V, left_padded, small_model
 
 from chameleon import KVCache
-from chameleon_extras.decoding import Decoder, check_compile, set_attention
+from chameleon_extras import decoding
+from chameleon_extras.decoding import (
+    Decoder,
+    check_compile,
+    compile_step,
+    copy_of,
+    row_sums,
+    set_attention,
+)
 from generate import CACHE_STEP, stream
 
 ROWS = (1, 2, 3)
@@ -103,3 +111,16 @@ def test_two_conversations_share_a_decoder_and_each_goes_on_from_its_own_cache(d
             assert cache.length == ids.shape[1] + 4  # all but the last two ids
             new = torch.randint(74, V, (1, 5), generator=g)
             rows[n] = torch.cat((ids, torch.stack(made, dim=1), new), dim=1)
+
+
+@pytest.mark.parametrize("avx512", [True, False])
+def test_the_compiled_loop_has_neither_exact_sums_nor_loads_by_way_of_memory(avx512, monkeypatch):
+    """The first would make int8 steps of the 7B 1.4 times as slow, the second ten times."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(decoding, "AVX512", avx512)
+    weight = torch.randint(-128, 128, (8, 11008), dtype=torch.int8)
+    loop = compile_step(copy_of(row_sums), torch.device("cpu"))
+    sums, (code,) = run_and_get_code(loop, weight, torch.ones(1, 11008))
+    assert torch.equal(sums, weight.sum(1).float()[None])
+    assert "cascade" not in code and ("Vectorized<int8_t>" in code) == avx512

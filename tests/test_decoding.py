@@ -1,11 +1,14 @@
 """Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
 
 import copy
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from small import S as BIG_S
 from small import batch_with_pictures, left_padded, small_model
@@ -27,12 +30,12 @@ from chameleon_extras.decoding import (
     one_query_attention,
     one_query_loops,
     only,
-    packed_row_sums,
     row_sums,
     set_attention,
+    split_of,
     with_row_products,
 )
-from chameleon_extras.quantize import quantize_model
+from chameleon_extras.quantize import INT4_ROWS, quantize_model
 from chameleon_extras.stats import Stats, bandwidth, step_bytes
 from generate import generate, stream
 from processor import ChameleonProcessor
@@ -249,13 +252,24 @@ def test_steps_over_views_of_the_cache_are_compiled_once_and_recorded_once(monke
     assert recorded == [32, 32, 64, 96, 32, 64] and graphs == [1, 4, 4, 6]  # the third: none
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_four_weights_in_one_number_give_the_sums_of_four(n):
-    g = torch.Generator().manual_seed(n)
-    weight = torch.randint(-128, 128, (24, 64), generator=g, dtype=torch.int8)
-    rows = torch.randn(n, 64, generator=g)
-    torch.testing.assert_close(packed_row_sums(weight, rows), row_sums(weight, rows),
-                               atol=1e-3, rtol=1e-5)
+@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 4), outputs=st.integers(1, 40), split=st.integers(1, 6),
+       terms=st.sampled_from([16, 33, 64, 66, 800, 1376]), seed=st.integers(0, 99))
+def test_the_loop_gives_the_product_however_it_splits_outputs_and_sums(avx512, dtype, n, outputs,
+                                                                       split, terms, seed):
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-128, 128, (outputs, split * terms), generator=g).to(dtype)
+    rows = torch.randint(-8, 8, (n, split * terms), generator=g).float()  # sums of these are exact
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "AVX512", avx512)
+        assert torch.equal(row_sums(weight, rows), rows @ weight.float().mT)
+
+
+def test_a_long_sum_is_split_into_equal_parts_of_whole_registers():
+    lengths = (64, 4096, 8192, 11008, 22016, 5504, 4098, 5000)  # 4098 = 2 * 3 * 683
+    assert [split_of(n) for n in lengths] == [1, 1, 2, 4, 8, 2, 1, 1]
 
 
 def test_a_step_is_one_whole_graph_and_every_product_a_loop(traced):
@@ -264,6 +278,31 @@ def test_a_step_is_one_whole_graph_and_every_product_a_loop(traced):
     block, head = traced
     assert not [name for name in block + head if "linear" in name]
     assert sum("index_copy_" in name for name in block) == 2  # k and v, in place
+
+
+def test_an_int4_step_finds_its_weights_in_the_kernels_order(traced):
+    """Of a long prompt the weights are unpacked, so no one has ordered them before."""
+    model = quantize_model(small_model(max_position_embeddings=256).bfloat16(), "int4")
+    assert model.model.layers[0].mlp.up_proj.has_kernel(1)
+    prompt = torch.full((1, INT4_ROWS + 1), 80)
+    generate(model, prompt, max_new_tokens=3, decoder=Decoder(model, True))
+    names = [name for graph in traced for name in graph]
+    assert any("weight_int4pack_mm" in name for name in names)
+    assert not [name for name in names if "convert_weight_to" in name]
+
+
+@pytest.mark.parametrize("kind, dtype, compiled, slow", [
+    (None, torch.float32, False, False), ("int8", torch.float32, False, True),
+    ("int8", torch.float32, True, False), ("int8", torch.bfloat16, False, False),
+    ("int4", torch.float32, True, True), ("int4", torch.bfloat16, True, False),
+    ("nf4", torch.float32, False, False)])  # nf4 is never fast
+def test_a_slow_combination_of_weights_and_dtype_says_so(kind, dtype, compiled, slow):
+    model = small_model().to(dtype)
+    model = quantize_model(model, kind) if kind else model
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        Decoder(model, compiled)
+    assert bool(said) == slow and all("say dtype=torch.bfloat16" in str(w.message) for w in said)
 
 
 def test_two_models_of_equal_shapes_do_not_share_code(traced):
