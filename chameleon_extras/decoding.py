@@ -25,11 +25,11 @@ attention             Fused kernels are made for many queries. For one query on 
 a prompt in bf16      A CPU without instructions for bf16 multiplies in fp32 (`InFp32`).
 matrix times vector   Libraries for matrix products are made for many rows. For a few rows (one, or
                       those of a guided picture), a plain loop over the weights is twice as fast.
-                      torch.compile writes it, for float and for int8 weights. Some CPUs have
-                      instructions that only the libraries use. So on a CPU a measurement picks
-                      loop or library (`CANDIDATES`). On CUDA, cuBLAS is faster from two rows of
-                      float weights on; int8 keeps the loop, because cuBLAS would need a bf16 copy
-                      of the weights.
+                      torch.compile writes it, for float and int8 weights, on CUDA for 4-bit
+                      ones, too. Some CPUs have instructions that only the libraries use. So on
+                      a CPU a measurement picks loop or library (`CANDIDATES`). On CUDA, cuBLAS
+                      is faster from two rows of float weights on; quantized weights keep the
+                      loop, because cuBLAS would need a bf16 copy of them.
 waiting               Reading an id is a GPU synchronization. So ids are read one step later, while
                       the next step already runs. Inside a picture, nothing else is read.
 
@@ -355,6 +355,24 @@ def split_of(length: int) -> int:
     return next(fitting, 1)
 
 
+def four_bit_sums(layer: Int4Linear, rows: Tensor) -> Tensor:
+    """`row_sums` for 4-bit weights on a GPU, read eight at a time.   rows (n, I) -> (n, O)
+
+        y_no = sum_i VALUES[q_oi] s_og x_ni        g: the group of i
+    """
+    eights = layer.weight.view(torch.int32)  # (O, I/8)
+    x = rows.float().unflatten(-1, (-1, 8)).mT.contiguous()  # (n, 8, I/8)
+    x = in_memory(x).unflatten(-1, (layer.scale.shape[1], -1))  # (n, 8, groups, g/8)
+    # The upper half of byte b of number j is weight 8j + 2b, the lower half is the next one.
+    shifts = [8 * b + half for b in range(4) for half in (4, 0)]
+    w = [layer.values(eights >> shift & 15).unflatten(1, x.shape[2:]) for shift in shifts]
+    sums = []
+    for row in x:
+        first, *others = [w_m * x_m for w_m, x_m in zip(w, row)]  # 8 times (O, groups, g/8)
+        sums.append((sum(others, first) * layer.scale.float()[..., None]).sum((1, 2)))
+    return torch.stack(sums)  # (n, O)
+
+
 @cache
 def compiled_row_sums(rows: int, dtype: torch.dtype) -> Callable:
     """`row_sums` on its own, to be measured; one for each kind, as torch counts what it compiles.
@@ -370,14 +388,17 @@ class RowProduct(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.int8 = layer, isinstance(layer, Int8Linear)
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
         rows, cuda = x.flatten(0, -2), x.device.type == "cuda"  # (n, I)
-        if len(rows) > (1 if cuda and not self.int8 else FEW):
+        if len(rows) > (1 if cuda and isinstance(self.layer, nn.Linear) else FEW):
             return self.layer(x)
-        y = row_sums(self.layer.weight, rows)  # (n, O)
-        if self.int8:
+        if isinstance(self.layer, Int4Linear):
+            y = four_bit_sums(self.layer, rows)  # (n, O)
+        else:
+            y = row_sums(self.layer.weight, rows)  # (n, O)
+        if isinstance(self.layer, Int8Linear):
             y = y * self.layer.scale
         y = y.to(x.dtype).unflatten(0, x.shape[:-1])  # (..., O)
         return y if self.layer.bias is None else y + self.layer.bias
@@ -387,11 +408,12 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
     """The same module on the same weights, its linear layers as RowProduct where a loop is the
     fastest form for so many rows of this dtype; nothing is copied.
     """
+    if isinstance(module, Int4Linear):
+        module.prepare(rows, dtype)
+        return RowProduct(module) if module.weight.device.type == "cuda" else module
     if isinstance(module, (nn.Linear, Int8Linear)):
         loop = form_of(module, rows, dtype, compiled=True) == "loop"
         return RowProduct(module) if loop else module
-    if isinstance(module, Int4Linear):
-        module.prepare(rows, dtype)  # here: compiled code would do it in each step
     twin = copy.copy(module)
     twin.training = False  # whatever the model does between two answers: no dropout in a step
     twin._modules = {name: with_row_products(child, rows, dtype)
@@ -453,7 +475,9 @@ def compile_step(function: Callable, device: torch.device,
         options |= {"cpp.enable_floating_point_contract_flag": "fast"}
     if device.type == "cuda":
         # Tries some shapes of each loop, and puts loops that do not need each other in one launch.
-        options |= {"max_autotune_pointwise": True, "combo_kernels": True}
+        # The indices of a table of 16 values are its own.
+        options |= {"max_autotune_pointwise": True, "combo_kernels": True,
+                    "assert_indirect_indexing": False}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 

@@ -134,7 +134,8 @@ class Int4Linear(PackedLinear):
         shape = outputs, inputs // self.group
         self.register_buffer("scale", torch.ones(shape, dtype=self.SCALE))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
-        self.kernel = None  # the weight in the order of the device's kernel, made when first used
+        # Made when first used: the weight in the order of the CPU's kernel, and `table`.
+        self.kernel, self.known = None, None
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -150,7 +151,7 @@ class Int4Linear(PackedLinear):
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (O, I) that these numbers stand for."""
-        values = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)  # (16,)
+        values = self.table()  # (16,)
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=-1)  # (256, 2)
         pairs = pairs.view(torch.int64)[:, 0]  # (256,), both values of a byte as one number
 
@@ -182,12 +183,25 @@ class Int4Linear(PackedLinear):
         y = y.unflatten(0, x.shape[:-1])  # (..., O)
         return y if self.bias is None else y + self.bias
 
+    def table(self) -> Tensor:
+        """VALUES (16,) on the device of the weight"""
+        if self.known is None or self.known.device != self.weight.device:
+            self.known = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)
+        return self.known
+
+    def values(self, q: Tensor) -> Tensor:
+        """q, int32 from 0 to 15 -> what they stand for, fp32"""
+        return q.float() - 8  # sooner than a look into the table
+
     def has_kernel(self, rows: int) -> bool:
         return (self.weight.device.type == "cpu" and len(self.weight) % 16 == 0
                 and rows <= INT4_ROWS)
 
     def prepare(self, rows: int, dtype: torch.dtype) -> None:
-        """Makes the copy for PyTorch's 4-bit kernel, if so many rows of this dtype need it."""
+        """Makes what a product of so many rows of this dtype reads beside the weight, if it is not
+        there. Code that is compiled before would make it in each call.
+        """
+        self.table()
         if self.has_kernel(rows) and (self.kernel is None or self.kernel[1].dtype != dtype):
             order = torch.ops.aten._convert_weight_to_int4pack_for_cpu
             packed = torch.cat([order(torch.stack((w // 16, w % 16), -1).flatten(1).int(), 1)
@@ -204,7 +218,7 @@ class NF4Linear(Int4Linear):
     Weights of a row are about normally distributed. The 16 values are quantiles of that
     distribution, so that each of them is used about as often. Equals bitsandbytes' "nf4" bit for
     bit. The head stays as it is, as in transformers. There is no kernel for it: the weights are
-    unpacked in each call, which saves memory and no time.
+    unpacked in each call, which saves memory and no time, but for a compiled step on CUDA.
     """
 
     VALUES, GROUPS, SCALE = NF4, (64,), torch.float32
@@ -219,6 +233,9 @@ class NF4Linear(Int4Linear):
         q = torch.bucketize(groups / safe[..., None], middles)  # (O, I/g, g), 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
         return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale}
+
+    def values(self, q: Tensor) -> Tensor:
+        return self.table()[q]
 
     def has_kernel(self, rows: int) -> bool:
         return False

@@ -70,7 +70,7 @@ from vqvae import ChameleonVQVAE  # noqa: E402
 TOY_VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=16, resolution=32,
               base_channels=32, channel_multiplier=(1, 1, 2), num_res_blocks=1)
 SIZES = {
-    "toy": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    "toy": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
                 vocab_size=512, vq_config=TOY_VQ),
     "mid": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
                 num_attention_heads=16),

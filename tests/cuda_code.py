@@ -112,25 +112,13 @@ def pretend_cuda() -> None:
     GraphLowering.compile_to_module = GraphLowering._compile_to_module = written
 
 
-def int8_twin(layer: nn.Linear) -> nn.Module:
-    """A fake Int8Linear of the same shape."""
-    from chameleon_extras.quantize import Int8Linear
-
-    twin = Int8Linear.__new__(Int8Linear)
-    nn.Module.__init__(twin)
-    shape = layer.out_features, layer.in_features
-    twin.register_buffer("weight", torch.zeros(shape, dtype=torch.int8, device="cuda"))
-    twin.register_buffer("scale", torch.ones(shape[0], dtype=torch.float32, device="cuda"))
-    twin.bias = None
-    return twin
-
-
 def code(kind: str, B: int) -> str:
-    """The code that torch.compile writes for a layer and B rows. kind: "bf16" or "int8"."""
+    """The code that torch.compile writes for a layer and B rows. kind: "bf16" or one of KINDS."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     from chameleon import ChameleonConfig, ChameleonDecoderLayer
     from chameleon_extras import decoding
+    from chameleon_extras.quantize import KINDS
 
     nn.init.kaiming_uniform_ = lambda t, *_, **__: t
     decoding.Tensor = FakeTensor  # what `with_row_products` takes for a plain tensor
@@ -142,8 +130,10 @@ def code(kind: str, B: int) -> str:
             layer = ChameleonDecoderLayer(c, 0).eval().requires_grad_(False)
             layer.self_attn.attend = decoding.auto_attention
             linear = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-            for name, module in linear.items() if kind == "int8" else ():
-                layer.set_submodule(name, int8_twin(module))
+            for name, module in linear.items() if kind in KINDS else ():
+                twin = KINDS[kind](module.in_features, module.out_features, bias=False)
+                twin.known = torch.empty(16, dtype=torch.float32)  # of 4 bits
+                layer.set_submodule(name, twin)
             x, angles = torch.empty(B, 1, c.hidden_size), torch.empty(2, B, 1, 1, c.head_dim)
             k, v = (torch.empty(shape)[:, :, :COLUMNS] for _ in range(2))
             allowed = torch.zeros(B, 1, 1, shape[2], dtype=torch.bool)[..., :COLUMNS]
@@ -176,7 +166,7 @@ def show(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = OneLineParser("cuda_code.py", description="What a layer launches on CUDA, a line each")
-    parser.add_argument("weights", choices=("bf16", "int8"))
+    parser.add_argument("weights", choices=("bf16", "int8", "int4", "nf4"))
     parser.add_argument("rows", type=int, choices=range(1, 65), metavar="ROWS",
                         help="of the batch, guidance streams included: 1 to 64")
     options = parser.parse_args(arguments)

@@ -46,7 +46,7 @@ from chameleon_extras.stats import bandwidth, step_bytes  # noqa: E402
 from generate import stream  # noqa: E402
 from processor import ChameleonProcessor  # noqa: E402
 
-KINDS = (None, "int8")  # of weights; None is bf16
+KINDS = (None, "int8", "nf4")  # of weights; None is bf16
 ROWS = {1: "plain", 2: "guided by text", 3: "guided by text and image"}
 
 

@@ -13,9 +13,11 @@ from chameleon_extras.decoding import (
     check_compile,
     compile_step,
     copy_of,
+    four_bit_sums,
     row_sums,
     set_attention,
 )
+from chameleon_extras.quantize import quantize_model
 from generate import CACHE_STEP, stream
 
 ROWS = (1, 2, 3)
@@ -124,3 +126,14 @@ def test_the_compiled_loop_has_neither_exact_sums_nor_loads_by_way_of_memory(avx
     sums, (code,) = run_and_get_code(loop, weight, torch.ones(1, 11008))
     assert torch.equal(sums, weight.sum(1).float()[None])
     assert "cascade" not in code and ("Vectorized<int8_t>" in code) == avx512
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+def test_the_compiled_loop_over_4_bit_weights_gives_the_layers_product(kind):
+    """Only CUDA uses this loop; here torch writes it for the CPU."""
+    torch.manual_seed(0)
+    layer = quantize_model(torch.nn.Sequential(torch.nn.Linear(320, 48, bias=False)), kind)[0]
+    layer.prepare(1, torch.float32)
+    loop = compile_step(lambda layer, rows: four_bit_sums(layer, rows), torch.device("cpu"))
+    rows = torch.randn(2, 320)
+    torch.testing.assert_close(loop(layer, rows), rows @ layer.unpacked().mT, atol=1e-5, rtol=1e-5)

@@ -27,6 +27,7 @@ from chameleon_extras.decoding import (
     auto_attention,
     check_attention,
     check_compile,
+    four_bit_sums,
     one_query_attention,
     one_query_loops,
     only,
@@ -265,6 +266,17 @@ def test_the_loop_gives_the_product_however_it_splits_outputs_and_sums(avx512, d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "AVX512", avx512)
         assert torch.equal(row_sums(weight, rows), rows @ weight.float().mT)
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_loop_of_a_gpu_over_4_bit_weights_gives_the_layers_product(kind, n):
+    torch.manual_seed(n)
+    model = torch.nn.Sequential(torch.nn.Linear(320, 48, bias=False))  # 2, 3 or 5 groups
+    layer = quantize_model(model, kind)[0]
+    rows = torch.randn(n, 320)
+    torch.testing.assert_close(four_bit_sums(layer, rows), rows @ layer.unpacked().mT,
+                               atol=1e-5, rtol=1e-5)
 
 
 def test_a_long_sum_is_split_into_equal_parts_of_whole_registers():
