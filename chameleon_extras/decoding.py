@@ -22,7 +22,7 @@ changing shapes       A cache that grows has another shape in each step, and wou
                       each size; the compiled code is the same for all sizes.
 attention             Fused kernels are made for many queries. For one query on a CPU, the two
                       products of softmax(q k^T) v are faster one by one.
-a prompt in bf16      A CPU without instructions for bf16 multiplies in fp32 (`InFp32`).
+a prompt in 16 bits   A CPU without instructions for them multiplies in fp32 (`InFp32`).
 matrix times vector   Libraries for matrix products are made for many rows. For a few rows (one, or
                       those of a guided picture), a plain loop over the weights is twice as fast.
                       torch.compile writes it, for float and int8 weights, on CUDA for 4-bit
@@ -102,6 +102,7 @@ CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the fo
 }
 MEASURED = 512  # columns of a cache from which on a measurement pays
 LARGE = 2**19  # numbers in a matrix; smaller ones stay in the CPU's caches, no use to measure
+HALF = (torch.bfloat16, torch.float16)
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
 MANY_CODES = 256  # of a picture from which on bf16 pays; smaller ones are fp32 on every machine
@@ -179,20 +180,25 @@ def form_of(layer: nn.Module, rows: int, dtype: torch.dtype, compiled: bool) -> 
         forms = CANDIDATES.get((dtype, weight.dtype, compiled))
         if forms and rows <= FEW:
             return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, forms, weight.dtype)
-        if dtype == torch.bfloat16 and rows >= MANY and not compiled and (
-                not fast_bf16(weight.device)):
+        fast = fast_bf16(weight.device) if dtype == torch.bfloat16 else fast_fp16()
+        if dtype in HALF and rows >= MANY and not compiled and not fast:
             return "fp32"
     return "loop" if compiled else "oneDNN"
 
 
+def fast_fp16() -> bool:
+    """Does this CPU multiply fp16 in hardware?"""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 class InFp32(TorchFunctionMode):
-    """Inside, linear layers multiply bf16 numbers in fp32, which converts one matrix at a time. A
-    CPU without instructions for bf16 reads a prompt six times as fast like this.
+    """Inside, linear layers multiply bf16 and fp16 numbers in fp32, which converts one matrix at a
+    time. A CPU without instructions for them reads a prompt three to six times as fast like this.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[1].dtype == torch.bfloat16 and args[1].numel() >= LARGE:
-            return F.linear(*(x if x is None else x.float() for x in args)).bfloat16()
+        if function is F.linear and args[1].dtype in HALF and args[1].numel() >= LARGE:
+            return F.linear(*(x if x is None else x.float() for x in args)).to(args[1].dtype)
         return function(*args, **(kwargs or {}))
 
 

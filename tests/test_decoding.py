@@ -465,8 +465,9 @@ def test_no_level_of_a_picture_moves_by_more_than_2_in_bf16(drawn, monkeypatch):
     assert (levels(pixels) - levels(plain)).abs().max() <= 2
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_products_in_fp32_are_rounded_once(quantized, monkeypatch):
+@pytest.mark.parametrize("quantized, dtype", [
+    (False, torch.bfloat16), (True, torch.bfloat16), (False, torch.float16)])
+def test_products_in_fp32_are_rounded_once(quantized, dtype, monkeypatch):
     """What a CPU without bf16 computes with converted numbers are the sums in fp32, rounded."""
     class Watch(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -475,30 +476,33 @@ def test_products_in_fp32_are_rounded_once(quantized, monkeypatch):
             return function(*args, **(kwargs or {}))
 
     dtypes = []
-    layer = torch.nn.Linear(48, 32).bfloat16().requires_grad_(False)
+    layer = torch.nn.Linear(48, 32).to(dtype).requires_grad_(False)
     layer = quantize_model(torch.nn.Sequential(layer), "int8")[0] if quantized else layer
-    x = torch.randn(20, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(20, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
     with Watch(), InFp32():
         plain = layer(x)  # small: left as it is
         monkeypatch.setattr(decoding, "LARGE", 0)
         converted = layer(x)
-    assert dtypes == [{torch.bfloat16}, {torch.float32}]
+    assert dtypes == [{dtype}, {torch.float32}] and converted.dtype == dtype
     weight = layer.unpacked() if quantized else layer.weight.float()
     exact = x.float() @ weight.T + layer.bias.float()
     torch.testing.assert_close(converted.float(), exact, rtol=2**-7, atol=2**-9)
     torch.testing.assert_close(converted, plain, rtol=2**-6, atol=2**-7)
 
 
-def test_a_prompt_is_read_in_fp32_only_where_bf16_is_emulated(monkeypatch):
+def test_a_prompt_is_read_in_fp32_only_where_16_bits_are_emulated(monkeypatch):
     prompt = torch.randint(74, 160, (1, 20), generator=torch.Generator().manual_seed(0))
     calls = []
     monkeypatch.setattr(decoding, "InFp32", lambda: calls.append(1) or nullcontext())
     for emulates, dtype, ids, large, wanted in (
             (True, torch.bfloat16, prompt, 0, 1), (False, torch.bfloat16, prompt, 0, 0),
+            (True, torch.float16, prompt, 0, 1), (False, torch.float16, prompt, 0, 0),
             (True, torch.float32, prompt, 0, 0), (True, torch.bfloat16, prompt[:, :5], 0, 0),
             (True, torch.bfloat16, prompt, 2**19, 0)):
         monkeypatch.setattr(decoding, "LARGE", large)
-        monkeypatch.setattr(decoding, "fast_bf16", lambda device, fast=not emulates: fast)
+        own, other = ("fast_bf16", "fast_fp16")[:: -1 if dtype == torch.float16 else 1]
+        monkeypatch.setattr(decoding, own, lambda *device, fast=not emulates: fast)
+        monkeypatch.setattr(decoding, other, lambda *device, fast=emulates: fast)
         calls.clear()
         generate(small_model().to(dtype), ids, max_new_tokens=3)
         assert len(calls) == wanted
