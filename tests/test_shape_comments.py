@@ -246,6 +246,8 @@ def fast_steps() -> None:
     decoding.one_query_loops(q, k, k, None, 0.0)  # what a compiler sees in place of the other
     with mock.patch.object(decoding, "AVX512", False):  # int8 weights are read four at a time
         decoding.row_sums(torch.ones(6, 16, dtype=torch.int8), torch.rand(2, 16))
+    (layer,) = quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 6)), "int4")
+    decoding.RowProduct(layer)(torch.rand(2, 64))
     decoding.StepCache(model.config, 2, 16, torch.float32, torch.device("cpu")).first(8)
 
 
