@@ -161,7 +161,7 @@ def test_quantizing_while_loading_holds_one_matrix_besides(tmp_path, weights, sh
     write_checkpoint(tmp_path / "hf", config_of("middle"), tensors, max_shard_bytes=shard)
     report = measure(STEP, tmp_path / "hf", weights)
     largest = max(tensor.nbytes for tensor in tensors.values())
-    bound = quantized_bytes(tensors, weights) + largest + 30 * 10**6  # for code and holes
+    bound = quantized_bytes(tensors, weights) + largest + 40 * 10**6  # for code and holes
     total = sum(tensor.nbytes for tensor in tensors.values())
     print(f"\n{total / 1e6:.0f} MB in {weights}, at most {bound / 1e6:.0f} MB: {report}")
     assert report["loading"] < bound < 0.8 * total
