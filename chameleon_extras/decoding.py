@@ -102,7 +102,7 @@ CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the fo
 }
 MEASURED = 512  # columns of a cache from which on a measurement pays
 LARGE = 2**19  # numbers in a matrix; smaller ones stay in the CPU's caches, no use to measure
-HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)  # the dtypes of 16 bits
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
 MANY_CODES = 256  # of a picture from which on bf16 pays; smaller ones are fp32 on every machine
@@ -481,7 +481,7 @@ def compile_step(function: Callable, device: torch.device,
         options |= {"cpp.enable_floating_point_contract_flag": "fast"}
     if device.type == "cuda":
         # Tries some shapes of each loop, and puts loops that do not need each other in one launch.
-        # The indices of a table of 16 values are its own.
+        # Indices are not checked: those of the table of 4-bit values are 0 to 15.
         options |= {"max_autotune_pointwise": True, "combo_kernels": True,
                     "assert_indirect_indexing": False}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -125,7 +125,7 @@ def test_the_compiled_loop_has_neither_exact_sums_nor_loads_by_way_of_memory(avx
     loop = compile_step(copy_of(row_sums), torch.device("cpu"))
     sums, (code,) = run_and_get_code(loop, weight, torch.ones(1, 11008))
     assert torch.equal(sums, weight.sum(1).float()[None])
-    assert "cascade" not in code and ("Vectorized<int8_t>" in code) == avx512
+    assert "cascade" not in code and (avx512 or "Vectorized<int8_t>" not in code)
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4"])
