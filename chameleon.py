@@ -529,7 +529,8 @@ class KVCache:
         return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
 
     def check_batch(self, B: int) -> None:
-        """ValueError for a batch that is not the cache's own."""
+        """ValueError for a batch that is not the cache's own. Forgets ids beyond its length."""
+        self.ids = None if self.ids is None else self.ids[:, : self.length]
         if (self.length or self.max_length) and len(self.k[0]) != B:
             raise ValueError(f"the KV cache holds {len(self.k[0])} rows, the input has {B}: "
                              "make a cache for each batch")
@@ -781,8 +782,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
             last_hidden_state=x, past_key_values=cache,
             # As in transformers, the last one is taken after the norm.
             hidden_states=(*hidden_states, x) if hiddens else None,
-            attentions=tuple(attentions) if attends else None,
-        )
+            attentions=tuple(attentions) if attends else None)
         return output.to_tuple() if plain else output
 
 

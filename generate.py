@@ -139,7 +139,7 @@ def sample(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
     noise = torch.ones_like(logits)  # (B, V)
     for row, generator in zip(noise, generators):
         if generator is not None:
-            row.exponential_(generator=generator)
+            row.exponential_(generator=generator).clamp_(1e-30)  # on MPS it may be 0: 0 / 0
     return (logits.softmax(-1) / noise).argmax(-1)  # (B,)
 
 
@@ -375,7 +375,7 @@ def rows_of(head: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
     """The head for these ids alone: (..., D) -> (..., len(ids))."""
     if rows := getattr(head, "rows", None):  # quantized: it has weights of its own kind
         return rows(ids)
-    if not isinstance(head, nn.Linear):  # an adapter's, which adds to the product of the weights
+    if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks:  # as adapters
         return lambda hidden: head(hidden)[..., ids]
     part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
     part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
@@ -500,7 +500,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
         for room in range(steps, 0, -1):
             with evaluating(model):
                 hidden = contexts.hidden()  # (G, B, D)
-            chosen = pick(hidden, seen, places, room).masked_fill(ended, pad)  # (B,)
+                chosen = pick(hidden, seen, places, room).masked_fill(ended, pad)  # (B,)
             yield chosen
             if room > 1:
                 chosen = chosen.clamp(min=0)  # NO_ID is no index; until_ended raises on it

@@ -126,7 +126,8 @@ def as_shown(image: Image.Image) -> Image.Image:
     """A loaded picture file -> PIL picture upright, with 8 bits, and with its transparency."""
     with suppress(Exception):  # broken EXIF data raises errors of many kinds: it is ignored
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] == "I" and np.asarray(image).max() < 2**16:  # grey, 16 bits
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if deep and np.asarray(image).max() < 2**16:  # grey, 16 bits
         clear = image.info.pop("transparency", None)
         # level = value / 257, rounded
         image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
@@ -694,8 +695,7 @@ class ChameleonProcessor:
     def batch_decode(self, batch: Iterable, skip_special_tokens: bool = False,
                      clean_up_tokenization_spaces: bool = False) -> list[str]:
         """As Tokenizer.batch_decode."""
-        return self.tokenizer.batch_decode(batch, skip_special_tokens,
-                                           clean_up_tokenization_spaces)
+        return self.tokenizer.batch_decode(batch, skip_special_tokens, clean_up_tokenization_spaces)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, preprocessor_config.json and processor_config.json, from
@@ -706,7 +706,8 @@ class ChameleonProcessor:
         self.tokenizer.save_pretrained(folder)
         write_for_transformers(Path(folder))
         file = Path(folder) / "tokenizer_config.json"
-        write_json(file, read_json(file) | {"padding_side": self.tokenizer.padding_side})
+        write_json(file, read_json(file) | {"padding_side": self.tokenizer.padding_side,
+                                            "pad_token": self.tokenizer.pad_token})
         self.image_processor.save_pretrained(folder)
         data = {"image_seq_length": self.image_seq_length, "image_token": self.image_token}
         write_json(Path(folder) / "processor_config.json",

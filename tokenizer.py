@@ -694,6 +694,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer, config = kind(Path(folder) / name), Path(folder) / "tokenizer_config.json"
             values = read_json(config) if config.is_file() else {}
             tokenizer.padding_side = values.get("padding_side", tokenizer.padding_side)
+            pad = values.get("pad_token")
+            pad = pad.get("content") if isinstance(pad, dict) else pad  # as transformers 4 has it
+            tokenizer.pad_token = pad if isinstance(pad, str) else tokenizer.pad_token
             return tokenizer
     raise ValueError(f"{folder}: no tokenizer in it, one of {', '.join(TOKENIZER_FILES)} is wanted")
 

@@ -49,7 +49,7 @@ from torch import Tensor
 # base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
 # lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
-ONE_THREAD = RLock()  # held while `exact_convolutions` changes a setting of the whole process
+ONE_THREAD = RLock()  # held while a setting of the whole process is changed
 
 
 # ---------------------------------------------------------------------------------------------

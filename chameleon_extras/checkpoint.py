@@ -165,7 +165,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """
     state = model.state_dict()
     tied = getattr(model.config, "tie_word_embeddings", False)  # a VQ-VAE's config has none
-    if tied and isinstance(model.get_output_embeddings(), nn.Linear):
+    if tied and isinstance(head := model.get_output_embeddings(), nn.Linear):
+        table = model.get_input_embeddings().weight
+        if head.weight is not table and not table.is_meta and not torch.equal(head.weight, table):
+            raise ValueError("tie_word_embeddings is true, but the head has weights of its own, "
+                             "which the file would lack: set config.tie_word_embeddings = False")
         del state["lm_head.weight"]
     return state
 

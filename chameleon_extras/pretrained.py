@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from chameleon import ChameleonPreTrainedModel
 from chameleon_extras.checkpoint import load_checkpoint, load_vqvae
@@ -147,10 +148,14 @@ def resize_embeddings(model: ChameleonPreTrainedModel, new_num_tokens: int | Non
         if layer is not None:
             old = layer.weight
             mean = old.data.mean(0).expand(max(V - len(old), 0), -1)
-            layer.weight = nn.Parameter(torch.cat((old.data[:V], mean)), old.requires_grad)
+            if len(old) != V:  # in place: an optimizer may hold this Parameter
+                old.data, old.grad = torch.cat((old.data[:V], mean)), None
     model.config.vocab_size = table.num_embeddings = V
     if head is not None:
         head.out_features = V
+        if head.bias is not None:
+            bias = head.bias.data[:V]
+            head.bias.data = F.pad(bias, (0, V - len(bias)), value=float(bias.mean()))
     model.tie_weights()
     return table
 

@@ -34,6 +34,7 @@ Weights packed as they come from the disk (checkpoint.py), by the command of con
 memory (`quantize_model`) have the same bits.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -50,20 +51,32 @@ ROWS_AT_ONCE = 64  # of a weight, while it is packed: it passes through fp32
 FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
 INT4_ROWS = 64  # the same for 4 bits, whose unpacking takes longer
 KERNEL_ROWS = 64  # of a 4-bit weight, which that kernel orders by blocks of so many
+VECTORS = sys.platform != "win32"  # MSVC builds those kernels as plain loops: slower than unpacking
 IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the cache
 
 
 class PackedLinear(nn.Module):
-    """A layer whose scale, like its packed weights, keeps its dtype in .to(), .half(), .float()."""
+    """A layer whose scale, like its packed weights, keeps its dtype in .to(), .half(), .float().
+    ValueError for a state dict of plain weights.
+    """
 
     scale: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        before = self.scale
+        kept = {name: getattr(self, name) for name in ("scale", "ones") if hasattr(self, name)}
         super()._apply(fn, recurse)
-        if self.scale.dtype != before.dtype:
-            self.scale = before.to(self.scale.device)
+        for name, before in kept.items():
+            if getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(self.scale.device))
         return self
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
+        given = state.get(f"{prefix}weight", self.weight)
+        if given.dtype != self.weight.dtype:  # a cast would make most of them 0
+            raise ValueError(f"{prefix}weight is {given.dtype}, but this layer is quantized: load "
+                             "plain weights before you quantize")
+        super()._load_from_state_dict(state, prefix, *rest)
+        self.kernel = None  # Int4Linear's was made of the weights before
 
 
 class Int8Linear(PackedLinear):
@@ -105,7 +118,7 @@ class Int8Linear(PackedLinear):
         begin = 0 if torch.compiler.is_compiling() else flat.storage_offset()
         straight = flat.shape[1] % 16 == 0 and begin % 16 == 0
         ours = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
-        if few and straight and ours:  # the kernel has no gradient
+        if VECTORS and few and straight and ours:  # the kernel has no gradient
             y = torch._weight_int8pack_mm(flat, self.weight, self.ones)  # (rows, O)
             y = y.unflatten(0, x.shape[:-1])  # (..., O)
         else:
@@ -174,7 +187,7 @@ class Int4Linear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
-        if self.has_kernel(len(flat)) and not flat.requires_grad:  # it has no gradient
+        if self.has_kernel(len(flat), x.dtype) and not flat.requires_grad:  # it has no gradient
             self.prepare(len(flat), x.dtype)
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.kernel[0], self.group,
                                                            self.kernel[1])
@@ -193,16 +206,17 @@ class Int4Linear(PackedLinear):
         """q, int32 from 0 to 15 -> what they stand for, fp32"""
         return q.float() - 8  # sooner than a look into the table
 
-    def has_kernel(self, rows: int) -> bool:
-        return (self.weight.device.type == "cpu" and len(self.weight) % 16 == 0
-                and rows <= INT4_ROWS)
+    def has_kernel(self, rows: int, dtype: torch.dtype) -> bool:
+        """It takes other dtypes, too, by a plain loop on x86: unpacking is faster there."""
+        return (VECTORS and self.weight.device.type == "cpu" and dtype == torch.bfloat16
+                and len(self.weight) % 16 == 0 and rows <= INT4_ROWS)
 
     def prepare(self, rows: int, dtype: torch.dtype) -> None:
         """Makes what a product of so many rows of this dtype reads beside the weight, if it is not
         there. Code that is compiled before would make it in each call.
         """
         self.table()
-        if self.has_kernel(rows) and (self.kernel is None or self.kernel[1].dtype != dtype):
+        if self.has_kernel(rows, dtype) and self.kernel is None:
             order = torch.ops.aten._convert_weight_to_int4pack_for_cpu
             packed = torch.cat([order(torch.stack((w // 16, w % 16), -1).flatten(1).int(), 1)
                                 for w in self.weight.split(KERNEL_ROWS)])  # (O, I/2)
@@ -237,7 +251,7 @@ class NF4Linear(Int4Linear):
     def values(self, q: Tensor) -> Tensor:
         return self.table()[q]
 
-    def has_kernel(self, rows: int) -> bool:
+    def has_kernel(self, rows: int, dtype: torch.dtype) -> bool:
         return False
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from small import batch_with_pictures, left_padded, small_model
+from small import V, batch_with_pictures, left_padded, small_model
 from test_oracle import pair
 
 import chameleon
@@ -374,6 +374,25 @@ def test_embeddings_are_resized_and_old_rows_stay():
     assert model.resize_token_embeddings(V, pad_to_multiple_of=64).weight.shape[0] % 64 == 0
     model.resize_token_embeddings(V - 5)
     assert model(ids).logits.shape[-1] == V - 5
+
+
+def test_resizing_keeps_the_parameters_that_an_optimizer_holds():
+    for size in (V, V + 8):
+        model = small_model().train()
+        model.set_output_embeddings(torch.nn.Linear(64, V))  # with a bias
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.resize_token_embeddings(size)
+        before = model.lm_head.weight.clone()
+        model(torch.tensor([[0, 80, 81]]), labels=torch.tensor([[0, 80, 81]])).loss.backward()
+        optimizer.step()
+        assert before.shape[0] == size and not torch.equal(before, model.lm_head.weight)
+
+
+def test_a_tied_model_with_another_head_is_not_saved(tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    model.set_output_embeddings(torch.nn.Linear(64, V, bias=False))
+    with pytest.raises(ValueError, match="config.tie_word_embeddings = False"):
+        model.save_pretrained(tmp_path)
 
 
 def test_a_tied_model_stays_tied():
@@ -799,6 +818,14 @@ def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
                   [turns[0]] * 3, [turns[0], system, turns[2]]):
         with pytest.raises(ValueError, match="roles must be user, assistant, user"):
             processor.apply_chat_template(wrong)
+
+
+def test_a_padding_token_that_was_set_is_saved(untrained_folder, tmp_path):
+    processor = ChameleonProcessor.from_pretrained(untrained_folder)
+    processor.tokenizer.pad_token = "</s>"
+    processor.save_pretrained(tmp_path)
+    assert ChameleonProcessor.from_pretrained(tmp_path).tokenizer.pad_token == "</s>"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).pad_token == "</s>"
 
 
 def test_transformers_reads_the_processor_that_is_saved_and_we_read_theirs(

@@ -88,6 +88,13 @@ def test_draws_follow_the_distribution():
     assert observed[4] == 0
 
 
+def test_random_numbers_that_are_0_choose_no_impossible_id(monkeypatch):
+    """Those of MPS may be; 0 / 0 is nan, which argmax takes for the highest."""
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, generator: x.zero_())
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0]])
+    assert sample(logits, [torch.Generator()]).tolist() == [2]
+
+
 # -------------------------------------------------------------------------------------- the loop
 
 
@@ -577,3 +584,33 @@ def test_a_picture_of_the_real_size_is_drawn_by_an_untrained_model():
     assert ids.shape == (1, 3 + 1026) and ids[0, 3] == 8197 and ids[0, -1] == 8196
     picture = decode_pictures(model, ids[:, 4:-1])[0]
     assert picture.size == (512, 512)
+
+def test_a_head_of_your_own_draws_as_it_writes():
+    """With a bias, or a hook, or without a weight: logits of codes are those of the whole head."""
+    ids, draw = torch.tensor([[0, 80]]), dict(mode="image", image_temperature=0)
+    for change in ("bias", "hook", "no weight"):
+        model = small_model()
+        favourite = int(model.model.vocabulary.code_to_id[5])
+        head = torch.nn.Linear(64, V)
+        head.weight.data.copy_(model.lm_head.weight)
+        head.bias.data.zero_()
+        bias = torch.zeros(V)
+        bias[favourite] = 1e3
+        if change == "bias":
+            head.bias.data.copy_(bias)
+        else:
+            head.register_forward_hook(lambda module, x, y, bias=bias: y + bias)
+        model.set_output_embeddings(
+            torch.nn.Sequential(head) if change == "no weight" else head)
+        assert (generate(model, ids, **draw)[0, 3:-1] == favourite).all(), change
+
+
+def test_a_cache_that_was_cropped_and_written_again_forgets_its_ids():
+    model, options = small_model(), dict(max_new_tokens=6, eos_token_id=[])
+    first, cache = torch.tensor([[0, 80, 90, 100, 110, 120]]), KVCache(small_model().config)
+    model.generate(first, past_key_values=cache, **options)
+    cache.length = 2
+    with torch.no_grad():
+        model(torch.tensor([[81, 82, 83, 84]]), past_key_values=cache)
+    again = model.generate(first, past_key_values=cache, **options)
+    assert torch.equal(again, model.generate(first, **options))

@@ -376,9 +376,15 @@ def test_a_file_with_pixels_of_no_known_range_is_a_one_line_error(tmp_path, kind
         load_image(tmp_path / "a.tif")
 
 
+def test_a_tiff_of_32_bits_is_never_taken_for_one_of_16(tmp_path):
+    Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match="has pixels of 32 bits"):
+        load_image(tmp_path / "a.tif")
+
+
 def test_a_missing_file_a_folder_and_an_impossible_name_are_one_line_errors(tmp_path):
     for path, message in ((tmp_path / "none.png", "No such file"), (tmp_path, "directory"),
-                          ("a\0b", "broken"), ("", "No such file")):
+                          ("a\0b", "broken"), ("", "No such file|broken")):
         with pytest.raises(ValueError, match=message) as error:
             load_image(path)
         assert "\n" not in str(error.value)

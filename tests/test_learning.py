@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import batch_with_pictures, small_model
+from small import batch_with_pictures, needs_compiler, small_model
 
 from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
 from generate import generate
@@ -135,6 +135,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, untrained_
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@needs_compiler
 def test_an_adapter_of_the_head_draws_before_it_is_merged():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(small_model(), peft.LoraConfig(target_modules=["lm_head"]))
@@ -162,3 +163,14 @@ def test_the_labels_of_a_drawn_picture_become_its_codes(untrained_folder):
     assert end == model.config.vq_config.codes_per_image + 3
     wanted = -logp[0, -end - 1 : -1].gather(-1, ids[0, -end:, None]).mean()
     torch.testing.assert_close(loss, wanted)
+
+def test_dropout_of_an_adapter_does_not_reach_generate():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        small_model(), peft.LoraConfig(target_modules=["lm_head"], lora_dropout=0.5))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    ids = [model.train(mode).generate(input_ids=torch.tensor([[0, 5, 6]]), max_new_tokens=8,
+                                      eos_token_id=[]) for mode in (False, True, True)]
+    assert torch.equal(ids[0], ids[1]) and torch.equal(ids[0], ids[2]) and model.training

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import VQ, batch_with_pictures, scrambled_vocabulary
+from small import VQ, batch_with_pictures, needs_compiler, randomize, scrambled_vocabulary
 from test_checkpoint import small_model
 
 import generate
@@ -282,6 +282,7 @@ def test_the_layers_are_one_graph_to_the_compiler(kind, rows):
         assert torch.equal(traced(x), expected)
 
 
+@needs_compiler
 @pytest.mark.parametrize("rows", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_the_cpus_compiler_builds_the_int8_layer(rows):
     """With its scale in bf16 by a cast inside, the compiler refused the kernel for few rows."""
@@ -319,3 +320,24 @@ def test_gradients_pass_through_packed_weights_for_short_rows_too(kind):
         twin(x).sum().backward()
         near = layer[0].weight.sum(0).expand(rows, -1)
         torch.testing.assert_close(x.grad, near, rtol=0.3, atol=0.3)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_dict_replaces_packed_weights_and_plain_ones_are_refused(kind):
+    """The kernel's copy of 4-bit weights, too; a cast of plain weights to int8 would give 0."""
+    plain, one, two = small_model().bfloat16(), *(small_model().bfloat16() for _ in range(2))
+    randomize(two, 5)
+    one, two = quantize_model(one, kind), quantize_model(two, kind)
+    ids = torch.tensor([[0, 80, 81]])
+    with torch.no_grad():
+        before = one(ids).logits
+        one.load_state_dict(two.state_dict())
+        assert torch.equal(one(ids).logits, two(ids).logits)
+        assert not torch.equal(one(ids).logits, before)
+    with pytest.raises(ValueError, match="load plain weights before you quantize"):
+        one.load_state_dict(plain.state_dict(), strict=False)
+
+
+def test_int8_layers_in_fp32_compute_under_autocast():
+    model = quantize_model(small_model(), "int8").float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.tensor([[0, 80, 81]])).logits.isfinite().all()
