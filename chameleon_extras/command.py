@@ -59,8 +59,7 @@ TINY = Path(__file__).resolve().parent.parent / "tiny"
 DOCUMENT_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # in the folder of a document
 # The sampling options of text and of pictures, under the names of `stream`.
 OF_TEXT = ("temperature", "top_k", "top_p", "repetition_penalty")
-OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text",
-               "guidance_image")
+OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text", "guidance_image")
 MAX_COUNT = 1000
 MAX_STDIN = 10**7  # characters of --prompt -
 # The options that --reconstruct and --explain read.

@@ -46,8 +46,7 @@ from tokenizer import (
 TOKENIZER_AND_PROCESSOR = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "preprocessor_config.json", "processor_config.json",
-    "generation_config.json", "chat_template.json", "chat_template.jinja",
-)
+    "generation_config.json", "chat_template.json", "chat_template.jinja")
 SPACE = SentencePieceTokenizer.SPACE
 
 # ---------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ H, Hkv  query heads, key/value heads; Dh their width; D the width of the residua
 import copy
 import os
 import shutil
+import sys
 import time
 import types
 import warnings
@@ -72,7 +73,7 @@ from chameleon import (
 )
 from chameleon_extras.files import fast_bf16
 from chameleon_extras.quantize import Int4Linear, Int8Linear, kind_of
-from vqvae import ChameleonVQVAE
+from vqvae import ONE_THREAD, ChameleonVQVAE
 
 FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
 VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
@@ -107,17 +108,20 @@ WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
 MANY_CODES = 256  # of a picture from which on bf16 pays; smaller ones are fp32 on every machine
 MEASUREMENTS: list[str] = []  # all of this process, for tests/benchmark.py to print
-READ = 2**26  # bytes that one measurement reads, more than the caches hold
+READ = 2**26  # bytes that one measurement reads, more than most caches hold
+# The time of this thread alone. On Windows it is counted in units of 16 ms, which is too coarse.
+CLOCK = time.perf_counter if sys.platform == "win32" else time.thread_time
 
 
 @contextmanager
 def onednn(enabled: bool) -> Iterator[None]:
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = enabled
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+    with ONE_THREAD:  # it is a setting of the whole process
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = enabled
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.enabled = before
 
 
 def multiplied(a: Tensor, b: Tensor, form: str) -> Tensor:
@@ -158,10 +162,10 @@ def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: tor
     many = [y.mT for y in many] if transposed else many
     seconds = {}
     for form in forms * 4:  # the first time is a loop's compilation
-        start = time.thread_time()  # not the wall's: other programs may run, too
+        start = CLOCK()
         for y in many:
             multiplied(x, y, form)
-        took = max(time.thread_time() - start, 1e-9)
+        took = max(CLOCK() - start, 1e-9)
         seconds[form] = min(took, seconds.get(form, took))
     size = sum(y.nbytes for y in many) / 1e9
     MEASUREMENTS.append(f"{a} @ {b} of {str(stored or dtype).removeprefix('torch.')}, GB/s: "
@@ -175,8 +179,8 @@ def form_of(layer: nn.Module, rows: int, dtype: torch.dtype, compiled: bool) -> 
     One answer for all matrices of a kind, remembered for the process. Where nothing is measured, a
     compiled step has the loop and a plain one leaves the choice to torch, which asks oneDNN first.
     """
-    weight = layer.weight
-    if weight.device.type == "cpu" and weight.numel() >= LARGE:
+    weight = getattr(layer, "weight", None)  # a head of your own may have none, or a method
+    if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() >= LARGE:
         forms = CANDIDATES.get((dtype, weight.dtype, compiled))
         if forms and rows <= FEW:
             return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, forms, weight.dtype)
@@ -412,8 +416,10 @@ class RowProduct(nn.Module):
 
 def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Module:
     """The same module on the same weights, its linear layers as RowProduct where a loop is the
-    fastest form for so many rows of this dtype; nothing is copied.
+    fastest form for so many rows of this dtype; nothing is copied. What has hooks stays as it is.
     """
+    if hooks_of(module):
+        return module
     if isinstance(module, Int4Linear):
         module.prepare(rows, dtype)
         return RowProduct(module) if module.weight.device.type == "cuda" else module
@@ -497,6 +503,7 @@ def check_compile(device: torch.device) -> None:
     if cuda and find_spec("triton") is None:
         raise ValueError("--compile on CUDA needs Triton: pip install triton, or leave it out")
     names = ["gcc", "clang"] if cuda else ["g++", "clang++"]  # Triton's launchers are C
+    names = ["cl"] if sys.platform == "win32" else names  # the one that torch looks for there
     given = os.environ.get("CC" if cuda else "CXX")
     if not any(shutil.which(name) for name in (given, *names) if name):
         raise ValueError(f"--compile needs a {'C' if cuda else 'C++'} compiler: install {names[0]},"
@@ -605,10 +612,10 @@ class Decoder:
     def kernels(self, rows: int, compiled: bool) -> Iterator[None]:
         """The fastest kernels for so many rows; torch may compile up to 64 shapes."""
         form = form_of(self.model.lm_head, rows, self.model.dtype, compiled)
-        enabled = torch.backends.mkldnn.enabled and form != "torch"
+        switched = onednn(False) if form == "torch" else nullcontext()
         # Imports torch._dynamo, which takes a second: only where something is compiled.
         limit = torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext()
-        with onednn(enabled), limit, InFp32() if form == "fp32" else nullcontext():
+        with switched, limit, InFp32() if form == "fp32" else nullcontext():
             yield
 
     def product(self, layer: nn.Module) -> Callable:
@@ -722,7 +729,12 @@ def parts(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of: if one of them is another, it is out of date."""
     attends = [layer.self_attn.attend for layer in model.base_model.layers]
     places = [getattr(t, "_local_tensor", t).data_ptr() for t in model.state_dict().values()]
-    return [model.device, model.dtype, *places, *model.modules(), *attends]
+    hooks = [hook for module in model.modules() for hook in hooks_of(module)]
+    return [model.device, model.dtype, *places, *model.modules(), *attends, *hooks]
+
+
+def hooks_of(module: nn.Module) -> list[Callable]:
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
 def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:

@@ -56,6 +56,8 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
     code, sys.stderr = 0, sys.stderr or open(os.devnull, "w")  # noqa: SIM115, closed by 2>&-
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # it may be ASCII
+    if sys.platform == "win32" and hasattr(sys.stdin, "reconfigure") and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig")  # as files of prompts are, not the ANSI page
     try:
         with stoppable():
             run()
@@ -284,12 +286,16 @@ def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
     """
     from safetensors import SafetensorError, safe_open
 
+    how: dict = {"framework": "pt", "device": str(device)}
+    if sys.platform == "win32":  # a mapping counts as memory there, and its file cannot be replaced
+        how["backend"] = "pread"
+
     def read_apart(name: str) -> Tensor:
-        with safe_open(path, framework="pt", device=str(device)) as again:
+        with safe_open(path, **how) as again:
             return again.get_tensor(name)
 
     try:
-        file, tensors = safe_open(path, framework="pt", device=str(device)), {}
+        file, tensors = safe_open(path, **how), {}
         for name in file.keys():  # noqa: SIM118, no dict
             header = file.get_slice(name)
             if header.get_dtype() not in DTYPES:

@@ -208,8 +208,7 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
             rope_theta=params.get("rope_theta", 10000.0), swin_norm=params["swin_norm"],
             model_parallel_size=len(shards), vq_config=vq_config(release, vq),
             vocabulary_map=names, bos_token_id=names.get("<s>"), pad_token_id=names.get("<pad>"),
-            eos_token_id=names.get("</s>"),
-        )
+            eos_token_id=names.get("</s>"))
     except (TypeError, ValueError) as e:
         raise ValueError(f"{release / 'params.json'} cannot be used: {e}") from None
     if c.num_key_value_heads % len(shards):
@@ -243,8 +242,7 @@ def vq_config(release: Path, state: dict[str, Stored]) -> ChameleonVQVAEConfig:
             num_res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
             attn_resolutions=[resolution // 2**level for level in levels
                               if f"encoder.down.{level}.attn.0.q.weight" in shapes] or None,
-            attn_type="vanilla" if "encoder.mid.attn_1.q.weight" in shapes else "none",
-        )
+            attn_type="vanilla" if "encoder.mid.attn_1.q.weight" in shapes else "none")
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as e:
         raise ValueError(f"the VQ-VAE of {file.parent} cannot be used: {e}") from None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chameleon import ChameleonForConditionalGeneration, KVCache
 
-READ = 2**28  # bytes of the memory that is read to measure it: more than any processor's caches
+READ = 2**28  # bytes of the memory that is read to measure it: more than most processors' caches
 READ_CUDA = 2**32  # the same of a GPU's, if it is free
 
 
@@ -102,10 +102,12 @@ def seconds_of(task: Callable[[], object], cuda: bool) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA those that tensors held, else those of the whole process."""
+def peak_memory(device: torch.device) -> float:
+    """Bytes: on CUDA those that tensors held, else those of the whole process; nan on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return float("nan")
     import resource  # here: not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024

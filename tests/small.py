@@ -2,10 +2,18 @@
 
 import random
 
+import pytest
 import torch
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from chameleon_extras.decoding import check_compile
 
+try:
+    check_compile(torch.device("cpu"))
+    missing = ""
+except ValueError as error:
+    missing = str(error)
+needs_compiler = pytest.mark.skipif(bool(missing), reason=missing)
 VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=24, resolution=32, base_channels=32,
           channel_multiplier=[1, 1, 2], num_res_blocks=2)
 K, S, V = 64, 64, 160  # codes, image tokens of a 32x32 picture, vocabulary

@@ -1,7 +1,6 @@
 """A conversation: what the model reads of it, and what a person sees on a terminal."""
 
 import os
-import pty
 import re
 import select
 import subprocess
@@ -19,6 +18,7 @@ from chameleon_extras import chat
 from chameleon_extras.chat import Conversation
 from chameleon_extras.command import TINY
 
+pty = pytest.importorskip("pty")  # not on Windows
 ROOT = Path(module.__file__).parent
 SHAPES, STAR = ROOT / "examples" / "shapes.png", ROOT / "examples" / "star.png"
 

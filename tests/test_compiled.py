@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import V, left_padded, small_model
+from small import V, left_padded, needs_compiler, small_model
 
 from chameleon import KVCache
 from chameleon_extras import decoding
 from chameleon_extras.decoding import (
     Decoder,
-    check_compile,
     compile_step,
     copy_of,
     four_bit_sums,
@@ -22,12 +21,7 @@ from generate import CACHE_STEP, stream
 
 ROWS = (1, 2, 3)
 SIZES = dict(num_hidden_layers=2, num_key_value_heads=2, max_position_embeddings=CACHE_STEP)
-try:
-    check_compile(torch.device("cpu"))
-except ValueError as error:
-    pytestmark = pytest.mark.skip(reason=str(error))
-
-
+pytestmark = needs_compiler
 SLOW_BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.slow)  # test_decoding.py has one row
 
 

@@ -1,6 +1,8 @@
 """Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
 
 import copy
+import threading
+import time
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from small import S as BIG_S
-from small import batch_with_pictures, left_padded, small_model
+from small import batch_with_pictures, left_padded, needs_compiler, small_model
 from test_generate import SMALL_S, with_any_logits
 from torch.overrides import TorchFunctionMode
 
@@ -61,6 +63,7 @@ def traced(monkeypatch):
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", only_traced)
+    monkeypatch.setattr(decoding, "check_compile", lambda device: None)  # no code is compiled
     yield graphs
     torch._dynamo.reset()
 
@@ -228,6 +231,7 @@ class Replayed:
         self.hidden.copy_(self.walk())
 
 
+@needs_compiler
 def test_steps_over_views_of_the_cache_are_compiled_once_and_recorded_once(monkeypatch):
     """As on CUDA, with the compiler's real code: a view that ends with the cache comes first."""
     def record(self, cache, columns):
@@ -295,7 +299,7 @@ def test_a_step_is_one_whole_graph_and_every_product_a_loop(traced):
 def test_an_int4_step_finds_its_weights_in_the_kernels_order(traced):
     """Of a long prompt the weights are unpacked, so no one has ordered them before."""
     model = quantize_model(small_model(max_position_embeddings=256).bfloat16(), "int4")
-    assert model.model.layers[0].mlp.up_proj.has_kernel(1)
+    assert model.model.layers[0].mlp.up_proj.has_kernel(1, torch.bfloat16)
     prompt = torch.full((1, INT4_ROWS + 1), 80)
     generate(model, prompt, max_new_tokens=3, decoder=Decoder(model, True))
     names = [name for graph in traced for name in graph]
@@ -327,6 +331,7 @@ def test_two_models_of_equal_shapes_do_not_share_code(traced):
         assert torch.equal(ids, expected)
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
 def test_what_the_compiler_really_writes_gives_the_same_ids(kind):
     model = small_model(num_hidden_layers=1, num_key_value_heads=2).bfloat16()
@@ -399,6 +404,7 @@ def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypat
     assert torch.equal(torch.cat(ids), torch.cat(plain))
 
 
+@needs_compiler
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("case", decoding.CANDIDATES, ids=str)
 def test_every_form_of_a_layers_product_is_the_product(n, case, monkeypatch):
@@ -641,3 +647,32 @@ def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
         Decoder(small_model(), compiled=True)
     with pytest.raises(ValueError, match="not for mps"):
         check_compile(torch.device("mps"))
+
+def test_a_hook_acts_in_compiled_steps_too(traced):
+    """And a hook that comes later makes the compiled code out of date."""
+    model, ids = small_model(), torch.tensor([[0, 80, 81]])
+    options = dict(max_new_tokens=6, eos_token_id=[])
+    before = model.generate(ids, compile=True, **options)
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, x, y: -y)
+    plain, compiled = (model.generate(ids, compile=c, **options) for c in (False, True))
+    assert torch.equal(plain, compiled) and not torch.equal(plain, before)
+
+
+def test_threads_leave_the_settings_of_torch_as_they_were():
+    """`onednn` sets one for the whole process."""
+    inside, leave = threading.Event(), [threading.Event(), threading.Event()]
+
+    def work(n):
+        with decoding.onednn(False):
+            inside.set()
+            leave[n].wait(10)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in (0, 1)]
+    threads[0].start()
+    inside.wait(10)
+    threads[1].start()
+    time.sleep(0.1)  # without a lock it is inside by now, and has seen the setting of the first
+    for event, thread in zip(leave, threads):
+        event.set()
+        thread.join()
+    assert torch.backends.mkldnn.enabled

@@ -109,7 +109,7 @@ def test_a_wrong_file_is_one_line_before_the_weights_are_read(
     (("--mode", "image"), "in text: leave --mode out"),
     (("--out", "missing/a.jsonl"), "a folder that exists"),
     (("--out", "other.jsonl"), "line 1 is not prompt 1"),
-    (("--out", "/dev/full"), "is no file in a folder that exists"),
+    (("--out", "/dev/null"), "is no file in a folder that exists"),
     (("--out", "deep.jsonl"), "line 1 is not prompt 1"),
 ])
 def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):

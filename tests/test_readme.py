@@ -187,7 +187,7 @@ def test_every_source_file_has_its_place_in_the_reading_order():
         place = place.strip("`")
         files = re.findall(r"`(\w+\.py)`", what)
         named += [place + file for file in files] if place.endswith("/") else [place]
-    assert sorted(named) == sorted(str(path.relative_to(ROOT)) for path in SOURCES)
+    assert sorted(named) == sorted(path.relative_to(ROOT).as_posix() for path in SOURCES)
 
 
 def test_every_file_and_link_is_there():
@@ -230,8 +230,8 @@ def test_the_command_that_lists_the_differences_finds_those_that_are_named():
     line = re.search(r'`(grep .*? "DIFFERS" .*?)`', README)[1]
     found = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True).stdout
     files = {place.split(":")[0] for place in found.splitlines()}
-    assert files == {str(path.relative_to(ROOT)) for path in SOURCES if "DIFFERS" in path.read_text(
-        encoding="utf-8")}  # all of them, and nothing else
+    assert files == {path.relative_to(ROOT).as_posix() for path in SOURCES
+                     if "DIFFERS" in path.read_text(encoding="utf-8")}
     named = re.findall(r"^- `(\w+\.py)`:", section("Equations and code", README), re.MULTILINE)
     assert len(named) == 5 and set(named) <= files
 
@@ -291,7 +291,8 @@ def test_the_measured_counts_are_those_of_the_tests():
     assert f"{length('test_image_processor.py', 'MODES')} picture modes" in measured
     for number, written, file in (("20,000", "20_000", "tokenizer"), ("2e-5", "=2e-5", "oracle"),
                                   ("1e-5", "=1e-5", "convert")):  # fmt: skip
-        assert number in measured and written in (ROOT / "tests" / f"test_{file}.py").read_text()
+        assert number in measured and written in (
+            ROOT / "tests" / f"test_{file}.py").read_text(encoding="utf-8")
 
 
 def test_the_model_card_has_the_rows_of_the_evaluation_and_its_numbers_are_quoted_right():
