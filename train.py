@@ -85,7 +85,7 @@ LEARNING_RATE = 3e-3  # 1e-4 in pretraining (section 2.3), 1e-5 in alignment (se
 OWN_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
 STEPS = {"pretrain": 900, "sft": 9200}  # a step is 4,608 tokens; in the paper 2^23 (section 2.3)
 # Up to this part of sft's steps: (share of practice, share of lists), see Corpus.sft.
-PRACTICE = ((0.5, (0.40, 0.10)), (0.85, (0.34, 0.06)), (1.0, (0.16, 0.04)))
+PRACTICE = ((0.5, (0.40, 0.10)), (0.85, (0.34, 0.06)), (1.0, (0.22, 0.04)))
 ROWS = 18  # 2048, of 4096 tokens
 TINY = Path(__file__).resolve().parent / "tiny"
 OWN_ROWS, EPOCHS = 6, 3  # --data: examples a step; how often each is learned

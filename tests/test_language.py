@@ -150,7 +150,7 @@ def words_of(scene: Scene) -> set[str]:
 
 def test_pairs_share_what_they_say():
     generator, found = rng(9), set()
-    for _ in range(300):
+    for n in range(300):
         first, second = world.sample_pair(generator)
         a, b = first.things[0], second.things[0]
         shared = a.colour == b.colour, a.shape == b.shape
@@ -158,8 +158,10 @@ def test_pairs_share_what_they_say():
         seen = language.look_at_both(first, second)
         answer = conclusion(language.ask_common(generator, first, second)[1], seen)
         assert (answer == "Nothing.") == (not any(shared))
-        turn = language.ask_which(generator, first, second)
+        field = ("", "background")[n % 2]
+        turn = language.ask_which(generator, first, second, field)
         if turn:
+            assert field in turn[0]
             names = set(COLOURS) | set(world.SHAPES) | set(world.BACKGROUNDS)
             asked = set(turn[0].rstrip("?").split()) & names
             first_fits, second_fits = (asked <= words_of(scene) for scene in (first, second))

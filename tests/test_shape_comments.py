@@ -220,7 +220,6 @@ def training(folder: Path) -> None:
     rows, norm = documents.Rows(processor.tokenizer.pad_token_id), train.QueryNorm(model)
     for draw in (corpus.pretrain, corpus.sft):
         train.decoder_loss(model, rows.batch(draw, 2, corpus.row_tokens), 1e-5)
-    corpus.recoded(*drawn.edits[0])
     for _ in range(8):
         corpus.conversation()
     norm()

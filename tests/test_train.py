@@ -171,21 +171,6 @@ def test_the_picture_to_be_edited_is_read_as_it_is(corpus):
     assert slips > 100
 
 
-def test_recoded_pictures_show_the_same_in_other_codes(corpus):
-    """One and the same exchange of codes in both pictures, so that copying still works."""
-    scenes, kept = corpus.pictures.edits[0][:2], []
-    for _ in range(20):
-        pictures, meaning = corpus.recoded(*scenes), {}
-        for scene, (codes, read) in zip(scenes, pictures):
-            own = corpus.writer.codes[scene].tolist()
-            assert read is codes and len(codes) == len(own)
-            for before, now in zip(own, codes.tolist()):
-                assert meaning.setdefault(before, now) == now
-        assert len(set(meaning.values())) == len(meaning)
-        kept.append(np.mean([before == now for before, now in meaning.items()]))
-    assert 0.4 < np.mean(kept) < 0.6
-
-
 def test_codes_alike_are_the_nearest_of_the_codebook(tmp_path):
     vq = ChameleonVQVAE(vqvae_stage.VQ).eval()
     pictures = Pictures.sample(0, 30).encode(vq, tmp_path / "codes")
@@ -1060,15 +1045,15 @@ def tiny():
 # What each row of the table must reach on 100 questions, ordinary and held-out: a few points less
 # than it did.
 FLOORS = {
-    "caption of one thing": (0.96, 0.95), "caption of two": (0.95, 0.93),
-    "caption of three": (0.92, 0.91), "colour": (0.96, 0.95), "shape": (0.96, 0.94),
-    "count": (0.94, 0.93), "background": (0.96, 0.96), "existence": (0.94, 0.95),
-    "relation": (0.82, 0.86), "size": (0.96, 0.94), "place": (0.91, 0.84),
-    "two pictures: in common": (0.95, 0.95), "two pictures: difference": (0.95, 0.95),
-    "two pictures: which": (0.85, 0.86), "second turn": (0.92, 0.90),
+    "caption of one thing": (0.96, 0.95), "caption of two": (0.96, 0.95),
+    "caption of three": (0.94, 0.94), "colour": (0.95, 0.95), "shape": (0.95, 0.95),
+    "count": (0.93, 0.91), "background": (0.96, 0.96), "existence": (0.95, 0.95),
+    "relation": (0.90, 0.90), "size": (0.96, 0.93), "place": (0.87, 0.84),
+    "two pictures: in common": (0.96, 0.96), "two pictures: difference": (0.96, 0.95),
+    "two pictures: which": (0.92, 0.90), "second turn": (0.90, 0.88),
 }  # fmt: skip
 DRAWN = {  # sampled once
-    "drawing of one thing": (0.92, 0.89), "drawing of two": (0.82, 0.73), "edit": (0.90, 0.81),
+    "drawing of one thing": (0.92, 0.85), "drawing of two": (0.90, 0.75), "edit": (0.94, 0.88),
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ class Writer:
 GAPS = ("",) * 6 + (" ", " ", "\n")  # what a user may type between a picture and the words
 # How often sft asks each kind of question, relative to the others: hard kinds more often.
 ASKED = {
-    "caption": 1.5, "existence": 3.0, "relation": 4.0, "shape": 1.2, "colour": 1.0,
+    "caption": 1.5, "existence": 3.0, "relation": 5.5, "shape": 1.2, "colour": 1.0,
     "size": 1.0, "place": 4.0, "count": 3.0, "background": 0.3,
 }  # fmt: skip
 
@@ -203,9 +203,7 @@ class Corpus:
     def place_pictures(self, question: str, scenes: tuple) -> tuple:
         """Question and pictures as parts of a prompt, in either order with equal probability."""
         gap = self.one_of(GAPS)
-        if self.chance(0.5):
-            return (question + gap, *scenes)
-        return (*scenes, gap + question)
+        return (question + gap, *scenes) if self.chance(0.5) else (*scenes, gap + question)
 
     # --- pretraining: statements, no turns
 
@@ -309,22 +307,23 @@ class Corpus:
         in_order, kind = self.chance(0.35), rng.random()
         while len(turns) < (12 if in_order else 30):
             if in_order or not turns:  # a new scene for each turn, or one scene for all
-                count = int(rng.choice((1, 2, 3), p=(0.3, 0.35, 0.35)))
+                count = int(rng.choice((1, 2, 3), p=(0.2, 0.35, 0.45)))
                 scene = self.told_scene(count)
                 pair = world.sample_pair(rng, self.chance(0.3))
                 while pair[0].things[0].colour == pair[1].things[0].colour and self.chance(0.6):
                     pair = world.sample_pair(rng, self.chance(0.3))  # shapes are harder: rarer
                 edit = world.sample_edit(rng, self.chance(0.3))
-            share = rng.random()
+            share, field = rng.random(), "background" if self.chance(0.4) else ""
             if kind < 0.5:
                 turn = self.question(scene)
             elif kind < 0.7:
                 turn = language.ask_difference(rng, *edit)
                 if share < 0.4:
-                    turn = language.ask_which(rng, *edit)
+                    turn = language.ask_which(rng, *edit, field)
             else:
-                ask = language.ask_common if share < 0.6 else language.ask_which
-                turn = ask(rng, *pair)
+                turn = language.ask_common(rng, *pair)
+                if share < 0.5:
+                    turn = language.ask_which(rng, *pair, field)
             if turn and ". " in turn[1]:  # a description and a conclusion
                 turns.append((language.vary(rng, turn[0]), turn[1]))
         if in_order:
@@ -399,21 +398,7 @@ class Corpus:
         """A picture with a request to change it, and the changed picture."""
         before, after = self.one_of(self.pictures.edits)
         request = language.vary(self.rng, language.ask_edit(self.rng, before, after))
-        pictures = before, self.drawn(after)
-        if world.changed(before, after) == "place" and self.chance(0.5):
-            pictures = self.recoded(before, after)
-        return self.writer.chat((self.place_pictures(request, pictures[:1]), pictures[1:]))
-
-    def recoded(self, *scenes: Scene) -> tuple[Picture, ...]:
-        """Pictures after one random permutation of about half of all codes, the same for all.
-
-        They decode to nothing known. So the model can only move a thing by copying its codes.
-        """
-        new_code = np.arange(len(self.pictures.alike))  # (K,)
-        permuted = self.rng.random(len(new_code)) < 0.5  # (K,)
-        new_code[permuted] = self.rng.permutation(new_code[permuted])
-        recoded = (new_code[self.writer.codes[scene]] for scene in scenes)
-        return tuple(Picture(codes, codes) for codes in recoded)
+        return self.writer.chat((self.place_pictures(request, (before,)), (self.drawn(after),)))
 
     def two_pictures(self, room: int) -> Document:
         """Two pictures with a branch for each of several questions, or with one question."""

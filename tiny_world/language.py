@@ -304,10 +304,14 @@ def ask_common(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
     return pick(rng, WORDINGS["common"]), f"{look_at_both(first, second)} {answer}"
 
 
-def ask_which(rng: np.random.Generator, first: Scene, second: Scene) -> Turn | None:
-    """A colour, a shape or a background that only one of the two pictures has."""
+def ask_which(rng: np.random.Generator, first: Scene, second: Scene, field: str = ""
+              ) -> Turn | None:
+    """A colour, a shape or a background that only one of the two pictures has.
+
+    `field` names which of these is asked about, by default a random one.
+    """
     chosen, other = (first, second) if rng.random() < 0.5 else (second, first)
-    field = pick(rng, ("colour", "shape", "both", "background"))
+    field = field or pick(rng, ("colour", "shape", "both", "background"))
     if field == "background":
         differs = chosen.background != other.background
         words = f"a {chosen.background} background"
