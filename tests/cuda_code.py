@@ -64,6 +64,7 @@ def pretend_cuda() -> None:
     import torch._dynamo.device_interface as interfaces
     from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
     from torch._inductor.graph import GraphLowering
+    from torch._subclasses import fake_tensor
 
     try:
         import triton
@@ -85,6 +86,7 @@ def pretend_cuda() -> None:
             is_dtype_supported=True)),
         (interfaces.CudaInterface.Worker, dict(get_device_properties=H100, current_device=0)),
         (pad_mm, dict(_pad_mm_init=None)), (misc_patterns, dict(_misc_patterns_init=None)),
+        (fake_tensor, dict(init_gpu_context=None)),  # a CUDA build looks for a driver
     ):
         for name, answer in answers.items():
             function = lambda *_, answer=answer, **__: answer  # noqa: E731

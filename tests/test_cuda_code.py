@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(
     find_spec("triton") is None or shutil.which("g++") is None or sys.platform != "linux",
@@ -28,4 +29,4 @@ def test_a_layer_reads_each_weight_once_and_as_it_is_stored(kind, rows, most):
     lines = launches(kind, rows)
     libraries = [line.split("(")[0] for line in lines if line.startswith("extern_kernels")]
     assert libraries == ["extern_kernels.bmm"] * 2
-    assert len(lines) <= most
+    assert len(lines) <= most + 2 * (torch.__version__ < "2.13")  # 2.11 joins fewer loops

@@ -4,6 +4,8 @@ import cuda_report
 import pytest
 import torch
 
+from chameleon_extras import decoding
+
 TOY = ["--size", "toy", "--device", "cpu"]
 
 
@@ -13,6 +15,7 @@ def traced(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, options=None, **rest: compile_(
         function, backend=lambda graph, _: graph.forward, **rest))
+    monkeypatch.setattr(decoding, "check_compile", lambda device: None)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

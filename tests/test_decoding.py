@@ -312,7 +312,7 @@ def test_an_int4_step_finds_its_weights_in_the_kernels_order(traced):
     ("int8", torch.float32, True, False), ("int8", torch.bfloat16, False, False),
     ("int4", torch.float32, True, True), ("int4", torch.bfloat16, True, False),
     ("nf4", torch.float32, False, False)])  # nf4 is never fast
-def test_a_slow_combination_of_weights_and_dtype_says_so(kind, dtype, compiled, slow):
+def test_a_slow_combination_of_weights_and_dtype_says_so(kind, dtype, compiled, slow, traced):
     model = small_model().to(dtype)
     model = quantize_model(model, kind) if kind else model
     with warnings.catch_warnings(record=True) as said:

@@ -46,7 +46,7 @@ def test_no_weight_moves_farther_than_half_a_step(kind, groups, outputs, seed):
         assert (error <= largest * 0.304 / 2 * 1.001).all()
     else:  # one step, since a value may lie opposite the largest, where 7 is the end
         step = twin.scale.float().abs().repeat_interleave(twin.group, dim=1)
-        assert (error <= step * 1.02).all()  # the scale itself is rounded to bf16
+        assert (error <= step * 1.032).all()  # rounding to bf16 moves 8 steps by at most 1/32 step
         assert (error <= step * 0.51).float().mean() > 0.9
 
 
