@@ -591,9 +591,8 @@ def test_a_head_of_your_own_draws_as_it_writes():
     for change in ("bias", "hook", "no weight"):
         model = small_model()
         favourite = int(model.model.vocabulary.code_to_id[5])
-        head = torch.nn.Linear(64, V)
+        head = torch.nn.Linear(64, V, bias=change == "bias")
         head.weight.data.copy_(model.lm_head.weight)
-        head.bias.data.zero_()
         bias = torch.zeros(V)
         bias[favourite] = 1e3
         if change == "bias":

@@ -13,7 +13,7 @@ from test_checkpoint import small_model
 
 import generate
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
-from chameleon_extras import convert
+from chameleon_extras import convert, quantize
 from chameleon_extras.quantize import KINDS, Int4Linear, Int8Linear, pack, quantize_model
 from processor import ChameleonProcessor
 
@@ -341,3 +341,19 @@ def test_int8_layers_in_fp32_compute_under_autocast():
     model = quantize_model(small_model(), "int8").float()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(torch.tensor([[0, 80, 81]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_where_the_kernels_have_no_vectors_weights_are_unpacked(kind, monkeypatch):
+    """As on Windows; and int4's kernel has vectors for bf16 alone."""
+    (layer,) = quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 48)).bfloat16(), kind)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(quantize, "VECTORS", False)
+        for name in ("_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu"):
+            monkeypatch.setattr(torch if "int8" in name else torch.ops.aten, name, None)
+        torch.testing.assert_close(layer(x), expected, atol=2e-2, rtol=2e-2)
+        monkeypatch.undo()
+    if kind == "int4":
+        assert layer.has_kernel(3, torch.bfloat16) and not layer.has_kernel(3, torch.float32)
