@@ -529,8 +529,7 @@ class KVCache:
         return self.k[layer][:, :, : self.length], self.v[layer][:, :, : self.length]
 
     def check_batch(self, B: int) -> None:
-        """ValueError for a batch that is not the cache's own. Forgets ids beyond its length."""
-        self.ids = None if self.ids is None else self.ids[:, : self.length]
+        """ValueError for a batch that is not the cache's own."""
         if (self.length or self.max_length) and len(self.k[0]) != B:
             raise ValueError(f"the KV cache holds {len(self.k[0])} rows, the input has {B}: "
                              "make a cache for each batch")
@@ -757,6 +756,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if cache is not None:
             cache.check_batch(len(x))
             past = cache.length
+            cache.ids = None if cache.ids is None else cache.ids[:, :past]  # the rest is replaced
         if position_ids is None:
             positions = torch.arange(past, past + T, device=x.device)  # (T,)
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)

@@ -139,7 +139,7 @@ def sample(logits: Tensor, generators: list[torch.Generator | None]) -> Tensor:
     noise = torch.ones_like(logits)  # (B, V)
     for row, generator in zip(noise, generators):
         if generator is not None:
-            row.exponential_(generator=generator).clamp_(1e-30)  # on MPS it may be 0: 0 / 0
+            row.exponential_(generator=generator).clamp_(1e-30)  # MPS may draw 0, and 0 / 0 is nan
     return (logits.softmax(-1) / noise).argmax(-1)  # (B,)
 
 
@@ -375,8 +375,8 @@ def rows_of(head: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
     """The head for these ids alone: (..., D) -> (..., len(ids))."""
     if rows := getattr(head, "rows", None):  # quantized: it has weights of its own kind
         return rows(ids)
-    if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks:  # as adapters
-        return lambda hidden: head(hidden)[..., ids]
+    if type(head) is not nn.Linear or head.bias is not None or head._forward_hooks:
+        return lambda hidden: head(hidden)[..., ids]  # more than weights, such as an adapter's
     part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
     part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
     return part
