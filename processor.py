@@ -44,7 +44,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from inspect import signature
@@ -57,9 +57,9 @@ from PIL import Image, ImageOps
 
 from tokenizer import (
     IGNORE,
+    AutoTokenizer,
     BatchFeature,
     Tokenizer,
-    load_tokenizer,
     read_json,
     stack,
     write_json,
@@ -435,16 +435,15 @@ class ChameleonImageProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes) -> "ChameleonImageProcessor":
-        """Reads preprocessor_config.json, else transformers 5's processor_config.json."""
+        """Reads transformers 5's processor_config.json, else preprocessor_config.json."""
         from chameleon_extras.files import HUB_OPTIONS, find_folder  # as in ChameleonProcessor
 
         hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
         folder = find_folder(folder, **hub)
-        file = Path(folder) / "preprocessor_config.json"
-        joint = Path(folder) / "processor_config.json"
-        data = read_json(file) if file.is_file() else None
-        if data is None and joint.is_file():
-            file, data = joint, read_json(joint).get("image_processor")
+        file = joint = Path(folder) / "processor_config.json"  # where it has one, that is newer
+        data = read_json(joint).get("image_processor") if joint.is_file() else None
+        if data is None and (file := Path(folder) / "preprocessor_config.json").is_file():
+            data = read_json(file)
         if not isinstance(data, dict):
             raise ValueError(f"{folder}: no preprocessor_config.json in it "
                              f"(ChameleonImageProcessor().save_pretrained(folder) writes one)")
@@ -474,7 +473,8 @@ def parts_of(turn: dict) -> list[str | Picture]:
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        picture = part.get("image", part.get("path")) if kind == "image" else None
+        names = ("image", "path", "url") if kind == "image" else ()
+        picture = next((part[name] for name in names if part.get(name) is not None), None)
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
         elif picture is not None:
@@ -512,6 +512,7 @@ class ChameleonProcessor:
                              "that AutoTokenizer of this project has read, in this order")
         self.image_processor, self.tokenizer = image_processor, tokenizer
         self.image_seq_length, self.image_token = image_seq_length, image_token
+        self.image_token_id = tokenizer.image_token_id
 
     def __call__(self, *inputs, text: str | list[str] | None = None,
                  images: Pictures | None = None, answers: str | list[str] | None = None,
@@ -538,7 +539,9 @@ class ChameleonProcessor:
             else:
                 raise TypeError("more than one text, or more than one value for images")
         if not is_text(text):
-            raise ValueError("the prompt is missing: text must be a string or a list of strings")
+            raise ValueError("the prompt is missing: text must be a string or a list of strings"
+                             + (", but these are ids already: give them to model.generate(**text)"
+                                if isinstance(text, dict) else ""))
         prompts = [text] if isinstance(text, str) else text
         replies = self.replies(prompts, answers)
         pictures = self.match(prompts, images, replies)
@@ -687,15 +690,15 @@ class ChameleonProcessor:
             rows.append(ids)
         return self.features(rows, pictures, return_tensors, options)
 
-    def decode(self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
-               clean_up_tokenization_spaces: bool = False) -> str:
+    def decode(self, *ids, **options) -> str:
         """As Tokenizer.decode."""
-        return self.tokenizer.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+        return self.tokenizer.decode(*ids, **options)
 
-    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = False,
-                     clean_up_tokenization_spaces: bool = False) -> list[str]:
+    def batch_decode(self, *ids, **options) -> list[str]:
         """As Tokenizer.batch_decode."""
-        return self.tokenizer.batch_decode(batch, skip_special_tokens, clean_up_tokenization_spaces)
+        return self.tokenizer.batch_decode(*ids, **options)
+
+    post_process_image_text_to_text = batch_decode  # transformers' other name for it
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, preprocessor_config.json and processor_config.json, from
@@ -706,15 +709,17 @@ class ChameleonProcessor:
         self.tokenizer.save_pretrained(folder)
         write_for_transformers(Path(folder))
         file = Path(folder) / "tokenizer_config.json"
-        write_json(file, read_json(file) | {"padding_side": self.tokenizer.padding_side,
-                                            "pad_token": self.tokenizer.pad_token})
+        tokens = self.tokenizer.special_tokens_map
+        saved = {name: tokens[name] for name in self.tokenizer.SAVED if name in tokens}
+        write_json(file, read_json(file) | saved | {"padding_side": self.tokenizer.padding_side})
         self.image_processor.save_pretrained(folder)
         data = {"image_seq_length": self.image_seq_length, "image_token": self.image_token}
         write_json(Path(folder) / "processor_config.json",
                    {**data, "processor_class": "ChameleonProcessor"})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **changes) -> "ChameleonProcessor":
+    def from_pretrained(cls, folder: str | Path, *, padding_side: str | None = None,
+                        **changes) -> "ChameleonProcessor":
         """Reads a folder or a hub id; defaults without processor_config.json. image_seq_length and
         image_token in `changes` replace the values read; others are options of the hub.
         """
@@ -722,7 +727,8 @@ class ChameleonProcessor:
 
         own = {"image_seq_length", "image_token"}
         folder = find_folder(folder, **{name: changes[name] for name in changes.keys() - own})
-        tokenizer, file = load_tokenizer(folder), Path(folder) / "processor_config.json"
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side)
+        file = Path(folder) / "processor_config.json"
         data = (read_json(file) if file.is_file() else {}) | changes
         return cls(ChameleonImageProcessor.from_pretrained(folder), tokenizer,
                    **{name: data[name] for name in own & data.keys()})

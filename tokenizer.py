@@ -277,6 +277,7 @@ class Tokenizer:
     """
 
     model_input_names = ["input_ids", "attention_mask"]
+    SAVED = ("eos_token", "unk_token", "sep_token", "pad_token")  # in tokenizer_config.json
     SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "image_token")
     bos_token, eos_token, unk_token, sep_token, pad_token, image_token = map(special_token, SPECIAL)
 
@@ -310,8 +311,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text -> ids, with <s> in front unless told otherwise."""
+    def encode(self, text: str, add_special_tokens: bool = True, **options) -> Any:
+        """Text -> ids, with <s> in front unless told otherwise. options: those of a call."""
+        if options:  # such as return_tensors: (1, T)
+            return self(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
         return [self.bos_token_id] * add_special_tokens + self.text_ids(text)
 
     def __call__(self, text: str | list[str], *, add_special_tokens: bool = True,
@@ -391,37 +394,41 @@ class Tokenizer:
         name = self.name_of(token_id)
         return name.encode() if int(token_id) in self.special_ids else self.text_bytes(name)
 
-    def decode(self, ids: int | Iterable[int] | torch.Tensor, skip_special_tokens: bool = False,
+    def decode(self, token_ids: int | Iterable[int] | torch.Tensor,
+               skip_special_tokens: bool = False,
                clean_up_tokenization_spaces: bool = False) -> str:
         """Ids (T,), or one id -> text. Bytes that are not utf-8 become U+FFFD. ValueError for
         unknown ids. clean_up_tokenization_spaces is accepted and ignored, as transformers 5 does
         for BPE.
         """
-        given: Any = ids
-        if hasattr(given, "tolist"):  # a tensor or an array
-            if given.ndim > 1:
-                raise ValueError(f"decode takes ids (T,), not {tuple(given.shape)}: use "
-                                 "batch_decode")
-            given = given.tolist()  # one GPU synchronization
-        given = [given] if isinstance(given, int) else given
+        given: Any = token_ids
+        given = given.tolist() if hasattr(given, "tolist") else given  # one GPU synchronization
+        given = [given] if isinstance(given, int) else list(given)
+        if given and np.ndim(given[0]):
+            raise ValueError("decode takes the ids of one text: use batch_decode for several rows")
         decoder = self.stream_decoder(skip_special_tokens)
         return "".join(decoder.feed(token_id) for token_id in given) + decoder.flush()
 
-    def batch_decode(self, batch: Iterable, skip_special_tokens: bool = False,
+    def batch_decode(self, sequences: Iterable, skip_special_tokens: bool = False,
                      clean_up_tokenization_spaces: bool = False) -> list[str]:
-        """Ids (B, T), or B rows of different lengths -> B texts."""
+        """Ids (B, T), or B rows of different lengths -> B texts. One row (T,) -> one text."""
+        rows = list(sequences)
         return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
-                for ids in batch]
+                for ids in ([rows] if rows and not np.ndim(rows[0]) else rows)]
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> "StreamDecoder":
         """A decoder that takes one id at a time."""
         return StreamDecoder(self, skip_special_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copies the tokenizer's file into a folder, under the name that transformers expects."""
-        content = self.path.read_bytes()
+        """Copies the tokenizer's files into a folder, under the names that transformers expects."""
+        files = {self.path: f"tokenizer{self.path.suffix}"}
+        for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
+            files[self.path.with_name(name)] = name
+        contents = {name: file.read_bytes() for file, name in files.items() if file.is_file()}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"tokenizer{self.path.suffix}").write_bytes(content)
+        for name, content in contents.items():
+            (Path(folder) / name).write_bytes(content)
 
 
 class StreamDecoder:
@@ -543,7 +550,7 @@ class ByteLevelBPE(Tokenizer):
     CACHED_WORDS, CACHED_LETTERS = 65536, 64  # limits of the cache: words, letters per word
 
     def __init__(self, path: str | Path) -> None:
-        vocab, merges = read_bpe(Path(path))
+        vocab, merges, words = read_bpe(Path(path))
         characters = byte_characters()
         if not vocab.keys() >= set(characters):
             raise ValueError(f"{path}: some of the 256 byte tokens are missing, not byte-level BPE "
@@ -552,13 +559,22 @@ class ByteLevelBPE(Tokenizer):
         self._bytes = {character: byte for byte, character in enumerate(characters)}
         self._merges = merges  # (left id, right id) -> (rank, id of both joined)
         text_ids = {*self._byte_ids, *(joined for _, joined in merges.values())}
-        # Control ids are the ids that no text can give. The file's flags are not needed for this.
-        super().__init__(path, vocab, set(vocab.values()) - text_ids)
+        self._added = {word: vocab[word] for word in sorted(words, key=len, reverse=True)}
+        self._parts = re.compile("|".join(map(re.escape, self._added)) or "(?!)")  # longest first
+        # Control ids are the ids that no text can give.
+        super().__init__(path, vocab, set(vocab.values()) - text_ids - {*self._added.values()})
         self._cache = {}
 
     def text_ids(self, text: str) -> list[int]:
         check_text(text)
-        return [token_id for word in split_words(text) for token_id in self.word_ids(word)]
+        ids, done = [], 0
+        for added in [*self._parts.finditer(text), None]:  # None: the end of the text
+            start = added.start() if added else len(text)
+            ids += [i for word in split_words(text[done:start]) for i in self.word_ids(word)]
+            if added:
+                ids.append(self._added[added[0]])
+                done = added.end()
+        return ids
 
     def word_ids(self, word: str) -> list[int]:
         """Word -> ids, from the cache if possible: words repeat, and merging takes most time."""
@@ -604,25 +620,33 @@ class ByteLevelBPE(Tokenizer):
         return [token_id for token_id in ids if token_id >= 0]
 
     def text_bytes(self, name: str) -> bytes:
+        if name in self._added:
+            return name.encode()
         return bytes(self._bytes[character] for character in name)
 
 
-def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[int, int]]]:
-    """tokenizer.json -> vocabulary {name: id} and merges {(left id, right id): (rank, joined id)}.
+def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[int, int]], set[str]]:
+    """tokenizer.json -> vocabulary {name: id}, merges {(left id, right id): (rank, joined id)}, and
+    the words that somebody has added to the vocabulary (transformers' `add_tokens`).
 
     A merge's rank is its place in the file. ValueError, naming the file, for any other format.
     """
     data = read_json(path)
     try:
         vocab = dict(data["model"]["vocab"].items())
-        vocab |= {token["content"]: token["id"] for token in data.get("added_tokens") or []}
+        added = data.get("added_tokens") or []
+        words = {token["content"] for token in added
+                 if token["content"] not in vocab and token.get("special") is False}
+        vocab |= {token["content"]: token["id"] for token in added}
         check_ids(vocab)
+        if len({*vocab.values()}) < len(vocab):
+            raise ValueError("two names have one id")
         merges = {}
         for rank, pair in enumerate(data["model"]["merges"]):
             # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file
             left, right = pair.split(" ") if isinstance(pair, str) else pair
             merges[vocab[left], vocab[right]] = (rank, vocab[left + right])
-        return vocab, merges
+        return vocab, merges, words
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a BPE tokenizer with a vocabulary and merges to match "
                          f"({type(error).__name__}: {error})") from None
@@ -694,9 +718,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer, config = kind(Path(folder) / name), Path(folder) / "tokenizer_config.json"
             values = read_json(config) if config.is_file() else {}
             tokenizer.padding_side = values.get("padding_side", tokenizer.padding_side)
-            pad = values.get("pad_token")
-            pad = pad.get("content") if isinstance(pad, dict) else pad  # as transformers 4 has it
-            tokenizer.pad_token = pad if isinstance(pad, str) else tokenizer.pad_token
+            for name in Tokenizer.SAVED:
+                token = values.get(name)  # a dict: as transformers 4 has it
+                if token := token.get("content") if isinstance(token, dict) else token:
+                    setattr(tokenizer, name, token)
             return tokenizer
     raise ValueError(f"{folder}: no tokenizer in it, one of {', '.join(TOKENIZER_FILES)} is wanted")
 
@@ -705,7 +730,10 @@ class AutoTokenizer:
     """transformers' name for "the tokenizer of a folder or a hub id, whatever its format"."""
 
     @staticmethod
-    def from_pretrained(folder: str | Path, **hub: object) -> Tokenizer:
+    def from_pretrained(folder: str | Path, padding_side: str | None = None,
+                        **hub: object) -> Tokenizer:
         from chameleon_extras.files import find_folder  # only to find files
 
-        return load_tokenizer(find_folder(folder, **hub))
+        tokenizer = load_tokenizer(find_folder(folder, **hub))
+        tokenizer.padding_side = padding_side or tokenizer.padding_side
+        return tokenizer

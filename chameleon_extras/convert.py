@@ -63,7 +63,8 @@ def write_tokenizer(folder: Path, data: dict) -> None:
     }
     text = json.dumps(data, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", {
+    file = folder / "tokenizer_config.json"
+    write_json(file, (read_json(file) if file.is_file() else {}) | {  # keeps a chat template
         # Without a class, some versions of transformers take Llama's tokenizer and lose all spaces.
         "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "ChameleonProcessor",
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
@@ -141,9 +142,9 @@ def write_processor(source: Path, folder: Path) -> None:
 def convert(source: Path, target: Path, vqgan: Path | None = None,
             max_shard_bytes: int = 5 * 10**9, quantize: str | None = None) -> None:
     """Writes the folder `target`, as a whole or not at all. ValueError if it cannot."""
-    part = target.with_name(target.name + ".part")
     if os.path.lexists(target):  # a link to nowhere, too
         raise ValueError(f"{target} exists already: name a folder that does not")
+    part = target.with_name(target.name + ".part")
     if part.exists():
         raise ValueError(f"{part} is what an interrupted conversion left: remove it first")
     if not target.absolute().parent.is_dir():

@@ -638,6 +638,12 @@ def test_a_broken_release_is_one_clear_line_and_leaves_nothing(root, tmp_path, c
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("target", [".", "/", ""])
+def test_a_target_without_a_name_exists_already(converted, target):
+    with pytest.raises(ValueError, match="exists already: name a folder that does not"):
+        module.convert(converted["7b"], Path(target))
+
+
 def test_nothing_is_written_over(releases, converted, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "b.part").mkdir()

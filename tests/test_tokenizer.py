@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 from pathlib import Path
@@ -191,6 +192,22 @@ def test_names_that_only_added_tokens_hold_are_read(tmp_path):
     assert 5000 in tokenizer.special_ids
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(texts, st.sampled_from(["zebra", "zebras", "<sks>", "\u20ac\u20ac"]))))
+def test_words_that_were_added_are_tokens_as_in_the_tokenizers_library(bpe_folder, parts):
+    from tokenizers import Tokenizer
+
+    oracle = Tokenizer.from_file(str(bpe_folder / "tokenizer.json"))
+    oracle.add_tokens(["zebra", "zebras", "<sks>", "\u20ac\u20ac"])
+    oracle.encode_special_tokens = True
+    with tempfile.TemporaryDirectory() as folder:
+        oracle.save(f"{folder}/tokenizer.json")
+        ours = load_tokenizer(folder)
+    text = "".join(parts)
+    ids = oracle.encode(text, add_special_tokens=False).ids
+    assert ours.text_ids(text) == ids and ours.decode(ids, skip_special_tokens=True) == text
+
+
 def test_splits_isolate_numbers_punctuation_image_names_and_double_spaces():
     def words(text):
         return list(split_words(text))
@@ -372,6 +389,9 @@ def test_control_tokens_vanish_or_show_their_names(either):
     assert either.decode(ids) == "<s>Hi!<reserved08706>IMGIMGBZ</s>"
     assert either.batch_decode(torch.tensor([ids, ids]), True) == ["Hi!", "Hi!"]
     assert either.batch_decode([ids, []], skip_special_tokens=True) == ["Hi!", ""]
+    for row in (ids, torch.tensor(ids)):  # one text, as in transformers
+        assert either.batch_decode(row, skip_special_tokens=True) == ["Hi!"]
+    assert either.batch_decode([]) == []
     assert either.decode(torch.tensor(ids)[None][0], True) == "Hi!"
 
 
@@ -379,8 +399,9 @@ def test_ids_that_do_not_exist_or_have_two_axes_are_errors(either):
     for bad in ([either.vocab_size], [-1]):
         with pytest.raises(ValueError, match="not in the vocabulary"):
             either.decode(bad)
-    with pytest.raises(ValueError, match="batch_decode"):
-        either.decode(torch.zeros(2, 3, dtype=torch.long))
+    for rows in (torch.zeros(2, 3, dtype=torch.long), [[0, 1], [2]], [torch.tensor([0, 1])]):
+        with pytest.raises(ValueError, match="batch_decode"):
+            either.decode(rows)
 
 
 def test_half_a_surrogate_pair_is_a_one_line_error(either):
