@@ -220,6 +220,11 @@ class ChameleonOutput(Mapping):
     def __iter__(self) -> Iterator[str]:
         return iter([name for name, value in vars(self).items() if value is not None])
 
+    @property
+    def cache(self) -> "KVCache | None":
+        """What transformers 5.24 calls past_key_values, here and as an argument."""
+        return self.past_key_values
+
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
@@ -238,7 +243,8 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     gradient_checkpointing = False
     generation_config = None  # or transformers' GenerationConfig, whose values `generate` takes
     main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # for the Trainer: forward takes num_items_in_batch
+    accepts_loss_kwargs = True  # for the Trainer: forward takes num_items_in_batch,
+    loss_type = "ForCausalLM"  # which counts the labels without the first column
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
 
@@ -263,6 +269,16 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Linear | None:
         return getattr(self, "lm_head", None)
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Pixels (N, 3, height, width) -> their ids' embeddings (N, S, D), which transformers 5
+        returns as `pooler_output` of an object.
+        """
+        return self.get_input_embeddings()(self.base_model.get_image_tokens(pixel_values))
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(x.nbytes for x in (*self.parameters(), *self.buffers()))
 
     def tie_weights(self) -> None:
         """One matrix for embedding and head, if the config says so."""
@@ -399,7 +415,7 @@ def refuse(wrong: Tensor, message: str, *numbers: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(~wrong, message.replace("{}", "another number of"))
-    elif wrong:
+    elif not wrong.is_meta and wrong:
         raise ValueError(message.format(*map(int, numbers)))
 
 
@@ -430,18 +446,31 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
         if mask.ndim not in (2, 3, 4) or mask.shape[-1] != L or wrong:
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, but there are {L} tokens "
                              f"({past} cached + {T} new): see allowed_keys")
-        if mask.ndim > 2 and mask.is_floating_point():  # DIFFERS: transformers adds any number
+        if mask.is_floating_point():  # DIFFERS: transformers adds any number
             other = (mask != 0) & (mask > -1e3) if mask.ndim == 4 else mask < 0
             refuse(other.any(), "an additive attention_mask is (B, 1, T, L), and 0 or at most -1000"
                    f": give others as bool, this one is {tuple(mask.shape)}")
         if mask.ndim == 4:
             return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
-        if mask.ndim == 2 and T > 1 and not torch.compiler.is_compiling() and mask.all():
+        reads = T > 1 and not mask.is_meta and not torch.compiler.is_compiling()
+        if mask.ndim == 2 and reads and mask.all():
             mask = None  # the processor always sends a mask; most often nothing is padded
     if mask is None:
         return None if T == 1 or past == 0 else (j <= q)[None, None]  # (1, 1, T, L)
     token = mask.bool() if mask.ndim == 3 else mask.bool()[:, None]  # (B, T or 1, L)
     return ((j <= q) & token | (j == q))[:, None]  # (B, 1, T, L)
+
+
+def documents_of(position_ids: Tensor) -> Tensor | None:
+    """Packed documents: where a position does not follow the one before it, another one begins.
+
+    position_ids (B or 1, T) -> bool (B or 1, T, T), True within a document; None if there is one.
+    """
+    steps = position_ids.diff(dim=-1)  # (B or 1, T - 1)
+    if not torch.compiler.is_compiling() and (steps == 1).all():  # a GPU synchronization
+        return None
+    number = F.pad((steps != 1).cumsum(-1), (1, 0))  # (B or 1, T), of the document
+    return number[:, None] == number[:, :, None]  # (B or 1, T, T)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -692,7 +721,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
             raise ValueError("this vocabulary has no <image>: put the pictures' ids into input_ids")
         here = input_ids == placeholder  # (B, T)
         if checks:
-            refuse((found := here.sum()) != image_ids.numel(), f"{len(image_ids)} pictures are "
+            refuse((found := here.sum()) != image_ids.numel(), f"{image_ids.shape[0]} pictures are "
                    f"{image_ids.numel()} image tokens, but the prompt has {{}} <image> "
                    "placeholders", found)
         return input_ids.masked_scatter(here, image_ids.to(input_ids.dtype))
@@ -717,7 +746,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         input_ids: Tensor | None = None,  # (B, T)
         pixel_values: Tensor | None = None,  # (N, 3, height, width), N pictures over all rows
         attention_mask: Tensor | None = None,  # see `allowed_keys`
-        position_ids: Tensor | None = None,  # (B, T); default: continues after the cache
+        position_ids: Tensor | None = None,  # (B, T); see `documents_of`; default: after the cache
         past_key_values: KVCache | None = None,  # read and, in place, written
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
         use_cache: bool | None = None,  # None: the config's; True makes a cache if none is given
@@ -725,6 +754,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,  # False: a plain tuple
         cache_position: Tensor | None = None,  # (T,), position_ids of all rows
+        cache: KVCache | None = None,  # past_key_values under another name
     ) -> "ChameleonOutput | tuple":
         """-> last_hidden_state (B, T, D) and what was asked for.
 
@@ -734,9 +764,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if not isinstance(past_key_values, KVCache | None):
+        c, cache = self.config, past_key_values if cache is None else cache
+        if not isinstance(cache, KVCache | None):
             raise ValueError("past_key_values must be a KVCache, as a forward pass returns it")
-        c, cache = self.config, past_key_values
         use_cache = c.use_cache if use_cache is None else use_cache
         attends = c.output_attentions if output_attentions is None else output_attentions
         hiddens = c.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -750,24 +780,26 @@ class ChameleonModel(ChameleonPreTrainedModel):
         recomputes = self.gradient_checkpointing and self.training
         if recomputes and cache is not None:
             raise ValueError("gradient checkpointing computes a layer twice: past_key_values=None")
+        past, B, T = 0, x.shape[0], x.shape[1]  # len(x) would be a constant to torch.export
         if cache is None and use_cache and not recomputes:
-            cache = KVCache(c, len(x), dtype=x.dtype, device=x.device)
-        past, T = 0, x.shape[1]
+            cache = KVCache(c, B, dtype=x.dtype, device=x.device)
         if cache is not None:
-            cache.check_batch(len(x))
+            cache.check_batch(B)
             past = cache.length
             cache.ids = None if cache.ids is None else cache.ids[:, :past]  # the rest is replaced
         if position_ids is None:
             positions = torch.arange(past, past + T, device=x.device)  # (T,)
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
-        if position_ids.shape not in ((1, T), (len(x), T)):
+        elif attention_mask is None and cache is None:
+            attention_mask = documents_of(position_ids)  # (B or 1, T, T), or None
+        if position_ids.shape not in ((1, T), (B, T)):
             raise ValueError(f"position_ids are {tuple(position_ids.shape)}, but must be (1 or "
-                             f"{len(x)}, {T}): one for each new token, none for cached tokens")
+                             f"{B}, {T}): one for each new token, none for cached tokens")
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
-        if attention_mask is not None and len(attention_mask) != len(x) and (
-                attention_mask.ndim == 2 or len(attention_mask) > 1):  # else one serves all rows
-            raise ValueError(f"attention_mask has {len(attention_mask)} rows, the tokens {len(x)}")
+        if attention_mask is not None and (rows := attention_mask.shape[0]) != B and (
+                attention_mask.ndim == 2 or rows > 1):  # else one serves all rows
+            raise ValueError(f"attention_mask has {rows} rows, the tokens {B}")
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [], []
         for layer in self.layers:
@@ -826,6 +858,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         logits_to_keep: int | Tensor = 0,  # how many last positions, or which; 0: all
         mask_image_logits: bool = True,
         num_items_in_batch: Tensor | int | None = None,  # see `_loss`
+        cache: KVCache | None = None,
     ) -> "ChameleonOutput | tuple":
         """-> logits (B, T, V) and, with labels, loss. Other arguments as in ChameleonModel.
 
@@ -850,7 +883,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
                 refuse((labels == mark).any(), "labels hold <image>: put the pictures' ids there")
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
-            use_cache, output_attentions, output_hidden_states, True, cache_position)
+            use_cache, output_attentions, output_hidden_states, True, cache_position, cache)
         last = isinstance(logits_to_keep, int)
         kept = slice(-logits_to_keep, None) if last else logits_to_keep  # 0: slice(0, None), all
         logits = self.lm_head(body.last_hidden_state[:, kept])  # (B, T or those kept, V)
@@ -876,7 +909,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
             refuse(torch.isin(labels, self.model.vocabulary.code_to_id).any(),
                    "labels contain image codes, whose logits are masked: call the model with "
                    "mask_image_logits=False to train on pictures")
-        targets = labels[:, 1:].flatten()
+        targets = labels[:, 1:].flatten().long()
         total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE,
                                 reduction="sum")
         # DIFFERS: 0, where transformers returns nan, if no label counts.

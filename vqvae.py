@@ -82,7 +82,10 @@ def check_fields(config: object) -> None:
     """ValueError, naming the field, if a dataclass holds a value that the field's type forbids."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, optional = getattr(config, name), type(None) in get_args(hint)
-        _, words, holds = get_args(get_args(hint)[0] if optional else hint)
+        kind = get_args(hint)[0] if optional else hint
+        if not hasattr(kind, "__metadata__"):
+            continue  # a field of your own subclass, of a plain type
+        _, words, holds = get_args(kind)
         if not (holds(value) or (optional and value is None)):
             wanted = words + " or left out" * optional
             raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
@@ -479,11 +482,18 @@ class PreTrainedModel(nn.Module):
 
         return load_pretrained(cls, pretrained_model_name_or_path, **options)
 
-    def save_pretrained(self, folder: str | PathLike, max_shard_size: int | str = "5GB") -> None:
-        """Writes config.json and safetensors that transformers and `from_pretrained` read."""
+    def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True,
+                        state_dict: dict | None = None, save_function: object = None, *,
+                        max_shard_size: int | str = "5GB", safe_serialization: bool = True) -> None:
+        """Writes config.json and safetensors that transformers and `from_pretrained` read.
+
+        state_dict: instead of the model's own. is_main_process: False writes nothing, so that of
+        several processes one writes. save_function and safe_serialization are accepted.
+        """
         from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
 
-        save_checkpoint(self, Path(folder), max_shard_size)
+        if is_main_process:
+            save_checkpoint(self, Path(save_directory), max_shard_size, state_dict)
 
 
 @contextmanager
@@ -510,6 +520,9 @@ class ChameleonVQVAE(PreTrainedModel):
 
     def __init__(self, config: ChameleonVQVAEConfig, with_decoder: bool = True) -> None:
         super().__init__()
+        if not isinstance(config, ChameleonVQVAEConfig):  # such as transformers' own
+            raise ValueError(f"a {type(config).__name__} of {type(config).__module__} is no config "
+                             "of this file: make a ChameleonVQVAEConfig of its values")
         self.config = config
         self.encoder = Encoder(config)
         # DIFFERS: with double_latent=True, transformers fails in forward, because its quant_conv
@@ -518,7 +531,9 @@ class ChameleonVQVAE(PreTrainedModel):
         self.quantize = VectorQuantizer(config)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
         self.decoder = Decoder(config) if with_decoder else None
-        self.eval()  # as transformers' class: dropout would make the codes random
+        # fp32 whatever torch's default is, see `encode`; eval, as transformers' class is: dropout
+        # would make the codes random.
+        self.float().eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChameleonVQVAE":
         """torch calls this in .to(), .half() and .cuda(). It moves weights, and casts to fp32 only.
@@ -558,8 +573,8 @@ class ChameleonVQVAE(PreTrainedModel):
                              f"{least}, got {shape}")
         if self.quant_conv.weight.dtype != torch.float32:
             raise ValueError(f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which "
-                             "changes codes: load with from_pretrained(dtype=...), which leaves "
-                             "them in float32")
+                             "changes codes: call .float() on it, load with from_pretrained(dtype="
+                             "...), or name them in FSDP's ignored_params")
         # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
         # Matrix products may use TF32 if the caller allows it. While torch.compile traces,
         # convolutions may, too.
@@ -575,7 +590,7 @@ class ChameleonVQVAE(PreTrainedModel):
             if not torch.compiler.is_compiling() and not finite:
                 raise ValueError("the VQ-VAE computes inf or nan: pixel_values hold such numbers, "
                                  "or its weights are damaged (download them again)")
-            return self.quantize.nearest(flat).view(len(z), z.shape[2] * z.shape[3])  # (B, S)
+            return self.quantize.nearest(flat).view(z.shape[0], z.shape[2] * z.shape[3])  # (B, S)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -593,7 +608,8 @@ class ChameleonVQVAE(PreTrainedModel):
         h, w = grid or (isqrt(S), isqrt(S))
         if h * w != S or min(h, w) < 1:
             raise ValueError(f"{S} codes are not a {h} x {w} grid: pass grid=(h, w)")
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= K):
+        if codes.numel() and not torch.compiler.is_compiling() and (
+                int(codes.min()) < 0 or int(codes.max()) >= K):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")
         zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, E, h, w)
         features = self.post_quant_conv(zq)  # (B, latent_channels, h, w)

@@ -107,7 +107,7 @@ def as_device(device_map: str | int | dict | torch.device | None) -> torch.devic
 
 def attention_of(name: str) -> str:
     """attn_implementation -> its name here. ValueError for one that is not offered."""
-    if name not in ATTENTION:
+    if name not in list(ATTENTION):  # a dict has no hash
         raise ValueError(f"attn_implementation {name!r} is none of {', '.join(ATTENTION)}")
     return ATTENTION[name]
 
@@ -125,6 +125,8 @@ def generation_options(generation_config=None, **options: object) -> dict:
             raise ValueError("generation_config must be a GenerationConfig, got a "
                              f"{type(generation_config).__name__}: give options by name")
         options = generation_config.to_diff_dict() | options
+    if "cache" in options:
+        options["past_key_values"] = options.pop("cache")  # transformers 5.24's name
     return {name: value for name, value in options.items()
             if value is not None and name not in NO_OPTIONS and (
                 name not in NEUTRAL or value != NEUTRAL[name])}

@@ -130,9 +130,13 @@ def test_packed_documents_do_not_see_each_other(seed, n, m):
     mask = (document[:, None] == document[None])[None]  # (1, T, T)
     positions = torch.cat((torch.arange(n), torch.arange(m)))[None]
     with torch.no_grad():
-        packed = MODEL(torch.cat((a, b), 1), attention_mask=mask, position_ids=positions).logits
-        close(packed[:, :n], MODEL(a).logits)
-        close(packed[:, n:], MODEL(b).logits)
+        ids = torch.cat((a, b), 1).repeat(2, 1)  # two rows, and one mask for both
+        packed = MODEL(ids, attention_mask=mask, position_ids=positions).logits
+        close(packed[:1, :n], MODEL(a).logits)
+        close(packed[1:, n:], MODEL(b).logits)
+        # Without a cache the positions alone tell where a document begins.
+        unmasked = MODEL(ids, position_ids=positions, use_cache=False).logits
+        assert torch.equal(unmasked, packed)
 
 
 @settings(max_examples=20, deadline=None)
@@ -595,8 +599,32 @@ def test_one_compiled_graph_serves_all_lengths_and_the_loss():
 def test_a_model_without_numbers_computes_shapes():
     with torch.device("meta"):
         model = ChameleonForConditionalGeneration(MODEL.config).to("meta")
-    assert model(text_ids(2, 5).to("meta")).logits.shape == (2, 5, V)
+    ids, mask = text_ids(2, 5).to("meta"), torch.ones(2, 5, device="meta")
+    output = model(ids, attention_mask=mask, labels=ids)
+    assert output.logits.shape == (2, 5, V) and output.loss.is_meta
     model.to_empty(device="cpu").load_state_dict(MODEL.state_dict())
     ids, pixels = text_ids(1, 4), torch.rand(1, 3, VQ["resolution"], VQ["resolution"]) * 2 - 1
     close(model.eval()(ids).logits, MODEL(ids).logits)
     assert torch.equal(model.get_image_tokens(pixels), MODEL.get_image_tokens(pixels))
+
+
+def test_batch_and_length_may_vary_in_what_is_exported():
+    B, T = torch.export.Dim("B", min=1, max=64), torch.export.Dim("T", min=2, max=200)
+    exported = torch.export.export(
+        MODEL, (text_ids(3, 11),), {"use_cache": False},
+        dynamic_shapes={"input_ids": {0: B, 1: T}, "use_cache": None}).module()
+    with torch.no_grad():
+        close(exported(text_ids(5, 7), use_cache=False).logits, MODEL(text_ids(5, 7)).logits)
+
+
+def test_an_additive_mask_of_two_dimensions_is_refused():
+    mask = torch.zeros(2, 5)
+    assert MODEL(text_ids(2, 5), attention_mask=mask + 1).logits.isfinite().all()
+    mask[0, :2] = -1e9
+    with pytest.raises(ValueError, match="an additive attention_mask is"):
+        MODEL(text_ids(2, 5), attention_mask=mask)
+
+
+def test_labels_may_be_of_32_bits():
+    ids = text_ids(2, 5)
+    assert torch.equal(MODEL(ids, labels=ids.int()).loss, MODEL(ids, labels=ids).loss)

@@ -7,6 +7,7 @@ pictures. The oracle for what the calls give is transformers itself.
 import copy
 import inspect
 import json
+import shutil
 import types
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import transformers
 from PIL import Image
 from small import V, batch_with_pictures, left_padded, small_model
+from synthetic import one_line
 from test_oracle import pair
 
 import chameleon
@@ -820,12 +822,48 @@ def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
             processor.apply_chat_template(wrong)
 
 
-def test_a_padding_token_that_was_set_is_saved(untrained_folder, tmp_path):
-    processor = ChameleonProcessor.from_pretrained(untrained_folder)
-    processor.tokenizer.pad_token = "</s>"
-    processor.save_pretrained(tmp_path)
-    assert ChameleonProcessor.from_pretrained(tmp_path).tokenizer.pad_token == "</s>"
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).pad_token == "</s>"
+def test_tokens_that_were_set_are_saved(bpe_folder, tmp_path):
+    names = {"pad_token": "</s>", "eos_token": "<eoss>", "sep_token": "<pad>", "unk_token": "<s>"}
+    tokenizer = AutoTokenizer.from_pretrained(bpe_folder, padding_side="right")
+    processor = ChameleonProcessor(chameleon.ChameleonImageProcessor(), tokenizer)
+    for name, token in names.items():
+        setattr(tokenizer, name, token)
+    processor.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again = ChameleonProcessor.from_pretrained(tmp_path / folder)
+        for read in (again.tokenizer, theirs.tokenizer):
+            assert {name: getattr(read, name) for name in names} == names
+            assert read.padding_side == "right"
+        assert again("a").input_ids.tolist() == theirs(text="a", return_tensors="pt"
+                                                       ).input_ids.tolist()
+    left = ChameleonProcessor.from_pretrained(tmp_path / "ours", padding_side="left")
+    assert left.tokenizer.padding_side == "left" and left.image_token_id == theirs.image_token_id
+
+
+def test_saving_keeps_the_chat_template_and_what_else_is_known_of_the_tokenizer(
+        bpe_folder, tmp_path):
+    shutil.copytree(bpe_folder, tmp_path / "a")
+    ChameleonProcessor(chameleon.ChameleonImageProcessor(), AutoTokenizer.from_pretrained(
+        tmp_path / "a")).save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 4096}))
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    for folder in ("a", "b"):  # onto itself, and to another folder
+        ChameleonProcessor.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / folder)
+        theirs = transformers.AutoProcessor.from_pretrained(tmp_path / folder)
+        assert theirs.tokenizer.chat_template == "{{ messages }}"
+        assert theirs.tokenizer.model_max_length == 4096
+
+
+def test_what_transformers_5_wrote_last_about_pictures_is_read(untrained_folder, tmp_path):
+    ChameleonProcessor.from_pretrained(untrained_folder).save_pretrained(tmp_path)
+    theirs = transformers.ChameleonProcessor.from_pretrained(tmp_path)
+    theirs.image_processor.rescale_factor = 0.5
+    theirs.save_pretrained(tmp_path)  # processor_config.json alone
+    for kind in (ChameleonProcessor, transformers.ChameleonProcessor):
+        assert kind.from_pretrained(tmp_path).image_processor.rescale_factor == 0.5
 
 
 def test_transformers_reads_the_processor_that_is_saved_and_we_read_theirs(
@@ -883,3 +921,54 @@ def test_a_lora_model_learns_and_writes_before_and_after_merging(task):
     assert learned and all("lora_" in name for name in learned)
     assert torch.equal(lora.merge_and_unload().generate(**inputs, max_new_tokens=6), ids)
     assert not torch.equal(ids, plain)
+
+
+def test_names_of_transformers_5(untrained_folder):
+    ours, theirs = (lib.ChameleonForConditionalGeneration.from_pretrained(
+        untrained_folder, dtype=torch.float32).eval() for lib in (chameleon, transformers))
+    pixels = torch.rand(2, 3, *[ours.config.vq_config.resolution] * 2) * 2 - 1
+    with torch.no_grad():
+        wanted = theirs.get_image_features(pixels).pooler_output
+        for model in (ours, ours.model):
+            torch.testing.assert_close(model.get_image_features(pixels), wanted)
+    # Theirs has no decoder of the VQ-VAE.
+    ours.model.vqmodel.decoder, ours.model.vqmodel.post_quant_conv = None, None
+    assert abs(ours.get_memory_footprint() - theirs.get_memory_footprint()) < 2000
+    cache, ids = KVCache(ours.config), torch.tensor([[0, 300, 301, 302]])
+    whole = ours(ids)
+    ours(ids[:, :2], cache=cache)
+    output = ours.model(ids[:, 2:], cache=cache)
+    assert output.cache is output.past_key_values is cache and cache.length == 4
+    torch.testing.assert_close(ours.lm_head(output[0])[:, -1, -9:], whole.logits[:, -1, -9:])
+    kept = KVCache(ours.config)
+    assert torch.equal(ours.generate(ids, cache=kept, max_new_tokens=3),
+                       ours.generate(ids, max_new_tokens=3)) and kept.length >= 4
+
+
+def test_what_is_given_to_the_wrong_function_is_told_where_it_belongs(untrained_folder):
+    processor = ChameleonProcessor.from_pretrained(untrained_folder)
+    inputs = processor.apply_chat_template([{"role": "user", "content": "Hello"}])
+    one_line(lambda: processor(text=inputs), "ids already: give them to model.generate")
+    star = str(ROOT / "examples" / "star.png")
+    turn = [{"role": "user", "content": [{"type": "image", "url": star}]}]
+    assert "pixel_values" in processor.apply_chat_template(turn)
+    turn[0]["content"][0]["url"] = "https://example.org/star.png"
+    one_line(lambda: processor.apply_chat_template(turn), "nothing is fetched")
+    model = chameleon.ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    one_line(lambda: model.set_attn_implementation({"": "sdpa"}), "is none of eager, sdpa")
+    ids = processor.tokenizer.encode("Hello", return_tensors="pt")
+    assert ids.tolist() == [processor.tokenizer.encode("Hello")]
+
+
+def test_a_state_dict_that_was_gathered_elsewhere_is_saved(tmp_path):
+    model = small_model()
+    gathered = {name: x + 1 if x.is_floating_point() else x
+                for name, x in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+    model.save_pretrained(tmp_path, is_main_process=True, save_function=torch.save,
+                          state_dict=gathered, safe_serialization=True)
+    again = chameleon.ChameleonForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight + 1)
+    one_line(lambda: model.save_pretrained(tmp_path, state_dict={"a": torch.ones(1)}),
+             "state_dict has other names")

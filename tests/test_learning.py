@@ -126,6 +126,19 @@ def test_transformers_trainer_trains_with_a_collator_of_a_few_lines(
     assert len(losses) == 12 and losses[-1] < losses[0] / 2
 
 
+def test_the_trainer_divides_by_the_labels_that_count(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.tensor([[80, 81]] * 8)]
+    arguments = transformers.TrainingArguments(
+        output_dir=tmp_path, per_device_train_batch_size=8, max_steps=1, learning_rate=0.0,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
+    model = small_model()
+    trainer = transformers.Trainer(model, arguments, train_dataset=data,
+                                   data_collator=transformers.default_data_collator)
+    ids = data[0]["labels"][None]
+    assert trainer.train().training_loss == pytest.approx(model(ids, labels=ids).loss.item())
+
+
 def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path, untrained_folder):
     """An answer in words has fewer labels than one in a picture: a mean of means would differ."""
     (one, _), (two, _) = (

@@ -92,6 +92,12 @@ def test_plain_model_and_inputs_embeds_and_position_ids_equal_transformers():
         a = ours.model(inputs_embeds=embeds, position_ids=positions).last_hidden_state
         b = theirs.model(inputs_embeds=embeds, position_ids=positions).last_hidden_state
     torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 5, 6, 7, 8, 9, 10], list(range(11))])
+    for positions in (packed, packed[:1]):  # documents of 3, 2 and 6 tokens, and one of 11
+        with torch.no_grad():
+            a, b = (model(ids, position_ids=positions, use_cache=False).logits
+                    for model in (ours, theirs))
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
 def test_cached_decoding_equals_transformers_full_forward():

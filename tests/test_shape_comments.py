@@ -117,6 +117,7 @@ def decoder() -> None:
             model(**batch, labels=batch["input_ids"], mask_image_logits=False)
     ids = batch["input_ids"].masked_fill(batch["input_ids"] == 73, 80)  # without pictures
     model(ids, attention_mask=torch.ones(2, T, T), output_attentions=True)
+    model(ids, position_ids=torch.arange(T)[None] % 9, use_cache=False)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
     cache = KVCache(model.config, 2, T)

@@ -1,8 +1,10 @@
 """The VQ-VAE: shapes for any size, nearest codes, where each gradient flows. Oracle equality is in
 test_oracle.py."""
 
+import dataclasses
 import math
 import threading
+import types
 import weakref
 
 import pytest
@@ -332,3 +334,43 @@ def test_dropout_waits_for_training():
     vq = ChameleonVQVAE(ChameleonVQVAEConfig(**SMALL, dropout=0.5))
     pixels = torch.rand(1, 3, 32, 32) * 2 - 1
     assert not vq.training and torch.equal(vq.encode(pixels), vq.encode(pixels))
+
+
+def test_the_weights_are_fp32_whatever_torchs_default_is():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = small_vqvae()
+    finally:
+        torch.set_default_dtype(before)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 64)
+
+
+def test_a_config_may_have_fields_of_ones_own_and_one_of_another_class_is_named():
+    @dataclasses.dataclass
+    class Mine(ChameleonVQVAEConfig):
+        decay: float = 0.99
+        name: str | None = None
+
+    assert ChameleonVQVAE(Mine(**SMALL, decay=0.9)).config.decay == 0.9
+    with pytest.raises(ValueError, match="resolution must be"):
+        Mine(resolution=-1)
+    with pytest.raises(ValueError, match="a SimpleNamespace of types is no config"):
+        ChameleonVQVAE(types.SimpleNamespace(**SMALL))
+
+
+def test_the_decoder_can_be_exported():
+    model = small_vqvae()
+    codes = model.encode(torch.rand(2, 3, 16, 16))
+
+    class Decode(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vq = model
+
+        def forward(self, codes):
+            return self.vq.decode(codes)
+
+    exported = torch.export.export(Decode(), (codes,)).module()
+    torch.testing.assert_close(exported(codes), model.decode(codes))
