@@ -55,6 +55,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import cycle
 
 import torch
 import torch.nn as nn
@@ -587,9 +588,13 @@ class Decoder:
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for N blocks that is a
             # tenth of a step. Here it checks shapes only. The rest holds: layers of one model
-            # differ in their tensors alone, and this copy of the code serves one model.
-            self.block = compile_step(copy_of(block), model.device,
-                                      torch.compiler.keep_tensor_guards_unsafe)
+            # differ in their tensors alone, and this copy of the code serves one model. Layers that
+            # differ in more have a copy each.
+            layers = model.model.layers
+            copies = 1 if all(alike(layers[0], layer) for layer in layers) else len(layers)
+            self.blocks = [compile_step(copy_of(block), model.device,
+                                        torch.compiler.keep_tensor_guards_unsafe)
+                           for _ in range(copies)]
             self.head = compile_step(lambda layer, x: layer(x), model.device)
 
     def new_cache(self, B: int, L: int) -> KVCache:
@@ -662,8 +667,8 @@ class Decoder:
                                    for layer in model.layers]
         cos, sin = rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, k_, v_ in zip(self.layers[len(x)], k, v):
-            x = self.block(layer, x, cos, sin, allowed, k_, v_, cache.column)  # (B, 1, D)
+        for layer, run, k_, v_ in zip(self.layers[len(x)], cycle(self.blocks), k, v):
+            x = run(layer, x, cos, sin, allowed, k_, v_, cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 
     def replay(self, cache: StepCache) -> Tensor:
@@ -734,7 +739,22 @@ def parts(model: ChameleonForConditionalGeneration) -> list:
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    """What acts beside its class: hooks, and a `forward` of its own."""
+    own = [module.forward] if "forward" in vars(module) else []
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *own]
+
+
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    """Do two layers differ in their tensors (and numbers) alone? Not if one has a hook, or a part
+    of another kind.
+    """
+    def of(layer: nn.Module) -> list:
+        return [repr(layer)] + [
+            (type(m), hooks_of(m), {name: value for name, value in vars(m).items()
+                                    if name[0] != "_" and name != "layer"})
+            for m in layer.modules()]
+
+    return of(one) == of(other) and not any(map(hooks_of, one.modules()))
 
 
 def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:

@@ -59,7 +59,8 @@ def traced(monkeypatch):
         return graph.forward
 
     def only_traced(function, options=None, **rest):
-        return compile_(function, backend=backend, **rest)
+        kept = {name: f for name, f in (options or {}).items() if name == "guard_filter_fn"}
+        return compile_(function, backend=backend, options=kept, **rest)
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", only_traced)
@@ -649,13 +650,29 @@ def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
         check_compile(torch.device("mps"))
 
 def test_a_hook_acts_in_compiled_steps_too(traced):
-    """And a hook that comes later makes the compiled code out of date."""
+    """One that comes later makes the compiled code out of date. A layer may differ in a part, too.
+    """
     model, ids = small_model(), torch.tensor([[0, 80, 81]])
     options = dict(max_new_tokens=6, eos_token_id=[])
-    before = model.generate(ids, compile=True, **options)
-    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, x, y: -y)
-    plain, compiled = (model.generate(ids, compile=c, **options) for c in (False, True))
-    assert torch.equal(plain, compiled) and not torch.equal(plain, before)
+    answers = [model.generate(ids, compile=True, **options)]
+    for n, layer in enumerate(model.model.layers):  # each layer has its own
+        layer.mlp.down_proj.register_forward_hook(lambda module, x, y, n=n: y * (3 * n - 1))
+    answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
+    for part in ("mlp", "act", "attend", "forward"):
+        model = small_model()
+        layer = model.model.layers[1]
+        if part == "mlp":
+            layer.mlp = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh())
+        elif part == "act":
+            layer.mlp.act = torch.sin
+        elif part == "attend":
+            layer.self_attn.attend = lambda *a: (-3 * sdpa_attention(*a)[0], None)
+        else:
+            up = layer.mlp.up_proj
+            up.forward = lambda x, up=up: -2 * torch.nn.functional.linear(x, up.weight)
+        answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
+    assert all(torch.equal(*pair) for pair in zip(answers[1::2], answers[2::2]))
+    assert len({str(answer) for answer in answers}) == 6
 
 
 def test_threads_leave_the_settings_of_torch_as_they_were():

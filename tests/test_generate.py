@@ -602,6 +602,13 @@ def test_a_head_of_your_own_draws_as_it_writes():
         model.set_output_embeddings(
             torch.nn.Sequential(head) if change == "no weight" else head)
         assert (generate(model, ids, **draw)[0, 3:-1] == favourite).all(), change
+    hooked, negated = small_model(), small_model()
+    hooked.lm_head.register_forward_pre_hook(lambda module, inputs: (-inputs[0],))
+    negated.lm_head.weight.data.neg_()
+    patched = small_model()
+    patched.lm_head.forward = negated.lm_head.forward
+    for model in (hooked, patched):
+        assert torch.equal(generate(model, ids, **draw), generate(negated, ids, **draw))
 
 
 def test_a_cache_that_was_cropped_and_written_again_forgets_its_ids():
