@@ -65,6 +65,9 @@ def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
     if release:
         return open_release(release)[0], None
     path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter: load the model that it is for, then peft's "
+                         "PeftModel.from_pretrained(model, folder).merge_and_unload()")
     if not folder.is_dir():
         raise ValueError(f"no model folder {folder}: give a folder that holds config.json "
                          "(a checkpoint of the Hugging Face hub has to be downloaded first)")
@@ -105,7 +108,11 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
         names = [whole]
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise ValueError(f"{folder} lacks {', '.join(absent)}: download the checkpoint again")
+        kinds = ("*.safetensors", "*.bin", "*.pt*", "*/*.distcp")
+        others = [path.name for kind in kinds for path in sorted(folder.glob(kind))]
+        there = f", but holds {', '.join(others):.80}: save with model.save_pretrained(folder), or"
+        raise ValueError(f"{folder} lacks {', '.join(absent)}{there if others else ':'} download "
+                         "the checkpoint again")
     return [folder / name for name in names]
 
 
@@ -137,9 +144,10 @@ def open_checkpoint(folder: Path, device: str | torch.device, vqgan: Path | None
         tensors = read_folder(folder, kind, device, apart or kind is not None)
         tensors = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
         head, table = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        if config.tie_word_embeddings and not kind and head and table:
-            del tensors["lm_head.weight"]  # some writers store the tied matrix twice
-            if not torch.equal(head.read(), table.read()):
+        if config.tie_word_embeddings and not kind and head:
+            # Some writers store the tied matrix under this name, or twice.
+            tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
+            if table and not torch.equal(head.read(), table.read()):
                 raise ValueError(f"{folder}: tie_word_embeddings is true, but lm_head.weight and "
                                  "model.embed_tokens.weight differ: take the weights' config.json")
         if "embed_tokens.weight" in tensors:  # a ChameleonModel's folder, without a head
@@ -153,17 +161,26 @@ def check_layers(folder: Path, config: ChameleonConfig, tensors: dict[str, Store
     layers = [int(match[1]) for name in tensors
               if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
     found, said = max(layers, default=-1) + 1, config.num_hidden_layers
+    if not found:
+        raise ValueError(f"{folder}: none of the weights is called model.layers.0..., but one is "
+                         f"{min(tensors, default='')!r:.80}: save model.state_dict() of the plain "
+                         "model, without wrappers")
     if found != said:
         raise ValueError(f"{folder}: the weights have {found} layers, but num_hidden_layers of the "
                          f"config is {said}: take the config.json that came with the weights")
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a checkpoint of this model contains, by name.
+def tensors_of(model: nn.Module, state_dict: dict | None = None) -> dict[str, Tensor]:
+    """The tensors that a checkpoint of this model contains, by name; its own, or those given.
 
     A tied head is not among them, unless it is quantized: then it has weights of its own.
     """
     state = model.state_dict()
+    if state_dict is not None:
+        if state_dict.keys() != state.keys():
+            raise ValueError("state_dict has other names than the model's own: "
+                             f"{min(state_dict.keys() ^ state.keys())} is in one of them alone")
+        state = dict(state_dict)
     tied = getattr(model.config, "tie_word_embeddings", False)  # a VQ-VAE's config has none
     if tied and isinstance(head := model.get_output_embeddings(), nn.Linear):
         table = model.get_input_embeddings().weight
@@ -189,6 +206,11 @@ def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stor
         exact = not want.dtype.is_floating_point or name.endswith(".scale")  # of packed weights
         if dtype != want.dtype if exact else not dtype.is_floating_point:
             problems.append(f"{name} is {dtype} instead of {want.dtype if exact else 'floating'}")
+    if any(name.endswith((".absmax", ".SCB", ".qweight", "_scale")) for name in found):
+        raise ValueError(f"{folder} holds weights quantized elsewhere, which are not read: take "
+                         "the plain ones, with --quantize or a quantization_config")
+    if VQ_PREFIX + "quantize.embedding.weight" in wanted.keys() - found.keys():
+        problems.insert(0, "the VQ-VAE is missing, --vqgan takes it from another file")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{folder}: the weights do not fit the config: "
@@ -303,9 +325,10 @@ def byte_size(text: str | int) -> int:
     return int(float(match[1]) * 1000 ** " KMG".index(match[2] or " "))
 
 
-def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str) -> None:
+def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str,
+                    state_dict: dict | None = None) -> None:
     tensors = {}
-    for name, tensor in tensors_of(model).items():
+    for name, tensor in tensors_of(model, state_dict).items():
         if type(tensor) is not Tensor:  # DTensor of parallel.py
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
@@ -345,6 +368,8 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     total = sum(tensor.nbytes for tensor in tensors.values())
     bar = tqdm(total=total, desc=progress, unit="B", unit_scale=True, leave=False,
                disable=None if progress else True)
+    if n > 1:  # of an earlier save: with it, a save that is cut short would be read as a mix
+        (folder / f"{stem}.safetensors.index.json").unlink(missing_ok=True)
     for file, names in zip(files, shards):
         shard = {}
         for name in names:

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from small import SIZES, VQ, batch_with_pictures, randomize, scrambled_vocabulary
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
-from chameleon_extras import convert
+from chameleon_extras import checkpoint, convert
 from chameleon_extras.checkpoint import load_checkpoint, open_config
 from chameleon_extras.pretrained import load_pretrained
 from chameleon_extras.quantize import KINDS, kind_of, pack, quantize_model
@@ -121,6 +121,32 @@ def test_an_earlier_save_never_shines_through(tmp_path):
         assert one != (tmp_path / "model.safetensors.index.json").exists()
 
 
+def test_a_save_that_was_cut_short_is_not_read_as_a_mix_of_both(tmp_path, monkeypatch):
+    model, write, calls = small_model(), checkpoint.write_atomically, []
+    model.save_pretrained(tmp_path, max_shard_size=200_000)
+
+    def second_fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        small_model().save_pretrained(tmp_path, max_shard_size=200_000)
+    with pytest.raises(ValueError, match="lacks model.safetensors, but holds model-0"):
+        load(tmp_path)
+
+
+def test_a_tied_matrix_may_have_either_name(tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_model(model, tmp_path / "model.safetensors")  # keeps the head's name
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(load(tmp_path).lm_head.weight, model.model.embed_tokens.weight)
+
+
 def test_saving_deletes_nothing_of_the_users(tmp_path):
     mine = [tmp_path / name for name in ("model_mine.safetensors", "model-ema.safetensors")]
     for path in mine:
@@ -165,8 +191,21 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-NORM = "model.norm.weight"
+def wrap(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"module.{name}": x for name, x in tensors.items()}, folder / "model.safetensors")
+
+
+NORM, VQ_NAMES = "model.norm.weight", "model.vqmodel."
 BROKEN = {
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "peft's PeftModel.from"),
+    "another name": (lambda f: (f / "model.safetensors").rename(f / "model.fp16.safetensors"),
+                     r"lacks model.safetensors, but holds model.fp16.safetensors: save with"),
+    "of a wrapper": (wrap, r"one is 'module\.lm_head.weight': save model.state_dict\(\)"),
+    "of bitsandbytes": (change_tensor(lambda t: t.update({f"{NORM}.absmax": torch.ones(2)})),
+                        "quantized elsewhere"),
+    "no VQ-VAE": (change_tensor(lambda t: [t.pop(n) for n in list(t) if n.startswith(VQ_NAMES)]),
+                  "the VQ-VAE is missing, --vqgan takes it from another file"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "empty config": (lambda f: (f / "config.json").write_text(""), "config.json: broken JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "broken JSON: an obj"),
