@@ -30,7 +30,7 @@ from PIL import Image
 
 from chameleon import ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, seed, with_bar
-from chameleon_extras.files import STOPS, say, stop
+from chameleon_extras.files import STOPS, say, stop, too_little_memory
 from chameleon_extras.sheets import save_picture, write_document
 from generate import Piece, pieces, room_behind, seeds_of, stream
 from processor import ChameleonImageProcessor, ChameleonProcessor, load_image
@@ -153,7 +153,7 @@ class Terminal:
         while True:
             try:
                 line = input("> " if on_terminal else "")  # OSError ends the chat: stdout is full
-                if line.strip() == "/quit":
+                if line.split()[:1] == ["/quit"]:
                     return
                 try:
                     self.answer(line)
@@ -161,6 +161,8 @@ class Terminal:
                     raise
                 except (ValueError, OSError) as error:  # the chat goes on
                     say(str(error))
+                except (MemoryError, RuntimeError) as error:
+                    say(too_little_memory(error))
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -236,8 +238,12 @@ class Terminal:
         elif not names:
             raise ValueError("/image needs a file: /image examples/shapes.png")
         else:
-            self.waiting += [load_image(os.path.expanduser(name))
-                             for name in ([names] if whole else shlex.split(escaped))]
+            try:
+                files = [names] if whole else shlex.split(escaped)
+            except ValueError:
+                raise ValueError(f"/image {names}: no such file (a name with quotes or blanks "
+                                 "stands in double quotes)") from None
+            self.waiting += [load_image(os.path.expanduser(name)) for name in files]
         say(f"{len(self.waiting)} picture(s) for the next turn")
 
     def save(self, name: str) -> None:

@@ -11,8 +11,9 @@ import importlib.metadata
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import count, islice
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from chameleon_extras.files import (
     OneLineParser,
     exit_code,
     find_folder,
+    hold,
     ignore_stops,
     own_rank,
     pick_device,
@@ -119,7 +121,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what comes out").add_argument
     add("--mode", default="text", choices=MODES, help="text (the default), a picture, or both")
     add("--out", type=Path, metavar="PATH",
-        help="file for a picture, replaced if it is there; folder for an interleaved document")
+        help="file for a picture, replaced if it is there (but no single picture of a sheet is); "
+        "folder for an interleaved document")
     add("--count", type=int, default=1, metavar="N",
         help=f"so many pictures of each prompt, and a sheet of all (default 1; 1 to {MAX_COUNT})")
     add("--scale", type=int, default=0, metavar="N",
@@ -180,12 +183,14 @@ def sampling(options: argparse.Namespace) -> dict:
 def seed(text: str) -> int:
     """The value of --seed -> the seed."""
     if text == "random" and ranks() == 1:  # under torchrun, all ranks need the same
-        return int.from_bytes(os.urandom(4), "big")
+        value = int.from_bytes(os.urandom(4), "big")
+        say(f"seed {value}")
+        return value
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"seed {text[:40]!r} is no whole number, nor the word random without "
-                         "torchrun") from None
+        words = "" if ranks() > 1 else ", or the word random"
+        raise ValueError(f"seed {text[:40]!r}: give a whole number below 2^63{words}") from None
 
 
 def check_unused(options: argparse.Namespace) -> None:
@@ -239,7 +244,7 @@ def check_output(options: argparse.Namespace) -> None:
             raise ValueError("--explain walks one prompt: give one --prompt")
         if options.out and options.out.suffix.lower() not in (".html", ".htm"):
             raise ValueError("--explain draws a page: name --out "
-                             f"{options.out.with_suffix('.html')}")
+                             f"{options.out.stem or 'walk'}.html")
         return check_file(options.out)
     if options.chat or options.demo:
         return None  # they have no --out
@@ -531,28 +536,30 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
     choose_name(options)
     if own_rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)  # at once: so other processes take others
-    try:
-        for piece in pieces(model, tokenizer, with_bar(steps, model)):
-            if piece.image is not None:
-                pictures += 1
-                in_line = parts and isinstance(parts[-1], str) and not parts[-1].endswith("\n")
-                new_line = "\n" if in_line else ""
-                parts.append(piece.image)
-                print(f"{new_line}[{options.out / str(pictures)}.png]", flush=True)
-            elif parts and isinstance(parts[-1], str):
-                parts[-1] += piece.text
-            else:
-                parts.append(piece.text)
-            print(piece.text, end="", flush=True)
-    finally:
-        ignore_stops()
-        if parts:
-            write_document(options.out, parts)
-        with suppress(OSError):
-            options.out.rmdir()  # if nothing was written
-        print(flush=True)  # fails if stdout is closed or full
-        if parts:
-            say(f"{options.out / 'document.html'}: seed {options.seed}")
+    with hold(options.out) if own_rank() == 0 else nullcontext():
+        check_folder(options.out)
+        try:
+            for piece in pieces(model, tokenizer, with_bar(steps, model)):
+                if piece.image is not None:
+                    pictures += 1
+                    in_line = parts and isinstance(parts[-1], str) and not parts[-1].endswith("\n")
+                    new_line = "\n" if in_line else ""
+                    parts.append(piece.image)
+                    print(f"{new_line}[{options.out / str(pictures)}.png]", flush=True)
+                elif parts and isinstance(parts[-1], str):
+                    parts[-1] += piece.text
+                else:
+                    parts.append(piece.text)
+                print(piece.text, end="", flush=True)
+        finally:
+            ignore_stops()
+            if parts:
+                write_document(options.out, parts)
+            with suppress(OSError):
+                options.out.rmdir()  # if nothing was written
+            print(flush=True)  # fails if stdout is closed or full
+            if parts:
+                say(f"{options.out / 'document.html'}: seed {options.seed}")
 
 
 def write_walk(options: argparse.Namespace, model, tokenizer: Tokenizer, inputs) -> None:
@@ -582,4 +589,6 @@ def reconstruct(options: argparse.Namespace, processor: ChameleonProcessor) -> N
 def run(arguments: list[str] | None = None) -> int:
     """The words of the command line (None: those of this process) -> exit code, see `exit_code`."""
     options = parse(arguments)
-    return exit_code("generate.py", lambda: answer(options))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"generate.py: {message}")
+        return exit_code("generate.py", lambda: answer(options))

@@ -68,10 +68,7 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
         say(f"{command}: {one_line(e)}")
         code = 2
     except (MemoryError, RuntimeError) as e:
-        known = re.search("(out of|allocate|enough) memory", str(e)) or isinstance(e, MemoryError)
-        if not known:
-            raise
-        say(f"{command}: the memory is not enough: ask for less at a time, or fewer bits a weight")
+        say(f"{command}: {too_little_memory(e)}")
         code = 2
     except KeyboardInterrupt:
         say(stopped)
@@ -82,6 +79,14 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
         except OSError:  # Python flushes again at exit, and would report the same error
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
+
+
+def too_little_memory(error: MemoryError | RuntimeError) -> str:
+    """What to say of such an error. One that is of another kind is raised again."""
+    if not isinstance(error, MemoryError) and not re.search(
+            "(out of|allocate|enough) memory|could not create a", str(error)):  # oneDNN's words
+        raise error
+    return "the memory is not enough: ask for less at a time, or fewer bits a weight"
 
 
 def say(text: str) -> None:
@@ -197,8 +202,13 @@ def read_lines(file: Path, *texts: str) -> list[Line]:
 
 def read_line(text: str, texts: tuple[str, ...]) -> dict:
     """A line of JSON -> some of prompt, images and answer. ValueError: see `read_lines`."""
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands there twice")
+        return dict(pairs)
+
     try:
-        line = json.loads(text)
+        line = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or too many digits
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(line, dict):

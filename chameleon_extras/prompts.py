@@ -50,21 +50,29 @@ def written(line: Line, answer: str, encoding: str = "utf-8") -> str:
 
 
 def answered(out: Path, asked: list[Line]) -> int:
-    """How many of the prompts --out has answered already; a last line cut short is removed.
+    """How many of the prompts --out has answered already; a last line cut short is removed, and a
+    whole one gets its end of line.
 
     ValueError for a file with anything else in it, which is left as it is.
     """
+    def answers(n: int, line: str) -> bool:
+        try:
+            return written(asked[n], json.loads(line)["answer"]) == line
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return False
+
     content = out.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.decode(errors="replace").split("\n")[:-1]
     for n, line in enumerate(lines):
-        try:
-            known = written(asked[n], json.loads(line)["answer"]) == line
-        except (ValueError, LookupError, TypeError, RecursionError):
-            known = False
-        if not known:
+        if not answers(n, line):
             raise ValueError(f"--out {out} line {n + 1} is not prompt {n + 1}: name another file")
-    if rest := content[len(whole) :]:  # the beginning of the next line, or nothing of ours
+    rest = content[len(whole) :]  # nothing, the beginning of the next line, or nothing of ours
+    if answers(len(lines), rest.decode(errors="replace")):
+        with open(out, "ab") as file:
+            file.write(b"\n")
+        return len(lines) + 1
+    if rest:
         begin = written(asked[len(lines)], "")[:-2].encode() if len(lines) < len(asked) else b""
         if not begin or not (rest.startswith(begin) or begin.startswith(rest)):
             raise ValueError(f"--out {out} holds something else: name another file")
@@ -82,7 +90,9 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
             ids = processor.prompt_ids(one.prompt, options.completion)
             rooms.append(room_behind(config, len(ids)))
             for name in one.images:
-                load_image(options.prompts.parent / name)
+                image = load_image(options.prompts.parent / name)
+                if processor.image_processor.do_resize:
+                    processor.image_processor.resized_size(image.height, image.width)
         except ValueError as error:
             raise ValueError(f"{one.where}: {error}") from None
     check_pair(config, processor, {})
@@ -96,7 +106,8 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
     with hold(options.out), open(options.out, "a", encoding="utf-8", newline="\n") as file:
         done = answered(options.out, asked)
         answer_rest(options, processor, asked, done, file)
-        say(f"{options.out}: {len(asked)} answer(s), {done} of them from before")
+        before = f", {done} of them from before, with the options of then" if done else ""
+        say(f"{options.out}: {len(asked)} answer(s){before}")
 
 
 def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, asked: list[Line],

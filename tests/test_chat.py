@@ -133,6 +133,7 @@ def lines(tiny, tmp_path, monkeypatch, capsys):
             return "", f"{error}\n"
         return tuple(capsys.readouterr())
 
+    answer.terminal = terminal
     return answer
 
 
@@ -159,9 +160,10 @@ def test_five_turns_with_two_pictures_in_and_two_out(lines, tmp_path):
     ("/image", "needs a file"),
     ("/image none.png", "none.png"),
     ("/image last", "no picture yet"),
-    ("/image 'a", "No closing quotation"),
+    ("/image it's.png", "no such file (a name with quotes or blanks stands in double quotes)"),
     ("/draw", "needs words"),
-    ("/seed red", "no whole number"),
+    ("/seed red", "give a whole number below 2^63, or the word random"),
+    ("/seed random", "seed "),
     (f"/seed {2**70}", "below 2^63"),
     ("/save", "name of a folder"),
     ("/paint a star", "no command: /help"),
@@ -171,6 +173,21 @@ def test_five_turns_with_two_pictures_in_and_two_out(lines, tmp_path):
 def test_a_slip_is_one_line_that_says_what_to_do(lines, line, message):
     err = lines(line)[1]
     assert message in err and err.count("\n") == 1
+
+
+def test_too_little_memory_ends_a_turn_and_not_the_chat(lines, monkeypatch, capsys):
+    said = iter([MemoryError(), RuntimeError("could not create a primitive"), EOFError()])
+
+    def answer(self, line):
+        raise next(said)
+
+    terminal = lines.terminal
+    monkeypatch.setattr(chat.Terminal, "answer", answer)
+    monkeypatch.setattr("builtins.input", lambda _: "Hello")
+    terminal.run()
+    assert capsys.readouterr().err.count("the memory is not enough") == 2
+    monkeypatch.setattr("builtins.input", lambda _: "/quit now")
+    terminal.run()
 
 
 def test_an_answer_without_a_word_is_said_to_be_one(lines, monkeypatch):

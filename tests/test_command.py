@@ -19,6 +19,7 @@ from synthetic import png
 import generate as module
 from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras import command, stats
+from chameleon_extras.files import hold
 from chameleon_extras.quantize import quantize_model
 from generate import pieces
 from tokenizer import load_tokenizer
@@ -155,6 +156,26 @@ def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):
     assert len(pictures) == out.count(".png]") >= 1
     assert markdown.count("![picture") == page.count("data:image/png;base64") == len(pictures)
     assert "color-scheme" in page and "http" not in page  # dark mode safe, self-contained
+
+
+def test_the_seed_of_an_answer_and_warnings_are_lines_of_stderr(run):
+    told = []
+    for seed in ("random", None):
+        code, out, err = run("--prompt", "a", "--temperature", "9", "--quantize", "int8", "--dtype",
+                             "float32", "--seed", seed or re.search("seed (\\d+)", told[0][1])[1])
+        assert code == 0 and "generate.py: int8 weights save memory but no time" in err
+        told.append((out, err))
+    assert told[0][0] == told[1][0] and all(err.count("\n") == 2 - n for n, (_, err) in
+                                            enumerate(told))
+
+
+def test_two_processes_never_write_one_document(run, tmp_path):
+    ask = ("--prompt", "a", "--mode", "interleaved", "--out", "story")
+    (tmp_path / "story").mkdir()
+    with hold(tmp_path / "story"):
+        code, _, err = run(*ask)
+        assert code == 2 and "another process writes to story" in err
+    assert run(*ask)[0] == 0 and (tmp_path / "story" / "document.html").is_file()
 
 
 def test_no_document_is_written_over_another(run, tmp_path):
@@ -373,6 +394,8 @@ BAD = {
     "a seed too large": (("--prompt", "a", "--seed", str(2**63)), "below 2^63"),
     "reconstruct a document": (("--reconstruct", "--image", "red.png", "--mode", "interleaved"),
                                "leave --mode"),
+    "explain to no name": (("--prompt", "a", "--explain", "--out", ""), "name --out walk.html"),
+    "a seed in words": (("--prompt", "a", "--seed", "abc"), "2^63, or the word random"),
     "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --compile out"),
     "reconstruct by sampling": (("--reconstruct", "--image", "red.png", "--image-top-k", "5"),
                                 "leave --image-top-k out"),
@@ -491,7 +514,7 @@ def test_several_files_after_one_option_and_a_prompt_from_stdin(run, monkeypatch
     assert run("--prompt", "-", *asked[2:], "--image", "red.png", "red.png") == whole
     monkeypatch.setattr(sys, "stdin", None)
     assert "standard input" in run("--prompt", "-")[2]
-    assert "nor the word random" in run("--prompt", "a", "--seed", "9" * 5000)[2]
+    assert "give a whole number below 2^63" in run("--prompt", "a", "--seed", "9" * 5000)[2]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file of Linux")

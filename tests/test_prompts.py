@@ -19,6 +19,7 @@ def run(untrained_folder, tmp_path, monkeypatch, capsys):
     """Runs the command in a folder with two files of prompts -> exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (1, 500_000), "red").save(tmp_path / "long.png")
     lines = [{"prompt": "What?", "images": ["red.png"]}, {"prompt": "a\u2028b"},
              {"prompt": "<image>or<image>", "images": ["red.png", "red.png"]},
              {"prompt": "Hi", "answer": "not read"}, {"prompt": "Hello"}]
@@ -63,7 +64,7 @@ def test_a_long_prompt_does_not_shorten_the_answers_of_others(run, tmp_path, unt
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
-    assert "5 answer(s), 0 of them" in run("asked.jsonl", "--out", "whole.jsonl")[2]
+    assert run("asked.jsonl", "--out", "whole.jsonl")[2] == "whole.jsonl: 5 answer(s)\n"
     whole, calls, generate = (tmp_path / "whole.jsonl").read_bytes(), [], prompts.generate
 
     def stopped(*arguments, **options):
@@ -80,12 +81,19 @@ def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     code, _, err = run("asked.jsonl", "--batch", "1", "--out", "part.jsonl")
     assert code == 0 and part.read_bytes() == whole and len(calls) == 3 + 3
     assert "5 answer(s), 2 of them from before" in err
+    part.write_bytes(whole[:-1])  # an editor has taken the last end of line
+    assert "5 of them from before, with the options of then" in run("asked.jsonl", "--out",
+                                                                    "part.jsonl")[2]
+    assert part.read_bytes() == whole
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}', "a.jsonl line 2: 'prompt' must be"),
     ("a.jsonl", '{"prompt": "a", "image": []}', "line 1: unknown key 'image'"),
     ("a.jsonl", "[]", "line 1: a line must be an object"),
+    ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1: not JSON (a key stands there twice)"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "images": ["long.png"]}',
+     "line 2: a picture of 1 x 500000 pixels is too long"),
     ("a.jsonl", "{", "line 1: not JSON"),
     ("a.jsonl", '{"prompt": "a", "images": "b.png"}', "line 1: 'images' must be"),
     ("a.jsonl", '{"prompt": "a", "images": ["b.png"]}', "line 1: picture 'b.png'"),
