@@ -338,7 +338,7 @@ def train_decoder(stage: str, run: Run) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate(stage, step, steps)
             optimizer.step()
-        if step % run.EVERY == 0:
+        if step % run.EVERY == 0 or step + 1 == steps:
             curves |= {"q_norm": query_norm(), "grad_norm": float(gathered(grad_norm))}
             run.log(stage, step, curves)
         if run.due(step, steps):
@@ -533,8 +533,9 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)  # CPUs compute with numbers below 1e-38 slowly
     try:
         return exit_code("train.py", lambda: run_stages(options),
-                         "interrupted: the same command goes on from the last save, which is made "
-                         f"every {Run.SAVE} steps and after the last")
+                         "interrupted" if options.stage == "evaluate" else "interrupted: the same "
+                         f"command goes on from the last save, made every {Run.SAVE} steps or "
+                         f"{Run.SAVE_AFTER // 60} minutes; without one, it begins again")
     finally:
         torch.set_flush_denormal(False)  # it is global, and main() may have a caller
         if torch.distributed.is_initialized():

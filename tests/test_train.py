@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -877,6 +878,10 @@ def test_without_a_terminal_progress_is_lines_and_three_epochs_are_the_default(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
     assert [line.split(",")[0] for line in lines] == [f"sft: {n} of 6" for n in range(1, 7)]
     assert "_loss " in lines[-1] and lines[-1].endswith(" 0 s to go")
+    rows = (tmp_path / "out.train" / "curves.csv").read_text().splitlines()
+    assert [row.split(",")[:2] for row in rows[1:]] == [["sft", "0"], ["sft", "5"]]  # and the last
+    loss = rows[-1].split(",")[rows[0].split(",").index("text_loss")]
+    assert f"text_loss {float(loss):.3f}" in lines[-1]
     transformers = pytest.importorskip("transformers")
     read = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(read).__name__ == "ChameleonProcessor"
@@ -981,6 +986,13 @@ def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch
     assert train.main([*ask, str(tmp_path / "mine"), "--state", str(tmp_path / "a.train")]) == 2
     assert "mine is a checkpoint that was not trained from" in capsys.readouterr().err
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
+    # A slip in --state changes nothing: the first command still goes on.
+    for out, data in (("b", folder), ("c", tmp_path / "nowhere")):
+        assert train.main(["sft", "--data", str(data), "--out", str(tmp_path / out), "--model",
+                           str(TINY), "--state", str(tmp_path / "a.train")]) == 2
+        assert not (tmp_path / out).exists()
+        assert f"a.train belongs to {tmp_path / 'a'}" in capsys.readouterr().err
+    assert train.main([*ask, str(tmp_path / "a")]) == 0
 
 
 def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):
@@ -1010,6 +1022,45 @@ def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monk
     assert train.main(asked) == 2 and "--data (fingerprint" in capsys.readouterr().err
     assert train.main([*asked, "--train", "image-head"]) == 2
     assert "no answer holds <image>" in capsys.readouterr().err
+
+
+def test_a_slow_run_is_saved_by_the_clock(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "OWN_ROWS", 1)
+    monkeypatch.setattr(train.Run, "SAVE_AFTER", 0)
+    folder, step = own_folder(tmp_path, *ZEBRAS), train.decoder_loss
+    losses = iter([step, step])
+
+    def stopped(*arguments):
+        for loss in losses:
+            return loss(*arguments)
+        raise KeyboardInterrupt
+
+    ask = ["sft", "--data", str(folder), "--model", str(TINY), "--steps", "4", "--out",
+           str(tmp_path / "out")]
+    monkeypatch.setattr(train, "decoder_loss", stopped)
+    assert train.main(ask) == 130 and "goes on from the last save" in capsys.readouterr().err
+    monkeypatch.setattr(train, "decoder_loss", step)
+    assert train.main(ask) == 0 and "sft: goes on at step 2" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_was_stopped_promises_nothing(monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(train.STAGES, "evaluate", stopped)
+    assert train.main(["evaluate", "--out", str(TINY)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_survival_is_a_share_of_the_pictures_asked_for(tiny):
+    seen = []
+
+    def encode(pixels):
+        seen.append(len(pixels))
+        return tiny[0].model.vqmodel.encode(pixels)
+
+    vq = types.SimpleNamespace(encode=encode, decode=tiny[0].model.vqmodel.decode, device="cpu")
+    assert evaluate.survival(vq, 2) == 1 and seen == [2]
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_state_before(tmp_path, monkeypatch, capsys):

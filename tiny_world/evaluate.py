@@ -192,8 +192,9 @@ def survival(vq, pictures: int, held_out: bool = False) -> float:
     reader finds again.
     """
     rng, kept = np.random.default_rng((SEED, held_out)), []
-    for _ in range(0, pictures, BATCH):
-        scenes = [world.sample_scene(rng, held_out=held_out) for _ in range(BATCH)]
+    for start in range(0, pictures, BATCH):
+        scenes = [world.sample_scene(rng, held_out=held_out)
+                  for _ in range(min(BATCH, pictures - start))]
         pixels = torch.from_numpy(world.render_pixels(scenes)).to(vq.device)
         back = vq.decode(vq.encode(pixels))  # (B, 3, H, W)
         for scene, image in zip(scenes, ChameleonImageProcessor.postprocess(back)):

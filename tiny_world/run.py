@@ -44,7 +44,7 @@ class Run:
     """
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
-    PAUSE = 20  # seconds between two lines of progress
+    PAUSE, SAVE_AFTER = 20, 600  # seconds between two lines of progress; between two saves, too
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.state = options, options.out, options.state
@@ -61,10 +61,15 @@ class Run:
             if found and not (known.is_file() and known.read_text(encoding="utf-8") == out):
                 raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
                                  f"{self.state}: name another --out")
+            owner = self.state / (known.read_text(encoding="utf-8").strip()
+                                  if known.is_file() else out.strip())
+            if owner.is_dir() and owner.resolve() != self.out.resolve():
+                raise ValueError(f"--state {self.state} belongs to {owner.resolve()}: name another")
             self.state.mkdir(parents=True, exist_ok=True)
             if self.rank == 0:
                 known.write_text(out, encoding="utf-8")
-        self.began, self.curves = time.monotonic(), {}
+        self.began = self.saved = time.monotonic()
+        self.curves: dict[str, float] = {}
         self.extra: Any = None  # what else of a stage has to be saved; has state_dict
         self.made_by = {"--seed": options.seed, "--data": None}  # `resume` compares these
 
@@ -95,8 +100,11 @@ class Run:
         return rows | {"total": total.to(self.device)}
 
     def due(self, step: int, steps: int) -> bool:
-        """Is a save due after this step?"""
-        return step + 1 == steps or (step + 1) % self.SAVE == 0
+        """Is a save due after this step? One process looks at the clock, too; several would not
+        agree.
+        """
+        late = self.world_size == 1 and time.monotonic() - self.saved > self.SAVE_AFTER
+        return late or step + 1 == steps or (step + 1) % self.SAVE == 0
 
     def whole_state(self, model: nn.Module, optimizers=()) -> tuple[dict, dict]:
         """The unsharded states of a model and its optimizers, on the CPU. All ranks call it."""
@@ -115,6 +123,7 @@ class Run:
         }  # fmt: skip
         if self.rank == 0:
             write_atomically(self.file(stage), lambda part: torch.save(data, part))
+        self.saved = time.monotonic()
 
     def take_over(self, stage: str, model: nn.Module, optimizers=()) -> dict:
         """Loads the weights, and the optimizers' state, that a stage saved last -> all it saved.

@@ -225,7 +225,7 @@ def train_vqvae(run: Run) -> None:
             codebook.update(*patches)
             if (step + 1) % codebook.EVERY == 0:
                 codebook.revive(retire=step >= (FROZEN - 0.1) * steps)
-        if step % run.EVERY == 0:
+        if step % run.EVERY == 0 or step + 1 == steps:
             run.log("vqvae", step, curves)
         if run.due(step, steps):
             run.save("vqvae", step + 1, vq, optimizer, rng)
