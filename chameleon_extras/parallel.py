@@ -83,8 +83,7 @@ def own_columns(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     weight = layer.weight.chunk(N, dim=1)[rank].clone()  # O rows of I/N numbers; 4 bits: I/N/2
-    inputs = weight.shape[1] * (2 if layer.weight.dtype == torch.uint8 else 1)
-    part = type(layer)(inputs, len(weight), bias=False)
+    part = type(layer)(weight.shape[1] * layer.IN_A_NUMBER, len(weight), bias=False)
     part.weight = weight
     by_group = layer.scale.ndim == 2
     part.scale = layer.scale.chunk(N, dim=1)[rank].clone() if by_group else layer.scale

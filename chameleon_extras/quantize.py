@@ -60,7 +60,16 @@ class PackedLinear(nn.Module):
     ValueError for a state dict of plain weights.
     """
 
+    IN_A_NUMBER = 1  # so many weights are stored in each number of `weight`
     scale: Tensor
+
+    def rows(self, index: Tensor) -> "PackedLinear":
+        """A layer with only these outputs."""
+        inputs = self.weight.shape[1] * self.IN_A_NUMBER
+        part = type(self)(inputs, len(index), self.bias is not None)
+        part.weight, part.scale = self.weight[index], self.scale[index]
+        part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
+        return part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         kept = {name: getattr(self, name) for name in ("scale", "ones") if hasattr(self, name)}
@@ -102,14 +111,6 @@ class Int8Linear(PackedLinear):
         """The weight (O, I) that these numbers stand for, fp32."""
         return self.weight.float() * self.scale[:, None]
 
-    def rows(self, index: Tensor) -> "Int8Linear":
-        """A layer with only these outputs."""
-        part = Int8Linear(self.weight.shape[1], len(index), self.bias is not None)
-        part.weight, part.scale = self.weight[index], self.scale[index]
-        part.ones = self.ones[index]
-        part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
-        return part
-
     def forward(self, x: Tensor) -> Tensor:
         few = x.numel() <= FEW_ROWS * x.shape[-1]
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
@@ -136,6 +137,7 @@ class Int4Linear(PackedLinear):
     size, in memory only. In all other cases each call unpacks them.
     """
 
+    IN_A_NUMBER = 2
     VALUES = tuple(range(-8, 8))  # what the 16 numbers of 4 bits stand for, times the scale
     GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
     SCALE = torch.bfloat16  # as the CPU kernel wants it
@@ -177,13 +179,6 @@ class Int4Linear(PackedLinear):
             return floats(self.weight, self.scale)
         blocks = zip(self.weight.split(IN_CACHE), self.scale.split(IN_CACHE))
         return torch.cat([floats(*block) for block in blocks])  # (O, I)
-
-    def rows(self, index: Tensor) -> "Int4Linear":
-        """A layer with only these outputs."""
-        part = type(self)(self.weight.shape[1] * 2, len(index), self.bias is not None)
-        part.weight, part.scale = self.weight[index], self.scale[index]
-        part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
-        return part
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
