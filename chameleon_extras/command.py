@@ -64,14 +64,18 @@ OF_TEXT = ("temperature", "top_k", "top_p", "repetition_penalty")
 OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text", "guidance_image")
 MAX_COUNT = 1000
 MAX_STDIN = 10**7  # characters of --prompt -
-# The options that --reconstruct and --explain read.
-OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention", "image", "out")
-RECONSTRUCT = {"reconstruct", "model", "vqgan", "device", "image", "out"}
-EXPLAIN = {"explain", "prompt", "completion", *OF_WEIGHTS}
-CHAT = {"context", "max_new_tokens", "seed", "compile", *OF_WEIGHTS, *OF_TEXT,
-        *OF_PICTURES} - {"image", "out"}
-PROMPTS = {"prompts", "batch", "completion", "max_new_tokens", "seed", "compile", *OF_WEIGHTS,
-           *OF_TEXT} - {"image"}
+OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention")
+OF_ANSWERS = (*OF_WEIGHTS, *OF_TEXT, "max_new_tokens", "seed", "compile")
+# What each of these reads beside itself, and why no more. The first that is given counts.
+READ_BY = {
+    "demo": ({*OF_ANSWERS, *OF_PICTURES, "context"}, "--demo is a page"),
+    "chat": ({*OF_ANSWERS, *OF_PICTURES, "context"}, "--chat reads its prompts line by line"),
+    "prompts": ({*OF_ANSWERS, "batch", "completion", "out"}, "--prompts answers a file in text"),
+    "explain": ({*OF_WEIGHTS, "prompt", "completion", "image", "out"},
+                "--explain shows one step of one prompt"),
+    "reconstruct": ({"model", "vqgan", "device", "image", "out"},
+                    "--reconstruct only sends pictures through the VQ-VAE"),
+}
 RECONSTRUCTED = 512  # pixels of a picture's longer side on the sheet of --reconstruct
 DRAWN = 144  # on a contact sheet, smaller pictures are enlarged to at most so many pixels
 ASKS_TO_DRAW = re.compile(r"\s*(please\s+|can you\s+)*(draw|paint|sketch)\b", re.IGNORECASE)
@@ -170,7 +174,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="the kernel: eager is the readable one, sdpa is torch's choice, the others force one")
     options = parser.parse_args(arguments)
     options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
-    options.unnamed = options.out is None
     return options
 
 
@@ -196,20 +199,13 @@ def seed(text: str) -> int:
 def check_unused(options: argparse.Namespace) -> None:
     """ValueError for an option that would have no effect."""
     ignored, why = set(), ""
-    if options.chat or options.demo:
-        ignored = set(options.given) - CHAT - ({"demo"} if options.demo else {"chat"})
-        why = "--demo is a page" if options.demo else "--chat reads its prompts line by line"
-    elif options.prompts:
-        ignored, why = set(options.given) - PROMPTS, "--prompts answers a file in text"
+    if special := [name for name in READ_BY if name in options.given]:
+        read, why = READ_BY[special[0]]
+        ignored = set(options.given) - read - {special[0]}
     elif "batch" in options.given:
         ignored, why = {"batch"}, "only --prompts has batches"
     elif options.context:
         ignored, why = {"context"}, "only --chat and --demo have earlier turns"
-    elif options.explain:
-        ignored, why = set(options.given) - EXPLAIN, "--explain shows one step of one prompt"
-    elif options.reconstruct:
-        ignored = set(options.given) - RECONSTRUCT
-        why = "--reconstruct only sends pictures through the VQ-VAE"
     elif options.mode == "text":
         ignored, why = (*OF_PICTURES, "scale"), "--mode text draws nothing"
     elif options.mode == "image":
@@ -298,7 +294,7 @@ def choose_name(options: argparse.Namespace) -> None:
     """
     path = options.out
     for n in count(2):
-        if not options.unnamed or not any(
+        if "out" in options.given or not any(
                 map(os.path.lexists, [options.out, *numbered_names(options)])):
             return
         options.out = path.with_stem(f"{path.stem}-{n}")
