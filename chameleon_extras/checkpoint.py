@@ -40,7 +40,7 @@ from torch.overrides import TorchFunctionMode
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
 from chameleon_extras.files import Stored, open_tensors, write_atomically
-from chameleon_extras.quantize import KINDS, check_kind, kind_of, pack, swap_layers
+from chameleon_extras.quantize import KINDS, kind_of, pack, swap_layers
 from chameleon_extras.release import (
     DECODER_PREFIX,
     VQ_PREFIX,
@@ -295,8 +295,6 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     Weights are quantized from the numbers of the file, whatever `dtype` is. ValueError names the
     error, in one line.
     """
-    if quantize:
-        check_kind(quantize)
     model, tensors = open_model(cls, folder, device, vqgan, quantize)
     if dtype is None:  # one for all: some files hold norms or the head in another
         dtype = tensors["model.embed_tokens.weight"].dtype

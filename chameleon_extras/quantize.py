@@ -261,12 +261,6 @@ def group_size(inputs: int, sizes: tuple[int, ...] = Int4Linear.GROUPS) -> int:
     raise ValueError(f"4-bit weights need widths that are multiples of {sizes[-1]}, not {inputs}")
 
 
-def check_kind(kind: str) -> None:
-    """ValueError for a quantization that does not exist."""
-    if kind not in KINDS:
-        raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
-
-
 def kind_of(model: nn.Module) -> str | None:
     """Which of KINDS the layers of a model are; None if they are not quantized."""
     classes = {type(module) for module in model.modules()}
@@ -299,8 +293,10 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     """Puts twins, empty (on the meta device), in place of the decoder's linear layers and, but for
     nf4, of its head -> {name: the layer that was there}.
 
-    ValueError for widths that 4-bit groups do not fit, before any change.
+    ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
     """
+    if kind not in KINDS:
+        raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
     layers = {name: module for name, module in model.named_modules()
               if isinstance(module, nn.Linear) and "vqmodel" not in name
               and (kind, name) != ("nf4", "lm_head")}
@@ -313,11 +309,7 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
 
 
 def quantize_model(model: nn.Module, kind: str) -> nn.Module:
-    """Replaces the linear layers of a model in memory, in place; returns the model.
-
-    ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
-    """
-    check_kind(kind)
+    """Replaces the linear layers of a model in memory; returns the model. Errors: `swap_layers`."""
     layers = swap_layers(model, kind)
     while layers:  # each bf16 weight is gone before the next one is packed
         name, layer = layers.popitem()
