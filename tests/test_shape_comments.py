@@ -24,7 +24,7 @@ from generate import stream
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import documents, evaluate, figures, own_data, vqvae_stage, world
 from tiny_world.code_rows import add_code_rows
-from tiny_world.pictures import Pictures
+from tiny_world.documents import Pictures
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
 pytestmark = pytest.mark.docs

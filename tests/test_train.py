@@ -25,8 +25,15 @@ from chameleon_extras import convert
 from chameleon_extras.files import fast_bf16, hold
 from processor import ChameleonProcessor
 from tiny_world import documents, evaluate, own_data, vqvae_stage, world
-from tiny_world.documents import Corpus, Document, Rows, Writer, visible
-from tiny_world.pictures import Pictures, encode_scenes
+from tiny_world.documents import (
+    Corpus,
+    Document,
+    Pictures,
+    Rows,
+    Writer,
+    encode_scenes,
+    visible,
+)
 from tiny_world.run import autocast
 from tokenizer import load_tokenizer
 from vqvae import ChameleonVQVAE

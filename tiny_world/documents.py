@@ -1,5 +1,6 @@
 """Training documents in the model's own format, and the batches they are packed into.
 
+    seed --Pictures--> scenes, and the codes (S,) of their pictures, cached in a file
     scenes --Corpus--> Document --Rows--> ids, read, position, weight (B, T), mask (B, T, T)
 
 Who needs it: whoever wants to know what the decoder is trained on. Several questions about one
@@ -14,21 +15,25 @@ several questions. The branches cannot attend to each other, because a later ans
 be copied from an earlier one. The positions of every branch continue from the shared beginning, as
 they will in a real prompt.
 
-Letters: B rows, T tokens of a row, S codes of a picture, K codes of the codebook.
+Letters: B rows or pictures at once, T tokens of a row, N pictures, S codes of a picture, K codes of
+the codebook, E their width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from chameleon_extras.files import write_atomically
 from tiny_world import language, world
-from tiny_world.pictures import Pictures
 from tiny_world.world import Scene
 from tokenizer import Tokenizer
+from vqvae import ChameleonVQVAE
 
 IMAGE_WEIGHT = 0.6  # loss weight of a picture's token; a text token has 1; the paper: 1
 CONCLUSION_WEIGHT = 12.0  # loss weight of an answer's last sentence, at least 1 for a token
@@ -36,6 +41,71 @@ EMPTY_PROMPT = 0.1  # share of drawings without a prompt; classifier-free guidan
 # The share of input codes that are corrupted is drawn anew for each picture, from one of these.
 CORRUPTED_DRAWING = (0.0, 0.1, 0.3)  # in an answer, see Corpus.drawn
 CORRUPTED_PROMPT = (0.0, 0.3, 0.5)  # in a question, see Corpus.given
+ALIKE = 4  # nearest neighbours kept for each code
+
+# ---------------------------------------------------------------------------------------------
+# The training set: scenes, and the codes of their pictures, computed once
+
+
+@dataclass
+class Pictures:
+    """Scenes, and the codes of their pictures."""
+
+    singles: list[Scene]
+    pairs: list[tuple[Scene, Scene]]
+    edits: list[tuple[Scene, Scene]]  # before, after
+    twins: dict[Scene, Scene]  # of scenes to be drawn, see world.sample_twin
+    codes: dict[Scene, np.ndarray] = field(default_factory=dict)
+    alike: np.ndarray | None = None  # (K, ALIKE): nearest neighbours of each code
+
+    @classmethod
+    def sample(cls, seed: int, count: int) -> "Pictures":
+        """About `count` pictures: half of them alone, a quarter in pairs, a quarter in edits."""
+        rng = np.random.default_rng(seed)
+        singles = [world.sample_scene(rng) for _ in range(count // 2)]
+        pairs = [world.sample_pair(rng) for _ in range(count // 8)]
+        edits = [world.sample_edit(rng) for _ in range(count // 8)]
+        drawn = singles[: count // 4] + [after for _, after in edits]
+        return cls(singles, pairs, edits, {s: world.sample_twin(rng, s) for s in drawn})
+
+    def scenes(self) -> list[Scene]:
+        return [*self.singles, *chain(*self.pairs, *self.edits), *self.twins.values()]
+
+    def encode(self, vq: ChameleonVQVAE, cache: Path,
+               progress: Callable = lambda steps, name: steps) -> "Pictures":
+        """Fills `codes` and `alike`. The file `cache` keeps the codes once they are computed.
+
+        `progress(range, name)` shows a progress bar while one iterates over what it returns.
+        """
+        scenes = self.scenes()
+        try:
+            codes = np.fromfile(cache, np.int16).reshape(len(scenes), -1)  # (N, S)
+        except (OSError, ValueError):  # missing, damaged, or of other pictures
+            codes = np.empty((0, 0))
+        # Codes of other pictures or of another VQ-VAE must not be used. The first and the last
+        # pictures show it: the last are twins, which differ where the first do not.
+        ends = encode_scenes(vq, scenes[:10] + scenes[-10:])  # (20, S)
+        if not np.array_equal([*codes[:10], *codes[-10:]], ends):
+            # One array from the start: many small results between large temporary tensors would
+            # fragment the heap, to 17 GB for 110,000 pictures.
+            codes = np.empty((len(scenes), ends.shape[1]), np.int16)  # (N, S)
+            for n in progress(range(0, len(scenes), 50), "codes"):
+                codes[n : n + 50] = encode_scenes(vq, scenes[n : n + 50])
+            write_atomically(cache, codes.tofile)
+        self.codes = dict(zip(scenes, codes))
+        vectors = vq.quantize.embedding.weight.detach().cpu()  # (K, E)
+        self.alike = torch.cdist(vectors, vectors).argsort(1)[:, 1 : 1 + ALIKE].numpy()
+        return self
+
+
+def encode_scenes(vq: ChameleonVQVAE, scenes: list[Scene]) -> np.ndarray:
+    """B scenes -> the codes of their pictures (B, S)"""
+    pixels = torch.from_numpy(world.render_pixels(scenes)).to(vq.device)  # (B, 3, H, W)
+    return vq.encode(pixels).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------
+# Documents
 
 
 @dataclass
