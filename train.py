@@ -55,9 +55,8 @@ from chameleon_extras.quantize import kind_of
 from chameleon_extras.release import load_processor
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import evaluate, language, world
-from tiny_world.code_rows import add_code_rows, bake
-from tiny_world.documents import Corpus, Pictures, Rows, Writer
-from tiny_world.own_data import OwnData, add_learned, read_examples
+from tiny_world.code_rows import add_code_rows, add_learned, bake
+from tiny_world.documents import Corpus, OwnData, Pictures, Rows, Writer, read_examples
 from tiny_world.run import Run, autocast, fingerprint, gathered, rate, shard
 from tiny_world.vqvae_stage import VQ, train_vqvae
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name

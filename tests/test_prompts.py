@@ -10,7 +10,7 @@ from chameleon_extras import prompts
 from chameleon_extras.files import hold
 from chameleon_extras.prompts import read_prompts
 from processor import ChameleonProcessor
-from tiny_world.own_data import read_examples
+from tiny_world.documents import read_examples
 from tokenizer import read_json
 
 

@@ -22,8 +22,8 @@ from chameleon_extras.parallel import own_part
 from chameleon_extras.quantize import quantize_model
 from generate import stream
 from processor import ChameleonImageProcessor, ChameleonProcessor
-from tiny_world import documents, evaluate, figures, own_data, vqvae_stage, world
-from tiny_world.code_rows import add_code_rows
+from tiny_world import documents, evaluate, figures, vqvae_stage, world
+from tiny_world.code_rows import add_code_rows, add_learned
 from tiny_world.documents import Pictures
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 
@@ -228,8 +228,8 @@ def training(folder: Path) -> None:
     star = str(ROOT / "examples" / "star.png")
     line = {"prompt": "What?<image>", "images": [star], "answer": "A star."}
     (folder / "own.jsonl").write_text(json.dumps(line))
-    own_data.OwnData(own_data.read_examples(folder), model, processor, 0)
-    own_data.add_learned(evaluate.load(ROOT / "tiny")[0], "image-head")
+    documents.OwnData(documents.read_examples(folder), model, processor, 0)
+    add_learned(evaluate.load(ROOT / "tiny")[0], "image-head")
     evaluate.accuracy(model, processor, "colour", 2)
     evaluate.drawn_right(model, processor, "edit", 2)
     evaluate.survival(model.model.vqmodel, 1)

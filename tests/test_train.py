@@ -24,7 +24,7 @@ from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from chameleon_extras import convert
 from chameleon_extras.files import fast_bf16, hold
 from processor import ChameleonProcessor
-from tiny_world import documents, evaluate, own_data, vqvae_stage, world
+from tiny_world import code_rows, documents, evaluate, vqvae_stage, world
 from tiny_world.documents import (
     Corpus,
     Document,
@@ -782,7 +782,7 @@ def own_folder(tmp_path: Path, *lines: object) -> Path:
 def test_examples_are_read_in_order(tmp_path):
     line = {"prompt": "Is <image> like <image>?", "images": ["a.png", "a.png"], "answer": "Yes."}
     folder = own_folder(tmp_path, line, "", {"prompt": "Hi", "answer": "Hello"})
-    first, second = own_data.read_examples(folder)
+    first, second = documents.read_examples(folder)
     assert first == (f"{folder / 'data.jsonl'} line 1", line["prompt"], [folder / "a.png"] * 2,
                      "Yes.")
     assert second[0].endswith("line 3") and second[1:] == ("Hi", [], "Hello")
@@ -793,7 +793,7 @@ def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once
     folder = own_folder(tmp_path, {"prompt": "Like <image>?", "images": ["a.png"] * 2,
                                    "answer": "So: <image>"},
                         *({"prompt": f"{n}?", "answer": "Hello"} for n in range(4)))
-    corpus = own_data.OwnData(own_data.read_examples(folder), model, processor, seed=0)
+    corpus = documents.OwnData(documents.read_examples(folder), model, processor, seed=0)
     pixels = processor.image_processor(str(folder / "a.png"), return_tensors="pt")["pixel_values"]
     codes = model.model.vqmodel.encode(pixels)[0].numpy()
     picture = documents.Picture(codes, codes)
@@ -1087,7 +1087,7 @@ def test_own_lines_are_those_of_the_file_not_those_of_unicode(tmp_path):
     text = "a\u2028b\u2029c\u0085d"
     line = json.dumps({"prompt": text, "answer": "x"}, ensure_ascii=False)
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + f"{line}\r\n\n{line}".encode())
-    examples = own_data.read_examples(tmp_path)
+    examples = documents.read_examples(tmp_path)
     assert [example.prompt for example in examples] == [text, text]
     assert examples[1].where.endswith("line 3")
 
@@ -1156,7 +1156,7 @@ def test_weights_of_the_user_are_never_replaced(tmp_path, capsys):
 def test_a_tied_head_does_not_learn_alone():
     model = ChameleonForConditionalGeneration(ChameleonConfig(**SIZES, tie_word_embeddings=True))
     with pytest.raises(ValueError, match="tie_word_embeddings"):
-        own_data.add_learned(model, "image-head")
+        code_rows.add_learned(model, "image-head")
 
 
 def test_quantized_weights_are_refused_before_they_are_trained(tmp_path, untrained_folder, capsys):

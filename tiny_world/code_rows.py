@@ -1,4 +1,4 @@
-"""During training, computes the codes' rows of the embedding and of the head from the codebook.
+"""What learns: the codes' rows, computed from the codebook in training, and what `--train` names.
 
     codebook (K, E) --standardize--> x (K, E) --CodeRows.map--> rows (K, D)
                                                                    |
@@ -15,6 +15,9 @@ the model learns about a blue star's tip holds in part for a purple one.
 `bake` replaces the computed rows by plain numbers before a checkpoint is saved. This is our own
 addition: neither the paper nor the released model has it.
 
+`add_learned` is for a checkpoint that is fine-tuned (`train.py sft --data`): all of it learns, a
+LoRA adapter, or the image codes' rows of the head alone.
+
 Letters: K codes of the codebook, E their width, V vocabulary, D width of the residual stream.
 """
 
@@ -26,6 +29,8 @@ from torch.nn.utils import parametrize
 from chameleon import ChameleonForConditionalGeneration
 
 WIDTH = 384  # of the map's two hidden layers
+LORA = dict(r=16, lora_alpha=32, target_modules=[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])  # fmt: skip
 
 
 class CodeRows(nn.Module):
@@ -66,3 +71,44 @@ def bake(model: ChameleonForConditionalGeneration) -> None:
     for table in (model.model.embed_tokens, model.lm_head):
         if parametrize.is_parametrized(table):
             parametrize.remove_parametrizations(table, "weight")
+
+
+# ---------------------------------------------------------------------------------------------
+# What --train names
+
+
+class ImageRows(nn.Module):
+    """A parametrization of the head (V, D): the rows of the image codes are a parameter (K, D).
+    Only they get gradients, and weight decay spares the other rows.
+    """
+
+    def __init__(self, table: Tensor, code_to_id: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("code_to_id", code_to_id, persistent=False)  # (K,)
+        self.rows = nn.Parameter(table.detach()[code_to_id].float())  # (K, D)
+
+    def forward(self, table: Tensor) -> Tensor:
+        return table.index_copy(0, self.code_to_id, self.rows.to(table.dtype))  # (V, D)
+
+
+def add_learned(model: ChameleonForConditionalGeneration, kind: str):
+    """Freezes what --train leaves out -> peft's wrapper around the model for lora, else None.
+
+    all: every weight but the VQ-VAE. lora: low-rank updates of all matrices of the layers (arXiv
+    2106.09685). image-head: the image codes' rows of lm_head (Anole, arXiv 2407.06135).
+    """
+    if kind == "all":
+        return None
+    model.requires_grad_(False)
+    if kind == "image-head":
+        if model.config.tie_word_embeddings:
+            raise ValueError("--train image-head needs a head of its own, and this one is the "
+                             "embedding's matrix, too (tie_word_embeddings): --train all or lora")
+        rows = ImageRows(model.lm_head.weight, model.model.vocabulary.code_to_id)
+        parametrize.register_parametrization(model.lm_head, "weight", rows)
+        return None
+    try:
+        import peft  # here: an extra
+    except ImportError:
+        raise ValueError('--train lora needs peft: pip install -e ".[lora]"') from None
+    return peft.get_peft_model(model, peft.LoraConfig(**LORA))

@@ -2,6 +2,7 @@
 
     seed --Pictures--> scenes, and the codes (S,) of their pictures, cached in a file
     scenes --Corpus--> Document --Rows--> ids, read, position, weight (B, T), mask (B, T, T)
+    folder of your own --read_examples--> Lines --OwnData--> the same
 
 Who needs it: whoever wants to know what the decoder is trained on. Several questions about one
 picture form one document with a shared beginning and independent branches:
@@ -21,6 +22,7 @@ the codebook, E their width.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chameleon_extras.files import write_atomically
+from chameleon import ChameleonForConditionalGeneration
+from chameleon_extras.files import Line, read_lines, write_atomically
+from processor import IGNORE, ChameleonProcessor, load_image
 from tiny_world import language, world
 from tiny_world.world import Scene
 from tokenizer import Tokenizer
@@ -555,3 +559,77 @@ def visible(document: Tensor, branch: Tensor) -> Tensor:
     """
     same = document[:, :, None] == document[:, None]  # (B, T, T)
     return same & ((branch[:, None] == 0) | (branch[:, :, None] == branch[:, None]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Your own training data, `train.py sft --data FOLDER`: a folder with a .jsonl file, one {"prompt",
+# "images", "answer"} a line. All errors in it are found before any weight is read.
+
+
+def read_examples(folder: Path) -> list[Line]:
+    """The lines of the folder's .jsonl files, with a path for each `<image>` of prompt and answer.
+
+    ValueError names the file, the line and the error.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder} is no folder: name the one with the .jsonl file in it")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() == ".jsonl" and f.is_file())
+    if not files:
+        raise ValueError(f"{folder} holds no .jsonl file: write one, with one example a line")
+    examples = []
+    for line in chain(*(read_lines(file, "prompt", "answer") for file in files)):
+        places = line.prompt.count("<image>") + line.answer.count("<image>")
+        if places != len(line.images):
+            raise ValueError(f"{line.where}: {places} <image> but {len(line.images)} file(s) in "
+                             "'images'")
+        examples.append(line._replace(images=[folder / name for name in line.images]))
+        try:
+            for path in examples[-1].images:
+                load_image(path)
+        except ValueError as error:
+            raise ValueError(f"{line.where}: {error}") from None
+    if not examples:
+        raise ValueError(f"{folder}: its .jsonl files are empty")
+    return examples
+
+
+class OwnData:
+    """The user's examples as documents, and the batches of step 0, 1, 2, ... made of them.
+
+    ValueError names the line whose document is longer than the model's context.
+    """
+
+    def __init__(self, examples: list[Line], model: ChameleonForConditionalGeneration,
+                 processor: ChameleonProcessor, seed: int) -> None:
+        mark, self.pad = model.model.vocabulary.image_token_id, processor.tokenizer.pad_token_id
+        self.seed, self.documents = seed, []
+
+        @cache  # several lines may ask about one picture
+        def picture_ids(path: Path) -> Tensor:
+            pixels = processor.image_processor(load_image(path), return_tensors="pt")
+            return model.get_image_tokens(pixels.to(model.device)["pixel_values"])[0].cpu()  # (S,)
+
+        limit = model.config.max_position_embeddings
+        for where, prompt, paths, answer in examples:
+            try:
+                batch = processor(text=prompt, answers=answer, images=paths or None)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            ids, labels = batch["input_ids"][0], batch["labels"][0]  # (T,), (T,)
+            weight = torch.where(labels == mark, IMAGE_WEIGHT, (labels != IGNORE).float())  # (T,)
+            if paths:
+                ids[ids == mark] = torch.cat([picture_ids(path) for path in paths])
+            if len(ids) > limit:
+                raise ValueError(f"{where}: {len(ids)} tokens, the model holds {limit}")
+            self.documents.append(Document())
+            self.documents[-1].add(ids.tolist(), weight.tolist())
+
+    def batch(self, step: int, B: int) -> dict[str, Tensor]:
+        """As `Rows.batch`, one document a row. Each epoch is a random permutation of its own."""
+        chosen = []
+        for n in range(step * B, step * B + B):
+            epoch, place = divmod(n, len(self.documents))
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.documents))
+            chosen.append(self.documents[order[place]])
+        longest = max(len(document.ids) for document in chosen)
+        return packed([[document] for document in chosen], longest, self.pad)
