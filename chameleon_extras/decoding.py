@@ -273,29 +273,28 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
 }
-ATTENTIONS = ("auto", "eager", "sdpa", *BACKENDS)
 
 
-def only(name: str) -> Callable:
+def only(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+         dropout: float) -> tuple[Tensor, None]:
     """SDPA by one of BACKENDS and no other. ValueError where it cannot run the case."""
+    if torch.compiler.is_compiling():  # `check_attention` has seen to it that this works
+        with sdpa_kernel(BACKENDS[name]):
+            return sdpa_attention(q, k, v, mask, dropout)
+    try:
+        with sdpa_kernel(BACKENDS[name]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch gives its reasons in a dozen lines
+            return sdpa_attention(q, k, v, mask, dropout)
+    except RuntimeError as e:
+        if "kernel" not in str(e).lower() and "backend" not in str(e).lower():
+            raise
+        kind = "a mask (padding, guidance)" if mask is not None else f"heads of {q.shape[-1]}"
+        raise ValueError(f"attention {name!r} cannot run {kind} with {k.shape[1]} key/value "
+                         f"heads in {q.dtype} on {q.device.type}: use 'auto'") from e
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-               dropout: float) -> tuple[Tensor, None]:
-        if torch.compiler.is_compiling():  # `check_attention` has seen to it that this works
-            with sdpa_kernel(BACKENDS[name]):
-                return sdpa_attention(q, k, v, mask, dropout)
-        try:
-            with sdpa_kernel(BACKENDS[name]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch gives its reasons in a dozen lines
-                return sdpa_attention(q, k, v, mask, dropout)
-        except RuntimeError as e:
-            if "kernel" not in str(e).lower() and "backend" not in str(e).lower():
-                raise
-            kind = "a mask (padding, guidance)" if mask is not None else f"heads of {q.shape[-1]}"
-            raise ValueError(f"attention {name!r} cannot run {kind} with {k.shape[1]} key/value "
-                             f"heads in {q.dtype} on {q.device.type}: use 'auto'") from e
 
-    return attend
+ATTENTIONS = {"auto": auto_attention, "eager": eager_attention, "sdpa": sdpa_attention,
+              **{name: partial(only, name) for name in BACKENDS}}
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype,
@@ -307,8 +306,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype,
         raise ValueError(f"attention {name!r} is for CUDA: on {device.type} use 'auto'")
     if device.type == "mps" and name == "flash":
         raise ValueError("attention 'flash' is not there on mps: use 'auto'")
-    half = dtype in (torch.float16, torch.bfloat16)
-    if name in ("flash", "cudnn") and device.type == "cuda" and not half:
+    if name in ("flash", "cudnn") and device.type == "cuda" and dtype not in HALF:
         raise ValueError(f"attention {name!r} on CUDA needs bfloat16 or float16, not {dtype}: "
                          "use 'auto'")
     if name == "flash" and device.type == "cuda" and compiled:
@@ -319,10 +317,8 @@ def set_attention(model: ChameleonForConditionalGeneration,
                   name: str) -> ChameleonForConditionalGeneration:
     """Sets one of ATTENTIONS in all layers; returns the model."""
     check_attention(name, model.device, model.dtype)
-    known = {"auto": auto_attention, "eager": eager_attention, "sdpa": sdpa_attention}
-    attend = known.get(name) or only(name)
     for layer in model.base_model.layers:
-        layer.self_attn.attend = attend
+        layer.self_attn.attend = ATTENTIONS[name]
     return model
 
 

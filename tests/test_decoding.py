@@ -22,6 +22,7 @@ from chameleon import ChameleonForConditionalGeneration, KVCache, eager_attentio
 from chameleon_extras import decoding
 from chameleon_extras.decoding import (
     AT_ONCE,
+    ATTENTIONS,
     FEW,
     Decoder,
     InFp32,
@@ -32,7 +33,6 @@ from chameleon_extras.decoding import (
     four_bit_sums,
     one_query_attention,
     one_query_loops,
-    only,
     row_sums,
     set_attention,
     split_of,
@@ -83,7 +83,7 @@ def test_one_query_attends_as_the_readable_form_does(H, Hkv, masked):
     if masked:
         mask[..., -1] = True
     expected = eager_attention(q, k, v, mask, 0.0)[0]
-    ways = one_query_attention, one_query_loops, auto_attention, sdpa_attention, only("math")
+    ways = one_query_attention, one_query_loops, auto_attention, sdpa_attention, ATTENTIONS["math"]
     for attend in ways:
         torch.testing.assert_close(attend(q, k, v, mask, 0.0)[0], expected, atol=1e-6, rtol=1e-5)
 
@@ -114,7 +114,7 @@ def test_an_attention_that_is_not_there_is_one_clear_line(name, device, dtype, c
 def test_a_kernel_that_refuses_a_case_says_so_and_what_to_use():
     q = torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match="'efficient' cannot run .* on cpu: use 'auto'"):
-        only("efficient")(q, q, q, None, 0.0)
+        ATTENTIONS["efficient"](q, q, q, None, 0.0)
 
 
 # ---------------------------------------------------------------------------------- equal answers
