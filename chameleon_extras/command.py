@@ -197,11 +197,13 @@ def seed(text: str) -> int:
 
 
 def check_unused(options: argparse.Namespace) -> None:
-    """ValueError for an option that would have no effect."""
+    """ValueError for an option that would have no effect, and for torchrun where it has none."""
     ignored, why = set(), ""
     if special := [name for name in READ_BY if name in options.given]:
         read, why = READ_BY[special[0]]
         ignored = set(options.given) - read - {special[0]}
+        if ranks() > 1 and special[0] != "reconstruct":
+            raise ValueError(f"--{special[0]} is for one process: leave torchrun out")
     elif "batch" in options.given:
         ignored, why = {"batch"}, "only --prompts has batches"
     elif options.context:
@@ -234,8 +236,6 @@ def place_images(prompts: list[str], count: int) -> list[str]:
 def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
     if options.explain:
-        if ranks() > 1:
-            raise ValueError("--explain shows one prompt on one device: leave torchrun out")
         if len(options.prompt) > 1:
             raise ValueError("--explain walks one prompt: give one --prompt")
         if options.out and options.out.suffix.lower() not in (".html", ".htm"):
@@ -247,8 +247,6 @@ def check_output(options: argparse.Namespace) -> None:
     if options.prompts:
         if not 1 <= options.batch <= 1024:
             raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
-        if ranks() > 1:
-            raise ValueError("--prompts is for one process: leave torchrun out")
         return check_file(options.out)
     if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
         raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
@@ -443,8 +441,6 @@ def converse(options: argparse.Namespace, config: ChameleonConfig,
     from chameleon_extras.chat import Conversation, chat
     from chameleon_extras.demo import check_gradio, serve
 
-    if ranks() > 1:
-        raise ValueError("--chat and --demo are for one process: leave torchrun out")
     if options.demo:
         check_gradio()
     check_pair(config, processor, {})
