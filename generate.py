@@ -162,8 +162,8 @@ class Grammar:
     `mode` is "text" (no id of a picture at all), "image" (one picture, at once) or "interleaved"
     (text, and a picture wherever the model begins one).
 
-    A row's place `n` is None in text. Inside a picture it is the number of codes that the picture
-    has so far. At S, the next id must be end-image.
+    A row's place `n` is how many ids its picture still lacks: S + 1 after begin-image, and at 1 the
+    next id must be end-image. In text it is 0.
 
     Why a picture has exactly S codes (1024 in the release): the VQ-VAE's decoder needs a whole grid
     (section 2.1), and the model was trained on no other number. So end-image is never sampled but
@@ -196,17 +196,17 @@ class Grammar:
         """Does a whole picture with its marks fit into `room` more ids?"""
         return room >= self.S + 2
 
-    def places(self, ids: Tensor) -> list[int | None]:
+    def places(self, ids: Tensor) -> list[int]:
         """ids of prompts (B, T) -> the place at each row's end."""
         T = ids.shape[1]
         if self.mode == "text" or self.begin is None:
-            return [None] * len(ids)
+            return [0] * len(ids)
         column = torch.arange(1, T + 1, device=ids.device)  # from 1, so that 0 means "nowhere"
         begun = torch.where(ids == self.begin, column, 0).amax(1).tolist()  # B numbers
         ended = torch.where(ids == self.end, column, 0).amax(1).tolist()
-        return [T - b if b > e else None for b, e in zip(begun, ended)]
+        return [max(1, self.S + 1 - (T - b)) if b > e else 0 for b, e in zip(begun, ended)]
 
-    def advance(self, places: list[int | None], chosen: Tensor, room: int) -> list[int | None]:
+    def advance(self, places: list[int], chosen: Tensor, room: int) -> list[int]:
         """The places one id later. `chosen` (B,) are the ids just chosen, `room` is how many ids
         could still be made when they were chosen.
 
@@ -214,31 +214,18 @@ class Grammar:
         interleaved document is in text; a whole picture, or plain text, needs no synchronization.
         """
         begins = [self.mode == "image" and self.fits(room)] * len(places)  # true for its first id
-        if self.mode == "interleaved" and None in places:
+        if self.mode == "interleaved" and 0 in places:
             begins = (chosen == self.begin).tolist()
-        return [self.next_place(n, begin) for n, begin in zip(places, begins)]
+        return [n - 1 if n else (self.S + 1) * begin for n, begin in zip(places, begins)]
 
-    def next_place(self, n: int | None, begins: bool) -> int | None:
-        if n is None:
-            return 0 if begins else None
-        if n < self.S:
-            return n + 1  # one more code
-        return None  # end-image has closed the picture
-
-    def allowed(self, places: list[int | None], room: int) -> Tensor:
+    def allowed(self, places: list[int], room: int) -> Tensor:
         """Places of B rows, and how many ids may still be made -> bool (B, V).
 
         After the picture of mode "image" no id is allowed: the row has ended.
         """
-        rows = []
-        for n in places:
-            if n is None:
-                rows.append(self.text_or_begin if self.fits(room) else self.text)
-            elif n < self.S:
-                rows.append(self.codes)
-            else:
-                rows.append(self.end_only)  # forced: a model may not lengthen a picture
-        return torch.stack(rows)  # (B, V)
+        text = self.text_or_begin if self.fits(room) else self.text
+        by_place = text, self.end_only, self.codes  # a picture lacks 0, 1 (forced), or more ids
+        return torch.stack([by_place[min(n, 2)] for n in places])  # (B, V)
 
 
 def picture_ids(vocabulary: VocabularyMap) -> list[int]:
@@ -333,9 +320,9 @@ class Contexts:
         if stream == "full":
             return is_token
         sees = self.grammar.pictures[ids]  # (B, T)
-        if stream == "nothing":  # a picture that the prompt itself began is still being drawn
-            for row, n in zip(sees, self.grammar.places(ids)):  # begin-image and n codes stay
-                row[: len(row) if n is None else -n - 1] = False
+        if stream == "nothing":  # only the last picture; `feed` hides it when the next one begins
+            begun = (ids == self.grammar.begin).cumsum(1)  # (B, T)
+            sees = sees & (begun == begun[:, -1:])
         return is_token & (sees | (is_token.cumsum(1) == 1))  # (B, T)
 
     def hidden(self) -> Tensor:
@@ -399,7 +386,7 @@ class Picker:
             self.head = decoder.product(self.head)
             self.code_head = decoder.product(self.code_head)
 
-    def __call__(self, hidden: Tensor, seen: Tensor, places: list[int | None],
+    def __call__(self, hidden: Tensor, seen: Tensor, places: list[int],
                  room: int) -> Tensor:
         """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,), NO_ID for a row
         whose logits are inf or nan.
@@ -408,7 +395,7 @@ class Picker:
         since no other id is allowed there. A batch with both computes both for all rows, and takes
         one of the two for each.
         """
-        inside = [n is not None and n < self.grammar.S for n in places]
+        inside = [n > 1 for n in places]
         if all(inside):
             return self.next_code(hidden, inside)
         text = self.next_text(hidden[0], seen, places, room, inside)
@@ -417,7 +404,7 @@ class Picker:
         codes = self.next_code(hidden, inside)
         return torch.where(torch.tensor(inside, device=text.device), codes, text)  # (B,)
 
-    def next_text(self, hidden: Tensor, seen: Tensor, places: list[int | None], room: int,
+    def next_text(self, hidden: Tensor, seen: Tensor, places: list[int], room: int,
                   inside: list[bool]) -> Tensor:
         """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
         logits = computed = self.head(hidden).float()  # (B, V)
@@ -425,7 +412,7 @@ class Picker:
         allowed = self.grammar.allowed(places, room)  # (B, V)
         if room > self.may_end and self.grammar.mode != "image":
             for row, n in zip(allowed, places):
-                if n is None:  # in text; a picture's end-image is not an end
+                if n == 0:  # in text; a picture's end-image is not an end
                     row[self.stops] = False
         logits = logits.masked_fill(~allowed, float("-inf"))
         generators = [None if codes else g for g, codes in zip(self.generators, inside)]
