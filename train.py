@@ -44,12 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from chameleon import (
-    ChameleonConfig,
-    ChameleonDecoderLayer,
-    ChameleonForConditionalGeneration,
-    ChameleonSwinDecoderLayer,
-)
+from chameleon import ChameleonConfig, ChameleonDecoderLayer, ChameleonForConditionalGeneration
 from chameleon_extras.files import OneLineParser, exit_code, fast_bf16, hold, write_atomically
 from chameleon_extras.quantize import kind_of
 from chameleon_extras.release import load_processor
@@ -273,24 +268,15 @@ class QueryNorm:
     """Mean |q| before QK-norm in the last layer: growing norms precede divergence (section 2.3)."""
 
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
-        self.layer, self.heads = model.model.layers[-1], model.config.num_attention_heads
-        self.layer.register_forward_pre_hook(self.remember)
+        last, self.heads = model.model.layers[-1], model.config.num_attention_heads
+        assert isinstance(last, ChameleonDecoderLayer)
+        last.self_attn.q_proj.register_forward_hook(self.remember)
 
-    def remember(self, module: nn.Module, inputs: tuple) -> None:
-        self.x = inputs[0].detach()  # (B, T, D)
+    def remember(self, module: nn.Module, inputs: tuple, q: Tensor) -> None:
+        self.q = q.detach().unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
 
-    @torch.no_grad()
     def __call__(self) -> float:
-        layer, x = self.layer, self.x
-        assert isinstance(layer, ChameleonDecoderLayer)
-        if unshard := getattr(layer, "unshard", None):  # FSDP: each rank has a slice of q_proj
-            unshard()
-        if not isinstance(layer, ChameleonSwinDecoderLayer):  # in Swin's the norm follows attention
-            x = layer.input_layernorm(x)  # (B, T, D)
-        q = layer.self_attn.q_proj(x).unflatten(-1, (self.heads, -1))  # (B, T, H, Dh)
-        if reshard := getattr(layer, "reshard", None):
-            reshard()
-        norms = q.float().norm(dim=-1)  # (B, T, H)
+        norms = self.q.float().norm(dim=-1)  # (B, T, H)
         return norms[norms > 0].mean().item()  # without padding, whose vectors are 0
 
 
