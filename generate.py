@@ -45,7 +45,7 @@ from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from processor import ChameleonImageProcessor
-from tokenizer import Tokenizer, VocabularyMap, check_ids
+from tokenizer import StreamDecoder, Tokenizer, VocabularyMap, check_ids
 from vqvae import Flag, check_fields, real, whole
 
 MODES = ("text", "image", "interleaved")
@@ -430,16 +430,24 @@ class Picker:
         return self.code_to_id[codes].masked_fill(~logits.sum(-1).isfinite(), NO_ID)  # (B,)
 
 
-def until_ended(steps: Iterator[Tensor], stops: list[int]) -> Iterator[Tensor]:
-    """Passes the ids (B,) on until the last row has ended. ValueError for NO_ID."""
-    ended, ends = False, torch.tensor(stops, dtype=torch.long)
+def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequence[str],
+                decoders: list[StreamDecoder]) -> Iterator[Tensor]:
+    """Passes the ids (B,) on until the last row has ended. ValueError for NO_ID.
+
+    A row ends with one of `stops`, or, given a decoder for each row, when its text holds a word.
+    """
+    ended, ends = torch.tensor(False), torch.tensor(stops, dtype=torch.long)
+    texts = [""] * len(decoders)
     for ids in steps:
-        here = ids.cpu()
-        if (here == NO_ID).any():
+        ids = ids.cpu()  # (B,)
+        if (ids == NO_ID).any():
             raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
                              "for this dtype")
-        yield ids
-        ended = ended | torch.isin(here, ends)  # (B,)
+        yield ids.masked_fill(ended, pad)
+        ended = ended | torch.isin(ids, ends)  # (B,)
+        for row, (decoder, i) in enumerate(zip(decoders, ids.tolist())):
+            texts[row] += decoder.feed(i)
+            ended[row] |= any(word in texts[row] for word in words)
         if ended.all():
             return
 
@@ -600,6 +608,8 @@ def stream(
     seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
     eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
     pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
+    stop_strings: str | Sequence[str] | None = None,  # a row ends with what completes one, too
+    tokenizer: Tokenizer | None = None,  # needed for stop_strings
     past_key_values: KVCache | None = None,  # of an earlier call; see below
     compile: bool = False,  # the same ids sooner, after seconds of compiling in the first call
     decoder=None,  # a chameleon_extras.decoding.Decoder; None: the model's; False: plain steps
@@ -647,11 +657,17 @@ def stream(
     seeds = seeds_of(seed, len(input_ids) * o.num_return_sequences)
     if past_key_values is not None:
         check_past(model.config, past_key_values, len(seeds), is_token)
+    words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
+    decoders = []
+    if stop_strings:
+        if not isinstance(tokenizer, Tokenizer):
+            raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
+        decoders = [tokenizer.stream_decoder() for _ in seeds]
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
     pick = Picker(model, grammar, o, generators, stops, steps - o.min_new_tokens, decoder)
     chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, steps, decoder,
                   past_key_values)
-    return until_ended(decoder.read(chosen) if decoder else chosen, stops)
+    return until_ended(decoder.read(chosen) if decoder else chosen, stops, pad, words, decoders)
 
 
 def generate(
@@ -662,8 +678,6 @@ def generate(
     *,
     max_length: int | None = None,  # prompt and answer together; max_new_tokens has precedence
     streamer=None,  # an object with put(ids) and end(), as transformers' streamers
-    stop_strings: str | Sequence[str] | None = None,  # a row ends with the id that completes one
-    tokenizer: Tokenizer | None = None,  # needed for stop_strings
     use_cache: bool = True,  # accepted: the cache is always used, and changes no id
     **options,
 ) -> Tensor:
@@ -683,14 +697,6 @@ def generate(
                              f"{input_ids.shape[-1]} ids: raise it, or set max_new_tokens")
         options["max_new_tokens"] = max_length - input_ids.shape[-1]
     steps = stream(model, input_ids, attention_mask, pixel_values, **options)
-    if stop_strings:
-        if not isinstance(tokenizer, Tokenizer):
-            raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
-        words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        pad = options.get("pad_token_id")
-        stops = stop_ids(unwrapped(model), options.get("eos_token_id"), options.get("mode", "text"))
-        steps = until_said(steps, words, tokenizer, tokenizer.pad_token_id if pad is None else pad,
-                           stops)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     new = []
@@ -703,22 +709,6 @@ def generate(
     new = torch.stack(new, dim=1).to(input_ids.device)  # (B, new)
     prompts = input_ids.repeat_interleave(len(new) // len(input_ids), dim=0)  # (B, T)
     return torch.cat((prompts, new), dim=1)  # (B, T + new)
-
-
-def until_said(steps: Iterator[Tensor], words: list[str], tokenizer: Tokenizer, pad: int,
-               stops: list[int]) -> Iterator[Tensor]:
-    """Passes the ids (B,) on; a row ends with one of `stops` or when its text holds a word."""
-    decoders, texts, ended = [], [], []
-    for ids in steps:
-        if not decoders:
-            decoders = [tokenizer.stream_decoder() for _ in ids]
-            texts, ended = [""] * len(ids), [False] * len(ids)
-        yield torch.where(torch.tensor(ended), pad, ids.cpu())
-        for row, i in enumerate(ids.tolist()):
-            texts[row] += decoders[row].feed(i)
-            ended[row] = ended[row] or i in stops or any(word in texts[row] for word in words)
-        if all(ended):
-            return
 
 
 # ---------------------------------------------------------------------------------------------
