@@ -279,79 +279,66 @@ class Contexts:
     of its past is computed again.
     """
 
-    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar, ids: Tensor,
+    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar, seen: Tensor,
                  is_token: Tensor, streams: list[str], steps: int, decoder=None,
                  past: KVCache | None = None) -> None:
         self.model, self.grammar, self.streams, self.decoder = model, grammar, streams, decoder
-        self.B, T = ids.shape
-        self.new = ids.repeat(len(streams), 1)  # (GB, T)
-        size = -(-(T + steps) // CACHE_STEP) * CACHE_STEP  # rounded up
-        seen = torch.cat([self.visible(ids, is_token, stream) for stream in streams])  # (GB, T)
-        self.mask = F.pad(seen.long(), (0, size - T))  # (GB, size)
+        self.is_token = F.pad(is_token, (0, steps), value=True)  # (B, T + steps)
         self.padded = len(streams) > 1 or not bool(is_token.all())
+        rows, size = len(seen) * len(streams), self.is_token.shape[1]
+        size = -(-size // CACHE_STEP) * CACHE_STEP  # rounded up
         if decoder:  # it may reuse the last answer's cache, and CUDA graphs recorded for it
-            self.cache = decoder.new_cache(len(seen), size)
+            self.cache = decoder.new_cache(rows, size)
         else:
-            self.cache = KVCache(model.config, len(seen), size, model.dtype, model.device)
+            self.cache = KVCache(model.config, rows, size, model.dtype, model.device)
         if past is not None and len(streams) == 1:
-            self.take_over(past)
+            self.take_over(past, seen)
 
-    def take_over(self, past: KVCache) -> None:
+    def take_over(self, past: KVCache, seen: Tensor) -> None:
         """Copies from `past` the columns of the first ids that are equal in both; the model reads
         only the rest. It always reads the last id, because a cache holds no hidden states.
         """
-        ids = self.new if past.ids is None else past.ids  # None: filled by forward, taken as equal
-        n = min(past.length, ids.shape[1], self.new.shape[1] - 1)
-        same = (ids[:, :n] == self.new[:, :n]).all(0)  # (n,)
-        n = int(same.cumprod(0).sum())
+        ids = seen if past.ids is None else past.ids  # None: filled by forward, taken as equal
+        n = min(past.length, ids.shape[1], seen.shape[1] - 1)
+        same = (ids[:, :n] == seen[:, :n]).all(0)  # (n,)
+        self.cache.length = n = int(same.cumprod(0).sum())
         for ours, theirs in zip(self.cache.k + self.cache.v, past.k + past.v):
             ours[:, :, :n] = theirs[:, :, :n]
-        self.cache.length, self.new = n, self.new[:, n:]
 
     def hand_over(self, past: KVCache, seen: Tensor) -> None:
         """`past` gets the columns of the stream "full", and their ids out of `seen` (B, T)."""
         n = min(self.cache.length, seen.shape[1] - 1)  # Ctrl-C may leave the last unwritten
-        past.k, past.v = ([x[: self.B, :, :n].clone() for x in kind]
+        past.k, past.v = ([x[: len(seen), :, :n].clone() for x in kind]
                           for kind in (self.cache.k, self.cache.v))
         past.ids, past.length, past.max_length = seen[:, :n].clone(), n, None
 
-    def visible(self, ids: Tensor, is_token: Tensor, stream: str) -> Tensor:
-        """Prompts (B, T) -> which of their ids the stream sees, bool (B, T); <s> always is."""
+    def visible(self, seen: Tensor, stream: str) -> Tensor:
+        """Ids so far (B, L) -> which of them the stream sees, bool (B, L); <s> always is."""
+        is_token = self.is_token[:, : seen.shape[1]]  # (B, L)
         if stream == "full":
             return is_token
-        sees = self.grammar.pictures[ids]  # (B, T)
-        if stream == "nothing":  # only the last picture; `feed` hides it when the next one begins
-            begun = (ids == self.grammar.begin).cumsum(1)  # (B, T)
+        sees = self.grammar.pictures[seen]  # (B, L)
+        if stream == "nothing":  # only the last picture, from its begin-image on
+            begun = (seen == self.grammar.begin).cumsum(1)  # (B, L)
             sees = sees & (begun == begun[:, -1:])
-        return is_token & (sees | (is_token.cumsum(1) == 1))  # (B, T)
+        return is_token & (sees | (is_token.cumsum(1) == 1))  # (B, L)
 
-    def hidden(self) -> Tensor:
-        """Runs the columns that are new -> the last one's hidden states (G, B, D)."""
+    def hidden(self, seen: Tensor) -> Tensor:
+        """Runs the ids (B, L) that the cache does not hold -> the last hidden states (G, B, D)."""
         filled = self.cache.length
-        L = filled + self.new.shape[1]
+        new = seen[:, filled:].repeat(len(self.streams), 1)  # (GB, T)
         mask = positions = None  # without padding, each step may use the fastest attention
         if self.padded:
-            mask = self.mask[:, :L]
+            mask = torch.cat([self.visible(seen, stream) for stream in self.streams])  # (GB, L)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, filled:]  # (GB, T)
-        if self.decoder and self.decoder.compiled and filled and self.new.shape[1] == 1:  # a step
-            hidden = self.decoder(self.new, self.mask if self.padded else None, positions,
-                                  self.cache)  # (GB, D)
+        if self.decoder and self.decoder.compiled and filled and new.shape[1] == 1:  # a step
+            hidden = self.decoder(new, mask, positions, self.cache)  # (GB, D)
         else:  # no head yet: fp32 logits of all T positions would be 1 GiB at 4096 x 65536
-            with self.decoder.kernels(self.new.numel(), False) if self.decoder else nullcontext():
+            with self.decoder.kernels(new.numel(), False) if self.decoder else nullcontext():
                 hidden = self.model.model(
-                    self.new, attention_mask=mask, position_ids=positions,
+                    new, attention_mask=mask, position_ids=positions,
                     past_key_values=self.cache, return_dict=True).last_hidden_state[:, -1]  # (GB,D)
-        return hidden.unflatten(0, (-1, self.B))  # (G, B, D)
-
-    def feed(self, chosen: Tensor) -> None:
-        """The rows' next ids (B,) become the next column of all streams."""
-        column, pictures, begin = self.cache.length, self.grammar.pictures, self.grammar.begin
-        for stream, mask in zip(self.streams, self.mask.split(self.B)):  # views (B, size)
-            mask[:, column] = 1 if stream == "full" else pictures[chosen].long()
-            if stream == "nothing":  # a new picture forgets the one before; <s> stays
-                forget = (chosen == begin)[:, None] & (mask.cumsum(-1) > 1)  # (B, size)
-                mask[:, :column].masked_fill_(forget[:, :column], 0)
-        self.new = chosen.repeat(len(self.streams))[:, None]  # (GB, 1)
+        return hidden.unflatten(0, (-1, len(seen)))  # (G, B, D)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -495,7 +482,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
     try:
         for room in range(steps, 0, -1):
             with evaluating(model):
-                hidden = contexts.hidden()  # (G, B, D)
+                hidden = contexts.hidden(seen)  # (G, B, D)
                 chosen = pick(hidden, seen, places, room).masked_fill(ended, pad)  # (B,)
             yield chosen
             if room > 1:
@@ -503,7 +490,6 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
                 ended = ended | (chosen[:, None] == ends).any(1)
                 places = pick.grammar.advance(places, chosen, room)
                 seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
-                contexts.feed(chosen)
     finally:
         if past is not None:
             contexts.hand_over(past, seen)

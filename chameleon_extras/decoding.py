@@ -534,7 +534,7 @@ class StepCache(KVCache):
             self.allowed[..., : self.length + 1] = True
         else:
             self.positions.copy_(positions)
-            self.allowed[..., : self.max_length] = mask[:, None, None]
+            self.allowed[..., : mask.shape[1]] = mask[:, None, None]
             self.allowed[..., self.length] = True  # padding looks at itself: never an empty row
 
     def first(self, columns: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -643,8 +643,8 @@ class Decoder:
                  cache: KVCache) -> Tensor:
         """One more column: ids (B, 1) -> hidden states (B, D).
 
-        `mask` (B, L): 1 where a row may see a column; 0 for those not written yet, and for a new
-        one that its guidance stream skips. `positions` (B, 1). Both None: nothing is padded.
+        `mask`, over the columns so far and this one: True where a row may see it, False where its
+        guidance stream skips it. `positions` (B, 1). Both None: nothing is padded.
         """
         with self.kernels(len(new), compiled=True):
             cache.fill(new, mask, positions)
