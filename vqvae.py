@@ -38,7 +38,7 @@ from math import isqrt
 from os import PathLike
 from pathlib import Path
 from threading import RLock
-from typing import Annotated, NamedTuple, Self, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -49,7 +49,7 @@ from torch import Tensor
 # base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
 # lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
-ONE_THREAD = RLock()  # held while a setting of the whole process is changed
+ONE_THREAD = RLock()  # held by `setting`
 
 
 # ---------------------------------------------------------------------------------------------
@@ -497,19 +497,15 @@ class PreTrainedModel(nn.Module):
 
 
 @contextmanager
-def exact_convolutions() -> Iterator[None]:
-    """In this context cuDNN computes fp32 convolutions in fp32, not in TF32.
-
-    torch.backends.cudnn.flags would do so, too, but it raises an error if the caller has set
-    torch's newer `fp32_precision`.
-    """
-    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  (torch makes it at run time)
+def setting(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Inside, a setting of the whole process has this value; another thread's `setting` waits."""
     with ONE_THREAD:
-        before, conv.fp32_precision = conv.fp32_precision, "ieee"
+        before = getattr(owner, name)
+        setattr(owner, name, value)
         try:
             yield
         finally:
-            conv.fp32_precision = before
+            setattr(owner, name, before)
 
 
 class ChameleonVQVAE(PreTrainedModel):
@@ -578,8 +574,10 @@ class ChameleonVQVAE(PreTrainedModel):
         # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
         # Matrix products may use TF32 if the caller allows it. While torch.compile traces,
         # convolutions may, too.
-        cudnn = pixel_values.is_cuda and not torch.compiler.is_compiling()
-        exact = exact_convolutions() if cudnn else nullcontext()
+        exact = nullcontext()
+        if pixel_values.is_cuda and not torch.compiler.is_compiling():
+            # Not by cudnn.flags, which fails if the caller has set torch's newer `fp32_precision`.
+            exact = setting(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # type: ignore
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # channels_last changes the order in memory only. It spares convolutions a reordering.
             pixels = pixel_values.float().contiguous(memory_format=torch.channels_last)

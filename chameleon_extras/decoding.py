@@ -52,7 +52,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import cycle
@@ -74,7 +74,7 @@ from chameleon import (
 )
 from chameleon_extras.files import fast_bf16
 from chameleon_extras.quantize import Int4Linear, Int8Linear, kind_of
-from vqvae import ONE_THREAD, ChameleonVQVAE
+from vqvae import ChameleonVQVAE, setting
 
 FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
 VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
@@ -114,15 +114,8 @@ READ = 2**26  # bytes that one measurement reads, more than most caches hold
 CLOCK = time.perf_counter if sys.platform == "win32" else time.thread_time
 
 
-@contextmanager
-def onednn(enabled: bool) -> Iterator[None]:
-    with ONE_THREAD:  # it is a setting of the whole process
-        before = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = enabled
-        try:
-            yield
-        finally:
-            torch.backends.mkldnn.enabled = before
+def onednn(enabled: bool) -> AbstractContextManager:
+    return setting(torch.backends.mkldnn, "enabled", enabled)
 
 
 def multiplied(a: Tensor, b: Tensor, form: str) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, VectorQuantizer, exact_convolutions
+from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, VectorQuantizer, setting
 
 SMALL = dict(embed_dim=8, num_embeddings=32, latent_channels=16, resolution=32, base_channels=32,
              channel_multiplier=(1, 2), num_res_blocks=1)
@@ -300,12 +300,12 @@ def test_exact_convolutions_leave_the_callers_precision_as_it_was(precision):
     before, torch.backends.fp32_precision = torch.backends.fp32_precision, precision
 
     def inside():
-        with exact_convolutions():
+        with setting(conv, "fp32_precision", "ieee"):
             seen.append(conv.fp32_precision)
 
     try:
         outside, other = conv.fp32_precision, threading.Thread(target=inside)
-        with exact_convolutions():
+        with setting(conv, "fp32_precision", "ieee"):
             other.start()
             other.join(0.2)  # it waits, or it would find and leave what this one has set
             assert not seen and conv.fp32_precision == "ieee"
