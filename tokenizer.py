@@ -198,16 +198,6 @@ def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Stacked:
     return torch.from_numpy(stacked) if return_tensors == "pt" else stacked
 
 
-def tensor_rows(rows: list[list[int]], return_tensors: str | None) -> Stacked | list[list[int]]:
-    """B rows of T ids -> (B, T) int64, by "pt" or "np". None returns the rows, of any lengths."""
-    if return_tensors is None:
-        return rows
-    if len(set(map(len, rows))) > 1:
-        raise ValueError(f"the prompts have {min(map(len, rows))} to {max(map(len, rows))} ids: "
-                         f"pass padding=True to make them equal")
-    return stack([np.array(row, dtype=np.int64) for row in rows], return_tensors)  # (B, T)
-
-
 def truncated(rows: list[list[int]], truncation: bool | str | None, max_length: int | None,
               padding: bool | str | None, end_image: int | None) -> list[list[int]]:
     """Rows -> their first max_length ids. ValueError if that would cut a picture."""
@@ -344,8 +334,14 @@ class Tokenizer:
                       self.pad_token_id if pad_id is None else pad_id, pad_to_multiple_of)
         if return_attention_mask is False:  # None, transformers' default, gives it
             del data["attention_mask"]
-        return BatchFeature({name: tensor_rows(rows, return_tensors)
-                             for name, rows in data.items()})
+        if return_tensors is None:
+            return BatchFeature(data)  # rows of any lengths
+        lengths = [len(row) for row in data["input_ids"]]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"the prompts have {min(lengths)} to {max(lengths)} ids: "
+                             "pass padding=True to make them equal")
+        return BatchFeature({name: stack([np.array(row, dtype=np.int64) for row in rows],
+                                         return_tensors) for name, rows in data.items()})
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
