@@ -101,12 +101,11 @@ class VocabularyMap(torch.nn.Module):
     end_of_turn_id, each None if its name is absent. ValueError unless the codes are exactly 0..K-1,
     and each code and mark has an id of its own.
 
-    It is an nn.Module so that its two tables follow the model to its device. They are in no
-    checkpoint. Source: transformers' ChameleonImageVocabularyMapping.
+    It is an nn.Module so that code_to_id follows the model to its device. It is in no checkpoint.
+    Source: transformers' ChameleonImageVocabularyMapping.
     """
 
     code_to_id: torch.Tensor
-    id_to_code: torch.Tensor
 
     def __init__(self, vocabulary_map: dict[str, int] | None = None) -> None:
         super().__init__()
@@ -128,32 +127,26 @@ class VocabularyMap(torch.nn.Module):
             raise ValueError("each image token and mark needs an id of its own, but the vocabulary "
                              f"gives two of them the id {min(twice)}")
         # The release has id = code + 4, but a converted vocabulary may be in another order.
-        # device="cpu": inside `with torch.device("meta")` these tensors would hold no numbers.
-        ordered = torch.tensor([ids[code] for code in range(len(ids))], dtype=torch.long,
-                               device="cpu")  # (K,)
-        self.num_codes, beyond = len(ids), max(ids.values(), default=-1) + 1
-        # -1 for an id that is no code. One more -1 at the end stands for all ids beyond the table.
-        inverse = torch.full((beyond + 1,), -1, dtype=torch.long, device="cpu")
-        inverse[ordered] = torch.arange(self.num_codes, device="cpu")
-        self.register_buffer("code_to_id", ordered, persistent=False)
-        self.register_buffer("id_to_code", inverse, persistent=False)
-        self.tables = ordered, inverse
+        # device="cpu": inside `with torch.device("meta")` this tensor would hold no numbers.
+        self.num_codes, self.table = len(ids), torch.tensor(
+            [ids[code] for code in range(len(ids))], dtype=torch.long, device="cpu")  # (K,)
+        self.register_buffer("code_to_id", self.table, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "VocabularyMap":
-        """What `to` and `to_empty` call. After the latter, the tables would hold no numbers."""
+        """What `to` and `to_empty` call. After the latter, code_to_id would hold no numbers."""
         super()._apply(fn, recurse)
-        self.code_to_id, self.id_to_code = (x.to(self.code_to_id.device) for x in self.tables)
+        self.code_to_id = self.table.to(self.code_to_id.device)
         return self
 
     def codes_from_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids of any shape -> codes, same shape and device. ValueError if an id is no code."""
-        ids = torch.as_tensor(ids).long()
-        beyond = len(self.id_to_code) - 1
-        inside = torch.where((ids >= 0) & (ids < beyond), ids, beyond)
-        codes = self.id_to_code.to(ids.device)[inside]
-        if (codes < 0).any():
-            raise ValueError(f"id {int(ids[codes < 0][0])} is no image token: pass a picture's ids")
-        return codes
+        ids = torch.as_tensor(ids).long().contiguous()
+        table = self.code_to_id.to(ids.device)  # (K,)
+        other = ~torch.isin(ids, table)
+        if other.any():
+            raise ValueError(f"id {int(ids[other][0])} is no image token: pass a picture's ids")
+        ordered, codes = table.sort()  # each (K,), in ascending order of ids
+        return codes[torch.searchsorted(ordered, ids)]
 
 
 # ---------------------------------------------------------------------------------------------
