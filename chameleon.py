@@ -208,6 +208,7 @@ class ChameleonOutput(Mapping):
     past_key_values: "KVCache | None" = None
     hidden_states: tuple[Tensor, ...] | None = None  # embedding, then layers; the last normed
     attentions: tuple[Tensor, ...] | None = None  # for each layer (B, H, T, L)
+    cache = property(lambda self: self.past_key_values)  # its name since transformers 5.24
 
     def __post_init__(self) -> None:
         if isinstance(self.loss, Mapping):  # all fields in one, as accelerate builds outputs anew
@@ -219,11 +220,6 @@ class ChameleonOutput(Mapping):
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name, value in vars(self).items() if value is not None])
-
-    @property
-    def cache(self) -> "KVCache | None":
-        """What transformers 5.24 calls past_key_values, here and as an argument."""
-        return self.past_key_values
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -240,25 +236,16 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     """What both models share under the names of transformers' class; libraries look for them."""
 
     config: ChameleonConfig
+    config_class = ChameleonConfig
     gradient_checkpointing = False
     generation_config = None  # or transformers' GenerationConfig, whose values `generate` takes
-    main_input_name = "input_ids"
     accepts_loss_kwargs = True  # for the Trainer: forward takes num_items_in_batch,
     loss_type = "ForCausalLM"  # which counts the labels without the first column
     base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-
-    @classmethod
-    def can_generate(cls) -> bool:
-        return hasattr(cls, "generate")
 
     @property
     def base_model(self) -> "ChameleonModel":
         return cast("ChameleonModel", getattr(self, "model", self))
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.base_model.gradient_checkpointing
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embed_tokens
@@ -271,14 +258,8 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         return getattr(self, "lm_head", None)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels (N, 3, height, width) -> their ids' embeddings (N, S, D), which transformers 5
-        returns as `pooler_output` of an object.
-        """
+        """Pixels -> embeddings of their ids (N, S, D), the `pooler_output` of transformers 5."""
         return self.get_input_embeddings()(self.base_model.get_image_tokens(pixel_values))
-
-    def get_memory_footprint(self) -> int:
-        """Bytes of all parameters and buffers."""
-        return sum(x.nbytes for x in (*self.parameters(), *self.buffers()))
 
     def tie_weights(self) -> None:
         """One matrix for embedding and head, if the config says so."""
@@ -459,18 +440,6 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
         return None if T == 1 or past == 0 else (j <= q)[None, None]  # (1, 1, T, L)
     token = mask.bool() if mask.ndim == 3 else mask.bool()[:, None]  # (B, T or 1, L)
     return ((j <= q) & token | (j == q))[:, None]  # (B, 1, T, L)
-
-
-def documents_of(position_ids: Tensor) -> Tensor | None:
-    """Packed documents: where a position does not follow the one before it, another one begins.
-
-    position_ids (B or 1, T) -> bool (B or 1, T, T), True within a document; None if there is one.
-    """
-    steps = position_ids.diff(dim=-1)  # (B or 1, T - 1)
-    if not torch.compiler.is_compiling() and (steps == 1).all():  # a GPU synchronization
-        return None
-    number = F.pad((steps != 1).cumsum(-1), (1, 0))  # (B or 1, T), of the document
-    return number[:, None] == number[:, :, None]  # (B or 1, T, T)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -655,11 +624,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
     """
 
     def __init__(self, config: ChameleonConfig, with_vq_decoder: bool = True) -> None:
-        super().__init__()
-        if not isinstance(config, ChameleonConfig):  # such as transformers' own
-            raise ValueError(f"a {type(config).__name__} of {type(config).__module__} is no config "
-                             "of this file: give ChameleonConfig.from_dict(config.to_dict())")
-        self.config = config
+        super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         layer_class = ChameleonSwinDecoderLayer if config.swin_norm else ChameleonDecoderLayer
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
@@ -728,14 +693,11 @@ class ChameleonModel(ChameleonPreTrainedModel):
 
     def embed_pictures(self, inputs_embeds: Tensor, pixel_values: Tensor | None) -> Tensor:
         """inputs_embeds (B, T, D) -> the same, with the pictures in place of `<image>`."""
-        mark = self.vocabulary.image_token_id
-        if mark is None:
-            if pixel_values is not None:
-                raise ValueError("this vocabulary has no <image>, so no place for pictures")
-            return inputs_embeds
-        image = self.embed_tokens(torch.tensor([mark], device=inputs_embeds.device))  # (1, D)
-        here = (inputs_embeds == image).all(-1)  # (B, T)
-        ids = torch.where(here, mark, 0)  # (B, T), any other id where there is no picture
+        here = torch.zeros_like(inputs_embeds[..., 0], dtype=torch.bool)  # (B, T)
+        if (mark := self.vocabulary.image_token_id) is not None:
+            image = self.embed_tokens(torch.tensor([mark], device=inputs_embeds.device))  # (1, D)
+            here = (inputs_embeds == image).all(-1)  # (B, T)
+        ids = here * (mark or 0)  # (B, T), any other id where there is no picture
         ids = self.replace_image_placeholders(ids, pixel_values)  # (B, T)
         if pixel_values is None:
             return inputs_embeds
@@ -746,7 +708,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         input_ids: Tensor | None = None,  # (B, T)
         pixel_values: Tensor | None = None,  # (N, 3, height, width), N pictures over all rows
         attention_mask: Tensor | None = None,  # see `allowed_keys`
-        position_ids: Tensor | None = None,  # (B, T); see `documents_of`; default: after the cache
+        position_ids: Tensor | None = None,  # (B, T); default: continues after the cache
         past_key_values: KVCache | None = None,  # read and, in place, written
         inputs_embeds: Tensor | None = None,  # (B, T, D), instead of input_ids
         use_cache: bool | None = None,  # None: the config's; True makes a cache if none is given
@@ -791,7 +753,11 @@ class ChameleonModel(ChameleonPreTrainedModel):
             positions = torch.arange(past, past + T, device=x.device)  # (T,)
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
         elif attention_mask is None and cache is None:
-            attention_mask = documents_of(position_ids)  # (B or 1, T, T), or None
+            # Packed documents: one begins where a position does not follow the one before it.
+            begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))  # (B or 1, T)
+            if torch.compiler.is_compiling() or begins.any():  # a GPU synchronization
+                number = begins.cumsum(-1)  # (B or 1, T)
+                attention_mask = number[:, None] == number[:, :, None]  # (B or 1, T, T)
         if position_ids.shape not in ((1, T), (B, T)):
             raise ValueError(f"position_ids are {tuple(position_ids.shape)}, but must be (1 or "
                              f"{B}, {T}): one for each new token, none for cached tokens")
@@ -824,8 +790,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     """
 
     def __init__(self, config: ChameleonConfig, with_vq_decoder: bool = True) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.model = ChameleonModel(config, with_vq_decoder)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.apply(self.model.init_weights)

@@ -455,6 +455,16 @@ class VectorQuantizer(nn.Module):
 class PreTrainedModel(nn.Module):
     """What all models share under the names of transformers' PreTrainedModel."""
 
+    config_class: type
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        kind = self.config_class.__name__
+        if not isinstance(config, self.config_class):  # such as transformers' own
+            raise ValueError(f"a {type(config).__name__} of {type(config).__module__} is no config "
+                             f"of this file: give {kind}.from_dict(config.to_dict())")
+        self.config = config
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
@@ -468,6 +478,10 @@ class PreTrainedModel(nn.Module):
         left_out = {id(weight) for weight in tables if exclude_embeddings}
         return sum(p.numel() for p in self.parameters()
                    if (p.requires_grad or not only_trainable) and id(p) not in left_out)
+
+    def get_memory_footprint(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(x.nbytes for x in (*self.parameters(), *self.buffers()))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **options) -> Self:
@@ -514,12 +528,11 @@ class ChameleonVQVAE(PreTrainedModel):
     `with_decoder=False` builds what facebook/chameleon-7b holds: it can read pictures, not draw.
     """
 
+    config: ChameleonVQVAEConfig
+    config_class = ChameleonVQVAEConfig
+
     def __init__(self, config: ChameleonVQVAEConfig, with_decoder: bool = True) -> None:
-        super().__init__()
-        if not isinstance(config, ChameleonVQVAEConfig):  # such as transformers' own
-            raise ValueError(f"a {type(config).__name__} of {type(config).__module__} is no config "
-                             "of this file: make a ChameleonVQVAEConfig of its values")
-        self.config = config
+        super().__init__(config)
         self.encoder = Encoder(config)
         # DIFFERS: with double_latent=True, transformers fails in forward, because its quant_conv
         # expects latent_channels. Here quant_conv expects as many channels as the encoder returns.
