@@ -549,20 +549,19 @@ class ByteLevelBPE(Tokenizer):
         self._merges = merges  # (left id, right id) -> (rank, id of both joined)
         text_ids = {*self._byte_ids, *(joined for _, joined in merges.values())}
         self._added = {word: vocab[word] for word in sorted(words, key=len, reverse=True)}
-        self._parts = re.compile("|".join(map(re.escape, self._added)) or "(?!)")  # longest first
+        self._split = re.compile(f"({'|'.join(map(re.escape, self._added)) or '(?!)'})").split
         # Control ids are the ids that no text can give.
         super().__init__(path, vocab, set(vocab.values()) - text_ids - {*self._added.values()})
         self._cache = {}
 
     def text_ids(self, text: str) -> list[int]:
         check_text(text)
-        ids, done = [], 0
-        for added in [*self._parts.finditer(text), None]:  # None: the end of the text
-            start = added.start() if added else len(text)
-            ids += [i for word in split_words(text[done:start]) for i in self.word_ids(word)]
-            if added:
-                ids.append(self._added[added[0]])
-                done = added.end()
+        ids = []
+        for n, part in enumerate(self._split(text)):
+            if n % 2:  # an added word, the longest that stands there
+                ids.append(self._added[part])
+            else:
+                ids += [i for word in split_words(part) for i in self.word_ids(word)]
         return ids
 
     def word_ids(self, word: str) -> list[int]:

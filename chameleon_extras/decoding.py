@@ -734,16 +734,14 @@ def hooks_of(module: nn.Module) -> list[Callable]:
 
 
 def alike(one: nn.Module, other: nn.Module) -> bool:
-    """Do two layers differ in their tensors (and numbers) alone? Not if one has a hook, or a part
-    of another kind.
-    """
-    def of(layer: nn.Module) -> list:
-        return [repr(layer)] + [
-            (type(m), hooks_of(m), {name: value for name, value in vars(m).items()
-                                    if name[0] != "_" and name != "layer"})
-            for m in layer.modules()]
+    """Do two layers differ in their tensors and their number alone? Not if one has a hook."""
+    def parts_of(layer: nn.Module) -> list:
+        rest = [{name: value for name, value in vars(m).items()
+                 if name[0] != "_" and name != "layer"} for m in layer.modules()]
+        return [repr(layer), *map(type, layer.modules()), *rest]
 
-    return of(one) == of(other) and not any(map(hooks_of, one.modules()))
+    hooks = any(hooks_of(m) for layer in (one, other) for m in layer.modules())
+    return not hooks and parts_of(one) == parts_of(other)
 
 
 def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:
