@@ -736,8 +736,9 @@ def hooks_of(module: nn.Module) -> list[Callable]:
 def alike(one: nn.Module, other: nn.Module) -> bool:
     """Do two layers differ in their tensors and their number alone? Not if one has a hook."""
     def parts_of(layer: nn.Module) -> list:
-        rest = [{name: value for name, value in vars(m).items()
-                 if name[0] != "_" and name != "layer"} for m in layer.modules()]
+        rest = [{name: value for name, value in vars(m).items() if name[0] != "_"
+                 and name != "layer" and (callable(value) or isinstance(value, (int, float, str)))}
+                for m in layer.modules()]
         return [repr(layer), *map(type, layer.modules()), *rest]
 
     hooks = any(hooks_of(m) for layer in (one, other) for m in layer.modules())

@@ -38,7 +38,7 @@ from chameleon_extras.decoding import (
     split_of,
     with_row_products,
 )
-from chameleon_extras.quantize import INT4_ROWS, quantize_model
+from chameleon_extras.quantize import INT4_ROWS, KINDS, quantize_model
 from chameleon_extras.stats import Stats, bandwidth, step_bytes
 from generate import generate, stream
 from processor import ChameleonProcessor
@@ -673,6 +673,15 @@ def test_a_hook_acts_in_compiled_steps_too(traced):
         answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
     assert all(torch.equal(*pair) for pair in zip(answers[1::2], answers[2::2]))
     assert len({str(answer) for answer in answers}) == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_layers_share_one_compiled_block(traced, kind):
+    model, ids = quantize_model(small_model().bfloat16(), kind), torch.tensor([[0, 80, 81]])
+    for compiled in (False, True):  # the first call prepares the layers
+        answer = model.generate(ids, compile=compiled, max_new_tokens=4, eos_token_id=[])
+        assert answer.shape == (1, 7)
+    assert len(model.compiled_decoder.blocks) == 1
 
 
 def test_threads_leave_the_settings_of_torch_as_they_were():

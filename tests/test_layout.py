@@ -30,7 +30,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 895, "generate.py": 778, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_344, 30
+ALL_LINES, ALL_FILES = 11_345, 30
 
 
 def own_modules(node: ast.stmt) -> list[str]:
