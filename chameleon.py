@@ -239,13 +239,15 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     config_class = ChameleonConfig
     gradient_checkpointing = False
     generation_config = None  # or transformers' GenerationConfig, whose values `generate` takes
-    accepts_loss_kwargs = True  # for the Trainer: forward takes num_items_in_batch,
-    loss_type = "ForCausalLM"  # which counts the labels without the first column
+    accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch to forward
+    loss_type = "ForCausalLM"  # and counts in it the labels without the first column
     base_model_prefix = "model"
 
     @property
     def base_model(self) -> "ChameleonModel":
         return cast("ChameleonModel", getattr(self, "model", self))
+
+    is_gradient_checkpointing = property(lambda self: self.base_model.gradient_checkpointing)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.base_model.embed_tokens
@@ -258,7 +260,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         return getattr(self, "lm_head", None)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels -> embeddings of their ids (N, S, D), the `pooler_output` of transformers 5."""
+        """Pixels -> embeddings of their ids (N, S, D). DIFFERS: `pooler_output` in transformers."""
         return self.get_input_embeddings()(self.base_model.get_image_tokens(pixel_values))
 
     def tie_weights(self) -> None:
@@ -716,13 +718,13 @@ class ChameleonModel(ChameleonPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,  # False: a plain tuple
         cache_position: Tensor | None = None,  # (T,), position_ids of all rows
-        cache: KVCache | None = None,  # past_key_values under another name
+        cache: KVCache | None = None,  # transformers 5.24's name for past_key_values
     ) -> "ChameleonOutput | tuple":
         """-> last_hidden_state (B, T, D) and what was asked for.
 
-        With inputs_embeds, a placeholder is where the embedding of `<image>` stands. ValueError if
-        not exactly one of input_ids and inputs_embeds is given, or if pictures and placeholders
-        differ in number.
+        Without a mask and with use_cache=False, a jump in position_ids begins a new document, as in
+        transformers. With inputs_embeds, a placeholder is where the embedding of `<image>` stands.
+        ValueError unless one of input_ids and inputs_embeds is given, and a picture for each place.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -749,18 +751,18 @@ class ChameleonModel(ChameleonPreTrainedModel):
             cache.check_batch(B)
             past = cache.length
             cache.ids = None if cache.ids is None else cache.ids[:, :past]  # the rest is replaced
+        packed = position_ids is not None and attention_mask is None and cache is None
         if position_ids is None:
             positions = torch.arange(past, past + T, device=x.device)  # (T,)
             position_ids = (positions if cache_position is None else cache_position)[None]  # (1, T)
-        elif attention_mask is None and cache is None:
-            # Packed documents: one begins where a position does not follow the one before it.
+        if position_ids.shape not in ((1, T), (B, T)):
+            raise ValueError(f"position_ids are {tuple(position_ids.shape)}, but must be (1 or "
+                             f"{B}, {T}): one for each new token, none for cached tokens")
+        if packed:  # a document begins where a position does not follow the one before it
             begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))  # (B or 1, T)
             if torch.compiler.is_compiling() or begins.any():  # a GPU synchronization
                 number = begins.cumsum(-1)  # (B or 1, T)
                 attention_mask = number[:, None] == number[:, :, None]  # (B or 1, T, T)
-        if position_ids.shape not in ((1, T), (B, T)):
-            raise ValueError(f"position_ids are {tuple(position_ids.shape)}, but must be (1 or "
-                             f"{B}, {T}): one for each new token, none for cached tokens")
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
         if attention_mask is not None and (rows := attention_mask.shape[0]) != B and (

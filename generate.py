@@ -224,7 +224,7 @@ class Grammar:
         After the picture of mode "image" no id is allowed: the row has ended.
         """
         text = self.text_or_begin if self.fits(room) else self.text
-        by_place = text, self.end_only, self.codes  # a picture lacks 0, 1 (forced), or more ids
+        by_place = text, self.end_only, self.codes  # 1: end-image is forced; 2 or more: a code
         return torch.stack([by_place[min(n, 2)] for n in places])  # (B, V)
 
 
@@ -313,7 +313,7 @@ class Contexts:
         past.ids, past.length, past.max_length = seen[:, :n].clone(), n, None
 
     def visible(self, seen: Tensor, stream: str) -> Tensor:
-        """Ids so far (B, L) -> which of them the stream sees, bool (B, L); <s> always is."""
+        """Ids so far (B, L) -> which of them the stream sees, bool (B, L). <s> always is."""
         is_token = self.is_token[:, : seen.shape[1]]  # (B, L)
         if stream == "full":
             return is_token
@@ -421,7 +421,8 @@ def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequ
                 decoders: list[StreamDecoder]) -> Iterator[Tensor]:
     """Passes the ids (B,) on until the last row has ended. ValueError for NO_ID.
 
-    A row ends with one of `stops`, or, given a decoder for each row, when its text holds a word.
+    A row ends with one of `stops`, or when its text holds one of `words`; `decoders` has one for
+    each row, or none without words. Ended rows get `pad`.
     """
     ended, ends = torch.tensor(False), torch.tensor(stops, dtype=torch.long)
     texts = [""] * len(decoders)
@@ -594,7 +595,7 @@ def stream(
     seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
     eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
     pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
-    stop_strings: str | Sequence[str] | None = None,  # a row ends with what completes one, too
+    stop_strings: str | Sequence[str] | None = None,  # a row also ends with what completes one
     tokenizer: Tokenizer | None = None,  # needed for stop_strings
     past_key_values: KVCache | None = None,  # of an earlier call; see below
     compile: bool = False,  # the same ids sooner, after seconds of compiling in the first call

@@ -44,7 +44,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from inspect import signature
@@ -427,10 +427,13 @@ class ChameleonImageProcessor:
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, folder: str | Path) -> list[str]:
+    def save_pretrained(self, save_directory: str | Path) -> list[str]:
         """Writes preprocessor_config.json, which transformers reads, too -> its path, in a list."""
-        file = Path(folder) / "preprocessor_config.json"
+        file, joint = (Path(save_directory) / f"{name}_config.json"
+                       for name in ("preprocessor", "processor"))
         write_json(file, {**self.to_dict(), "image_processor_type": "ChameleonImageProcessor"})
+        if joint.is_file() and "image_processor" in (data := read_json(joint)):  # read first
+            write_json(joint, {name: data[name] for name in data if name != "image_processor"})
         return [str(file)]
 
     @classmethod
@@ -440,7 +443,7 @@ class ChameleonImageProcessor:
 
         hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
         folder = find_folder(folder, **hub)
-        file = joint = Path(folder) / "processor_config.json"  # where it has one, that is newer
+        file = joint = Path(folder) / "processor_config.json"  # transformers 5 writes into this
         data = read_json(joint).get("image_processor") if joint.is_file() else None
         if data is None and (file := Path(folder) / "preprocessor_config.json").is_file():
             data = read_json(file)
@@ -698,23 +701,26 @@ class ChameleonProcessor:
         """As Tokenizer.batch_decode."""
         return self.tokenizer.batch_decode(*ids, **options)
 
-    post_process_image_text_to_text = batch_decode  # transformers' other name for it
+    def post_process_image_text_to_text(self, generated_outputs: Iterable,
+                                        skip_special_tokens: bool = True, **options) -> list[str]:
+        return self.batch_decode(generated_outputs, skip_special_tokens, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the tokenizer's files, preprocessor_config.json and processor_config.json, from
         which `from_pretrained` and transformers' AutoProcessor give the same ids.
         """
         from chameleon_extras.convert import write_for_transformers  # only to write files
 
+        folder = Path(save_directory)
         self.tokenizer.save_pretrained(folder)
-        write_for_transformers(Path(folder))
-        file = Path(folder) / "tokenizer_config.json"
+        write_for_transformers(folder)
+        file = folder / "tokenizer_config.json"
         tokens = self.tokenizer.special_tokens_map
         saved = {name: tokens[name] for name in self.tokenizer.SAVED if name in tokens}
         write_json(file, read_json(file) | saved | {"padding_side": self.tokenizer.padding_side})
         self.image_processor.save_pretrained(folder)
         data = {"image_seq_length": self.image_seq_length, "image_token": self.image_token}
-        write_json(Path(folder) / "processor_config.json",
+        write_json(folder / "processor_config.json",
                    {**data, "processor_class": "ChameleonProcessor"})
 
     @classmethod

@@ -260,7 +260,7 @@ class Tokenizer:
     """
 
     model_input_names = ["input_ids", "attention_mask"]
-    SAVED = ("eos_token", "unk_token", "sep_token", "pad_token")  # in tokenizer_config.json
+    SAVED = ("eos_token", "unk_token", "sep_token", "pad_token")  # tokenizer_config.json has them
     SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "image_token")
     bos_token, eos_token, unk_token, sep_token, pad_token, image_token = map(special_token, SPECIAL)
 
@@ -295,8 +295,10 @@ class Tokenizer:
         raise NotImplementedError
 
     def encode(self, text: str, add_special_tokens: bool = True, **options) -> Any:
-        """Text -> ids, with <s> in front unless told otherwise. options: those of a call."""
-        if options:  # such as return_tensors: (1, T)
+        """Text -> ids, with <s> in front unless told otherwise. With options, such as
+        return_tensors, the input_ids of `tokenizer(text, **options)`.
+        """
+        if options:
             return self(text, add_special_tokens=add_special_tokens, **options)["input_ids"]
         return [self.bos_token_id] * add_special_tokens + self.text_ids(text)
 
@@ -409,15 +411,17 @@ class Tokenizer:
         """A decoder that takes one id at a time."""
         return StreamDecoder(self, skip_special_tokens)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Copies the tokenizer's files into a folder, under the names that transformers expects."""
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Copies the tokenizer's files, as they were read, under the names that transformers
+        expects. ChameleonProcessor.save_pretrained also writes what was set since.
+        """
         files = {self.path: f"tokenizer{self.path.suffix}"}
         for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
             files[self.path.with_name(name)] = name
         contents = {name: file.read_bytes() for file, name in files.items() if file.is_file()}
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            (Path(folder) / name).write_bytes(content)
+            (Path(save_directory) / name).write_bytes(content)
 
 
 class StreamDecoder:
@@ -625,6 +629,9 @@ def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[in
         added = data.get("added_tokens") or []
         words = {token["content"] for token in added
                  if token["content"] not in vocab and token.get("special") is False}
+        if any(token.get(rule) for token in added if token["content"] in words
+               for rule in ("single_word", "lstrip", "rstrip")):
+            raise ValueError("an added word has single_word, lstrip or rstrip, which are not read")
         vocab |= {token["content"]: token["id"] for token in added}
         check_ids(vocab)
         if len({*vocab.values()}) < len(vocab):
@@ -690,7 +697,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 TOKENIZER_FILES = {
-    "tokenizer.model": SentencePieceTokenizer,  # first: tokenizer.json is made from it
+    "tokenizer.model": SentencePieceTokenizer,  # first: the tokenizer.json beside it is its copy
     "tokenizer.json": ByteLevelBPE,  # transformers' conversion
     "text_tokenizer.json": ByteLevelBPE,  # Meta's release
     "tokenizer/text_tokenizer.json": ByteLevelBPE,  # the same, from the release's root folder
@@ -708,7 +715,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer.padding_side = values.get("padding_side", tokenizer.padding_side)
             for name in Tokenizer.SAVED:
                 token = values.get(name)  # a dict: as transformers 4 has it
-                if token := token.get("content") if isinstance(token, dict) else token:
+                token = token.get("content") if isinstance(token, dict) else token
+                if token in tokenizer.vocab or (token and name == "pad_token"):  # else: an error
                     setattr(tokenizer, name, token)
             return tokenizer
     raise ValueError(f"{folder}: no tokenizer in it, one of {', '.join(TOKENIZER_FILES)} is wanted")

@@ -49,7 +49,7 @@ from torch import Tensor
 # base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
 # lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
-ONE_THREAD = RLock()  # held by `setting`
+ONE_THREAD = RLock()  # `setting` holds it: one thread at a time changes such a setting
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def check_fields(config: object) -> None:
         value, optional = getattr(config, name), type(None) in get_args(hint)
         kind = get_args(hint)[0] if optional else hint
         if not hasattr(kind, "__metadata__"):
-            continue  # a field of your own subclass, of a plain type
+            continue  # a plain type, in a subclass of your own: not checked
         _, words, holds = get_args(kind)
         if not (holds(value) or (optional and value is None)):
             wanted = words + " or left out" * optional
@@ -136,9 +136,9 @@ class PreTrainedConfig:
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, folder: str | PathLike) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+    def save_pretrained(self, save_directory: str | PathLike) -> None:
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike, **changes) -> Self:
@@ -459,10 +459,11 @@ class PreTrainedModel(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        kind = self.config_class.__name__
-        if not isinstance(config, self.config_class):  # such as transformers' own
-            raise ValueError(f"a {type(config).__name__} of {type(config).__module__} is no config "
-                             f"of this file: give {kind}.from_dict(config.to_dict())")
+        wanted, given = self.config_class.__name__, type(config)
+        if not isinstance(config, self.config_class):
+            how = f": give {wanted}.from_dict(config.to_dict())"  # for transformers' own
+            raise ValueError(f"a {wanted} is wanted, not a {given.__name__} of {given.__module__}"
+                             + how * (given.__name__ == wanted))
         self.config = config
 
     @property
@@ -496,13 +497,13 @@ class PreTrainedModel(nn.Module):
 
         return load_pretrained(cls, pretrained_model_name_or_path, **options)
 
-    def save_pretrained(self, save_directory: str | PathLike, is_main_process: bool = True,
-                        state_dict: dict | None = None, save_function: object = None, *,
+    def save_pretrained(self, save_directory: str | PathLike, *, is_main_process: bool = True,
+                        state_dict: dict | None = None, save_function: object = None,
                         max_shard_size: int | str = "5GB", safe_serialization: bool = True) -> None:
         """Writes config.json and safetensors that transformers and `from_pretrained` read.
 
         state_dict: instead of the model's own. is_main_process: False writes nothing, so that of
-        several processes one writes. save_function and safe_serialization are accepted.
+        several processes one writes. save_function and safe_serialization change nothing.
         """
         from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
 
@@ -512,7 +513,9 @@ class PreTrainedModel(nn.Module):
 
 @contextmanager
 def setting(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Inside, a setting of the whole process has this value; another thread's `setting` waits."""
+    """In this context `owner.name`, which the whole process shares, is `value`. Another thread that
+    wants to set one waits.
+    """
     with ONE_THREAD:
         before = getattr(owner, name)
         setattr(owner, name, value)
@@ -582,8 +585,8 @@ class ChameleonVQVAE(PreTrainedModel):
                              f"{least}, got {shape}")
         if self.quant_conv.weight.dtype != torch.float32:
             raise ValueError(f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which "
-                             "changes codes: call .float() on it, load with from_pretrained(dtype="
-                             "...), or name them in FSDP's ignored_params")
+                             "changes codes: call vqmodel.float(), or load with from_pretrained("
+                             "dtype=...); with FSDP, name them in ignored_params")
         # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
         # Matrix products may use TF32 if the caller allows it. While torch.compile traces,
         # convolutions may, too.

@@ -241,8 +241,8 @@ class Terminal:
             try:
                 files = [names] if whole else shlex.split(escaped)
             except ValueError:
-                raise ValueError(f"/image {names}: no such file (a name with quotes or blanks "
-                                 "stands in double quotes)") from None
+                raise ValueError(f"/image {names}: no such file (put a name with quotes or "
+                                 "blanks into double quotes)") from None
             self.waiting += [load_image(os.path.expanduser(name)) for name in files]
         say(f"{len(self.waiting)} picture(s) for the next turn")
 

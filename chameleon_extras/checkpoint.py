@@ -66,8 +66,8 @@ def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
         return open_release(release)[0], None
     path = folder / "config.json"
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} holds an adapter: load the model that it is for, then peft's "
-                         "PeftModel.from_pretrained(model, folder).merge_and_unload()")
+        raise ValueError(f"{folder} holds an adapter: PeftModel.from_pretrained(model, folder) "
+                         "loads it; to load the model alone, move adapter_config.json out")
     if not folder.is_dir():
         raise ValueError(f"no model folder {folder}: give a folder that holds config.json "
                          "(a checkpoint of the Hugging Face hub has to be downloaded first)")
@@ -111,7 +111,8 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
         kinds = ("*.safetensors", "*.bin", "*.pt*", "*/*.distcp")
         others = [path.name for kind in kinds for path in sorted(folder.glob(kind))]
         there = f", but holds {', '.join(others):.80}: save with model.save_pretrained(folder), or"
-        raise ValueError(f"{folder} lacks {', '.join(absent)}{there if others else ':'} download "
+        known = others and not index.is_file()  # else a shard is missing
+        raise ValueError(f"{folder} lacks {', '.join(absent)}{there if known else ':'} download "
                          "the checkpoint again")
     return [folder / name for name in names]
 
@@ -171,7 +172,7 @@ def check_layers(folder: Path, config: ChameleonConfig, tensors: dict[str, Store
 
 
 def tensors_of(model: nn.Module, state_dict: dict | None = None) -> dict[str, Tensor]:
-    """The tensors that a checkpoint of this model contains, by name; its own, or those given.
+    """The tensors that a checkpoint of this model contains, by name: its own, or `state_dict`'s.
 
     A tied head is not among them, unless it is quantized: then it has weights of its own.
     """

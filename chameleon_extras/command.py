@@ -66,7 +66,8 @@ MAX_COUNT = 1000
 MAX_STDIN = 10**7  # characters of --prompt -
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention")
 OF_ANSWERS = (*OF_WEIGHTS, *OF_TEXT, "max_new_tokens", "seed", "compile")
-# What each of these reads beside itself, and why no more. The first that is given counts.
+# The options that each of these commands reads, and the reason for refusing others. Of several
+# commands the first counts.
 READ_BY = {
     "demo": ({*OF_ANSWERS, *OF_PICTURES, "context"}, "--demo is a page"),
     "chat": ({*OF_ANSWERS, *OF_PICTURES, "context"}, "--chat reads its prompts line by line"),
@@ -125,7 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what comes out").add_argument
     add("--mode", default="text", choices=MODES, help="text (the default), a picture, or both")
     add("--out", type=Path, metavar="PATH",
-        help="file for a picture, replaced if it is there (but no single picture of a sheet is); "
+        help="file for a picture, replaced if it is there (with --count, only the sheet is); "
         "folder for an interleaved document")
     add("--count", type=int, default=1, metavar="N",
         help=f"so many pictures of each prompt, and a sheet of all (default 1; 1 to {MAX_COUNT})")

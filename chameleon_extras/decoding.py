@@ -271,7 +271,7 @@ BACKENDS = {
 def only(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
          dropout: float) -> tuple[Tensor, None]:
     """SDPA by one of BACKENDS and no other. ValueError where it cannot run the case."""
-    if torch.compiler.is_compiling():  # `check_attention` has seen to it that this works
+    if torch.compiler.is_compiling():  # `check_attention` has refused what cannot run
         with sdpa_kernel(BACKENDS[name]):
             return sdpa_attention(q, k, v, mask, dropout)
     try:
@@ -576,9 +576,8 @@ class Decoder:
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for N blocks that is a
-            # tenth of a step. Here it checks shapes only. The rest holds: layers of one model
-            # differ in their tensors alone, and this copy of the code serves one model. Layers that
-            # differ in more have a copy each.
+            # tenth of a step. Here it checks shapes only. The rest holds, because a copy of the
+            # code serves one model, and within it layers that are `alike`.
             layers = model.model.layers
             copies = 1 if all(alike(layers[0], layer) for layer in layers) else len(layers)
             self.blocks = [compile_step(copy_of(block), model.device,
@@ -636,8 +635,9 @@ class Decoder:
                  cache: KVCache) -> Tensor:
         """One more column: ids (B, 1) -> hidden states (B, D).
 
-        `mask`, over the columns so far and this one: True where a row may see it, False where its
-        guidance stream skips it. `positions` (B, 1). Both None: nothing is padded.
+        `mask` (B, length + 1), the last column is this one: True where a row may see the column,
+        False on padding and where its guidance stream skips it. `positions` (B, 1). Both None:
+        nothing is padded.
         """
         with self.kernels(len(new), compiled=True):
             cache.fill(new, mask, positions)
@@ -728,18 +728,21 @@ def parts(model: ChameleonForConditionalGeneration) -> list:
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
-    """What acts beside its class: hooks, and a `forward` of its own."""
+    """What acts beside the code of its class: hooks, and a `forward` set on the instance."""
     own = [module.forward] if "forward" in vars(module) else []
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *own]
 
 
 def alike(one: nn.Module, other: nn.Module) -> bool:
-    """Do two layers differ in their tensors and their number alone? Not if one has a hook."""
+    """Can one compiled copy serve both layers? Yes, if they differ only in the values of their
+    tensors and in their place, `layer`. No, if one has a hook.
+    """
     def parts_of(layer: nn.Module) -> list:
         rest = [{name: value for name, value in vars(m).items() if name[0] != "_"
                  and name != "layer" and (callable(value) or isinstance(value, (int, float, str)))}
                 for m in layer.modules()]
-        return [repr(layer), *map(type, layer.modules()), *rest]
+        stored = [(x.dtype, x.stride()) for x in layer.state_dict().values()]
+        return [repr(layer), *map(type, layer.modules()), *rest, *stored]
 
     hooks = any(hooks_of(m) for layer in (one, other) for m in layer.modules())
     return not hooks and parts_of(one) == parts_of(other)

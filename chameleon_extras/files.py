@@ -82,7 +82,7 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
 
 
 def too_little_memory(error: MemoryError | RuntimeError) -> str:
-    """What to say of such an error. One that is of another kind is raised again."""
+    """The line for an error of too little memory. Any other error is raised again."""
     if not isinstance(error, MemoryError) and not re.search(
             "(out of|allocate|enough) memory|could not create a", str(error)):  # oneDNN's words
         raise error

@@ -106,7 +106,7 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
     with hold(options.out), open(options.out, "a", encoding="utf-8", newline="\n") as file:
         done = answered(options.out, asked)
         answer_rest(options, processor, asked, done, file)
-        before = f", {done} of them from before, with the options of then" if done else ""
+        before = f", {done} of them from before, with that run's options" if done else ""
         say(f"{options.out}: {len(asked)} answer(s){before}")
 
 

@@ -137,6 +137,8 @@ def test_packed_documents_do_not_see_each_other(seed, n, m):
         # Without a cache the positions alone tell where a document begins.
         unmasked = MODEL(ids, position_ids=positions, use_cache=False).logits
         assert torch.equal(unmasked, packed)
+        with pytest.raises(ValueError, match="position_ids are"):
+            MODEL(ids, position_ids=positions[0], use_cache=False)
 
 
 @settings(max_examples=20, deadline=None)

@@ -160,7 +160,7 @@ def test_five_turns_with_two_pictures_in_and_two_out(lines, tmp_path):
     ("/image", "needs a file"),
     ("/image none.png", "none.png"),
     ("/image last", "no picture yet"),
-    ("/image it's.png", "no such file (a name with quotes or blanks stands in double quotes)"),
+    ("/image it's.png", "no such file (put a name with quotes or blanks into double quotes)"),
     ("/draw", "needs words"),
     ("/seed red", "give a whole number below 2^63, or the word random"),
     ("/seed random", "seed "),

@@ -658,7 +658,7 @@ def test_a_hook_acts_in_compiled_steps_too(traced):
     for n, layer in enumerate(model.model.layers):  # each layer has its own
         layer.mlp.down_proj.register_forward_hook(lambda module, x, y, n=n: y * (3 * n - 1))
     answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
-    for part in ("mlp", "act", "attend", "forward"):
+    for part in ("mlp", "act", "attend", "forward", "stride"):
         model = small_model()
         layer = model.model.layers[1]
         if part == "mlp":
@@ -667,6 +667,9 @@ def test_a_hook_acts_in_compiled_steps_too(traced):
             layer.mlp.act = torch.sin
         elif part == "attend":
             layer.self_attn.attend = lambda *a: (-3 * sdpa_attention(*a)[0], None)
+        elif part == "stride":
+            weight = layer.mlp.up_proj.weight
+            weight.data = (-2 * weight.data).T.contiguous().T
         else:
             up = layer.mlp.up_proj
             up.forward = lambda x, up=up: -2 * torch.nn.functional.linear(x, up.weight)

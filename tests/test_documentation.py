@@ -838,7 +838,10 @@ def test_tokens_that_were_set_are_saved(bpe_folder, tmp_path):
             assert read.padding_side == "right"
         assert again("a").input_ids.tolist() == theirs(text="a", return_tensors="pt"
                                                        ).input_ids.tolist()
+    file = tmp_path / "ours" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"unk_token": "<not there>"}))
     left = ChameleonProcessor.from_pretrained(tmp_path / "ours", padding_side="left")
+    assert left.tokenizer.unk_token == "<unk>"
     assert left.tokenizer.padding_side == "left" and left.image_token_id == theirs.image_token_id
 
 
@@ -864,6 +867,10 @@ def test_what_transformers_5_wrote_last_about_pictures_is_read(untrained_folder,
     theirs.save_pretrained(tmp_path)  # processor_config.json alone
     for kind in (ChameleonProcessor, transformers.ChameleonProcessor):
         assert kind.from_pretrained(tmp_path).image_processor.rescale_factor == 0.5
+    own = chameleon.ChameleonImageProcessor.from_pretrained(tmp_path, rescale_factor=0.25)
+    own.save_pretrained(save_directory=tmp_path)  # and what we wrote last, too
+    for kind in (chameleon.ChameleonImageProcessor, transformers.AutoImageProcessor):
+        assert kind.from_pretrained(tmp_path).rescale_factor == 0.25
 
 
 def test_transformers_reads_the_processor_that_is_saved_and_we_read_theirs(
@@ -919,8 +926,9 @@ def test_a_lora_model_learns_and_writes_before_and_after_merging(task):
     lora(**inputs, labels=labels).loss.backward()
     learned = {name for name, p in lora.named_parameters() if p.grad is not None}
     assert learned and all("lora_" in name for name in learned)
-    assert torch.equal(lora.merge_and_unload().generate(**inputs, max_new_tokens=6), ids)
-    assert not torch.equal(ids, plain)
+    merged = lora.merge_and_unload()
+    assert torch.equal(merged.generate(**inputs, max_new_tokens=6), ids)
+    assert not torch.equal(ids, plain) and not merged.model.embed_tokens._forward_hooks
 
 
 def test_names_of_transformers_5(untrained_folder):
@@ -956,6 +964,7 @@ def test_what_is_given_to_the_wrong_function_is_told_where_it_belongs(untrained_
     one_line(lambda: processor.apply_chat_template(turn), "nothing is fetched")
     model = chameleon.ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
     one_line(lambda: model.set_attn_implementation({"": "sdpa"}), "is none of eager, sdpa")
+    assert processor.post_process_image_text_to_text(inputs.input_ids) == ["Hello"]
     ids = processor.tokenizer.encode("Hello", return_tensors="pt")
     assert ids.tolist() == [processor.tokenizer.encode("Hello")]
 

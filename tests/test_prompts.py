@@ -82,8 +82,8 @@ def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     assert code == 0 and part.read_bytes() == whole and len(calls) == 3 + 3
     assert "5 answer(s), 2 of them from before" in err
     part.write_bytes(whole[:-1])  # an editor has taken the last end of line
-    assert "5 of them from before, with the options of then" in run("asked.jsonl", "--out",
-                                                                    "part.jsonl")[2]
+    told = run("asked.jsonl", "--out", "part.jsonl")[2]
+    assert "5 of them from before, with that run's options" in told
     assert part.read_bytes() == whole
 
 

@@ -208,6 +208,15 @@ def test_words_that_were_added_are_tokens_as_in_the_tokenizers_library(bpe_folde
     assert ours.text_ids(text) == ids and ours.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize("rule", ["single_word", "lstrip", "rstrip"])
+def test_an_added_word_with_a_rule_is_refused(tmp_path, rule):
+    path = write_synthetic_tokenizer(tmp_path)
+    data = json.loads(path.read_text())
+    word = {"id": 5000, "content": "zebra", "special": False, rule: True}
+    path.write_text(json.dumps(data | {"added_tokens": [*data["added_tokens"], word]}))
+    one_line(lambda: load_tokenizer(tmp_path), "single_word, lstrip or rstrip")
+
+
 def test_splits_isolate_numbers_punctuation_image_names_and_double_spaces():
     def words(text):
         return list(split_words(text))

@@ -356,7 +356,7 @@ def test_a_config_may_have_fields_of_ones_own_and_one_of_another_class_is_named(
     assert ChameleonVQVAE(Mine(**SMALL, decay=0.9)).config.decay == 0.9
     with pytest.raises(ValueError, match="resolution must be"):
         Mine(resolution=-1)
-    with pytest.raises(ValueError, match="a SimpleNamespace of types is no config"):
+    with pytest.raises(ValueError, match="wanted, not a SimpleNamespace of types$"):
         ChameleonVQVAE(types.SimpleNamespace(**SMALL))
 
 

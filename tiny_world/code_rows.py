@@ -1,4 +1,4 @@
-"""What learns: the codes' rows, computed from the codebook in training, and what `--train` names.
+"""Which weights learn: rows for the codes, computed from the codebook; the choices of `--train`.
 
     codebook (K, E) --standardize--> x (K, E) --CodeRows.map--> rows (K, D)
                                                                    |

@@ -2,7 +2,7 @@
 
     seed --Pictures--> scenes, and the codes (S,) of their pictures, cached in a file
     scenes --Corpus--> Document --Rows--> ids, read, position, weight (B, T), mask (B, T, T)
-    folder of your own --read_examples--> Lines --OwnData--> the same
+    folder of your own --read_examples--> Lines --OwnData--> batches as above
 
 Who needs it: whoever wants to know what the decoder is trained on. Several questions about one
 picture form one document with a shared beginning and independent branches:
@@ -563,7 +563,8 @@ def visible(document: Tensor, branch: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------
 # Your own training data, `train.py sft --data FOLDER`: a folder with a .jsonl file, one {"prompt",
-# "images", "answer"} a line. All errors in it are found before any weight is read.
+# "images", "answer"} a line. `read_examples` finds what is wrong in it before any weight is read;
+# `OwnData`, with the model, finds what is too long.
 
 
 def read_examples(folder: Path) -> list[Line]:

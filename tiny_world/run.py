@@ -100,8 +100,8 @@ class Run:
         return rows | {"total": total.to(self.device)}
 
     def due(self, step: int, steps: int) -> bool:
-        """Is a save due after this step? One process looks at the clock, too; several would not
-        agree.
+        """Is a save due after this step? A single process looks at the clock, too; the clocks of
+        several would disagree.
         """
         late = self.world_size == 1 and time.monotonic() - self.saved > self.SAVE_AFTER
         return late or step + 1 == steps or (step + 1) % self.SAVE == 0
