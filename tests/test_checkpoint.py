@@ -198,7 +198,8 @@ def wrap(folder):
 
 NORM, VQ_NAMES = "model.norm.weight", "model.vqmodel."
 BROKEN = {
-    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "PeftModel.from_pretrained.model, folder. loads"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"),
+                   "PeftModel.from_pretrained.model, folder. loads it"),
     "another name": (lambda f: (f / "model.safetensors").rename(f / "model.fp16.safetensors"),
                      r"lacks model.safetensors, but holds model.fp16.safetensors: save with"),
     "of a wrapper": (wrap, r"one is 'module\.lm_head.weight': save model.state_dict\(\)"),
