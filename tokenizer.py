@@ -634,8 +634,6 @@ def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[in
             raise ValueError("an added word has single_word, lstrip or rstrip, which are not read")
         vocab |= {token["content"]: token["id"] for token in added}
         check_ids(vocab)
-        if len({*vocab.values()}) < len(vocab):
-            raise ValueError("two names have one id")
         merges = {}
         for rank, pair in enumerate(data["model"]["merges"]):
             # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file

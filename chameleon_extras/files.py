@@ -210,7 +210,7 @@ def read_line(text: str, texts: tuple[str, ...]) -> dict:
     try:
         line = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:  # JSONDecodeError, or too many digits
-        raise ValueError(f"not JSON ({error})") from None
+        raise ValueError(f"broken JSON ({error})") from None
     if not isinstance(line, dict):
         raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
     if unknown := sorted(set(line) - {"prompt", "images", "answer"}):

@@ -11,7 +11,8 @@ same run, because other load on the machine affects both.
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from chameleon import ChameleonForConditionalGeneration, KVCache
 
 READ = 2**28  # bytes of the memory that is read to measure it: more than most processors' caches
-READ_CUDA = 2**33  # the same of a GPU's, if it is free: so much that launch and wait hardly count
+READ_CUDA = 2**32  # the same of a GPU's, if it is free
 
 
 class Stats:
@@ -61,12 +62,17 @@ class Stats:
                 f"peak memory {peak / 1e9:.2f} GB")
 
 
-def step_bytes(model: ChameleonForConditionalGeneration, share_of_codes: float = 0.0) -> float:
-    """Bytes of weights that a step reads: the layers, and the head or its rows for codes."""
+def step_bytes(model: ChameleonForConditionalGeneration,
+               share_of_codes: float | None = 0.0) -> float:
+    """Bytes of weights that a step reads: the layers, and the head or its rows for codes.
+    `share_of_codes` None: the layers alone.
+    """
 
     def size(module: torch.nn.Module) -> int:
         return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
+    if share_of_codes is None:
+        return size(model.model.layers)
     part = model.model.vocabulary.num_codes / model.config.vocab_size
     head = size(model.lm_head) * (1 - share_of_codes + share_of_codes * part)
     return size(model.model.layers) + head
@@ -74,15 +80,26 @@ def step_bytes(model: ChameleonForConditionalGeneration, share_of_codes: float =
 
 def bandwidth(device: torch.device) -> float:
     """Bytes a second at which a large array in this device's memory is read; best of five."""
-    size, seconds = READ, []
-    if device.type == "cuda":
+    cuda, size = device.type == "cuda", READ
+    if cuda:  # a quarter of a gigabyte would be read in less time than a launch and a wait take
         size = min(READ_CUDA, torch.cuda.mem_get_info(device)[0] // 2)
     data = torch.ones(size // 8, dtype=torch.int64, device=device)
-    for _ in range(5):
+    with torch.cuda.device(device) if cuda else nullcontext():
+        return data.nbytes / min(seconds_of(data.sum, cuda) for _ in range(5))
+
+
+def seconds_of(task: Callable[[], object], cuda: bool) -> float:
+    """Seconds of `task`; on CUDA by the clock of the current device, without launches."""
+    if not cuda:
         start = time.perf_counter()
-        data.sum().item()  # to read the sum is to wait for it
-        seconds.append(time.perf_counter() - start)
-    return data.nbytes / min(seconds)
+        task()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    task()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def peak_memory(device: torch.device) -> float:

@@ -94,8 +94,7 @@ class Report:
               head: bool) -> str:
         """What a step reads, by its seconds, as a share of the bandwidth measured."""
         model, c = self.model(kind), self.model(kind).config
-        layers = sum(t.nbytes for t in model.model.layers.state_dict().values())
-        read = step_bytes(model, share_of_codes=1.0) if head else layers
+        read = step_bytes(model, share_of_codes=1.0 if head else None)
         read += rows * columns * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
         return f"{read / seconds / self.bandwidth():.0%} of the bandwidth"
 

@@ -30,7 +30,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 897, "generate.py": 779, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_371, 30
+ALL_LINES, ALL_FILES = 11_386, 30
 
 
 def own_modules(node: ast.stmt) -> list[str]:

@@ -811,9 +811,9 @@ def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{not json", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("9" * 5000, "not JSON"),
+        ("{not json", "broken JSON"),
+        ("[" * 100_000, "broken JSON"),
+        ("9" * 5000, "broken JSON"),
         ([1], "must be an object"),
         ({"prompt": "Hi"}, "'answer' must be a text"),
         ({"prompt": "", "answer": "x"}, "'prompt' must be a text"),

@@ -44,7 +44,7 @@ class Run:
     """
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
-    PAUSE, SAVE_AFTER = 20, 600  # seconds between two lines of progress; between two saves, too
+    PAUSE, SAVE_AFTER = 20, 600  # seconds between two lines of progress; between saves
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.state = options, options.out, options.state
