@@ -18,6 +18,20 @@ torch.set_num_threads(THREADS)  # several processes share the cores
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # in subprocesses, too
 
 
+# Files that take long begin first, so that no process is left alone with one at the end.
+LONG = ("train", "decoding", "large", "cuda_report", "shape_comments", "parallel", "command",
+        "chat", "mutations", "chameleon")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would begin with the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Whole folders of tests run in up to four processes, named files and tests in this one."""
     return min(4, CORES) if all(Path(name).is_dir() for name in config.args) else 0

@@ -19,8 +19,9 @@ import io
 import re
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 SHAPE = re.compile(r"\(((?:[^(),]+,)+(?:[^(),]+)?)\)")
 COMMENT = re.compile(rf"#\s*(?:\w+ )?({SHAPE.pattern}(?:(?:, | -> ){SHAPE.pattern})*)")
@@ -185,14 +186,8 @@ def item_mismatch(size: int, item: str, letters: dict, variables: dict) -> str:
     if " or " in item:
         tried = [item_mismatch(size, one, dict(letters), variables) for one in item.split(" or ")]
         return "" if "" in tried else tried[0]
-    item = re.sub(r"(\d)([A-Za-z])", r"\1*\2", item.replace("'", "_"))  # 2h is 2*h
-    item = re.sub(r"(\w) (\w)", r"\1*\2", item)  # H Dh is H*Dh
-    try:
-        names = {node.id for node in ast.walk(ast.parse(item, mode="eval"))
-                 if isinstance(node, ast.Name)}
-    except SyntaxError:
-        return ""  # words
-    if names & FREE:
+    item, names, code = expression(item)
+    if code is None or names & FREE:
         return ""
     for name in names:
         if isinstance(variables.get(name), int) and name not in letters:
@@ -201,5 +196,18 @@ def item_mismatch(size: int, item: str, letters: dict, variables: dict) -> str:
         letters[item] = size
     if names - letters.keys():
         return ""
-    value = eval(item, {}, letters)
+    value = eval(code, {}, letters)
     return "" if value == size else f"{item} is {value:g}"
+
+
+@cache
+def expression(item: str) -> tuple[str, set[str], CodeType | None]:
+    """One number of a shape -> it as Python writes it, its letters, its code; None for words."""
+    item = re.sub(r"(\d)([A-Za-z])", r"\1*\2", item.replace("'", "_"))  # 2h is 2*h
+    item = re.sub(r"(\w) (\w)", r"\1*\2", item)  # H Dh is H*Dh
+    try:
+        tree = ast.parse(item, mode="eval")
+    except SyntaxError:
+        return item, set(), None
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return item, names, compile(tree, "<shape>", "eval")

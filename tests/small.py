@@ -1,6 +1,11 @@
 """Small models with large weights, shared by the tests: 3 layers, 64 codes, 32x32 pictures."""
 
+import os
 import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +79,23 @@ def batch_with_pictures(seed: int = 0):
     image = [71] + [73] * S + [70]
     rows = [[0] + text(5) + image + text(9) + [72], [0] + text(3) + image + text(2) + [72]]
     return left_padded(rows) | dict(pixel_values=torch.rand(2, 3, 32, 32, generator=g) * 2 - 1)
+
+
+def start_two(script: str, *arguments: object) -> list[subprocess.Popen]:
+    """A script as both ranks of one run, with the variables that torchrun would set."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], text=True,
+                             cwd=Path(__file__).resolve().parent.parent,
+                             env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in "01"]
+
+
+def ended(running: list[subprocess.Popen]) -> tuple[str, str]:
+    """Waits for both ranks -> what the first has written to stdout and to stderr."""
+    written = [process.communicate(timeout=240) for process in running]
+    for process, (_, errors) in zip(running, written):
+        assert process.returncode == 0, errors[-3000:]
+    return written[0]

@@ -153,8 +153,7 @@ def test_a_checkpoint_is_loaded_and_stepped_in_the_memory_of_one_copy(tmp_path, 
     assert report["own"] < own and report["peak"] < total + own
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("shard", [10**9, 50 * 10**6])
+@pytest.mark.parametrize("weights, shard", [("int8", 10**9), ("int4", 50 * 10**6)])
 def test_quantizing_while_loading_holds_one_matrix_besides(tmp_path, weights, shard):
     """The most that the process ever had in memory, mapped files included."""
     tensors = random_tensors(config_of("middle"))

@@ -1,14 +1,10 @@
 """Fine-tuning without train.py: frozen VQ-VAE, DistributedDataParallel, transformers' Trainer."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small import batch_with_pictures, needs_compiler, small_model
+from small import batch_with_pictures, ended, needs_compiler, small_model, start_two
 
 from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
 from generate import generate
@@ -64,16 +60,7 @@ torch.save(model.module.state_dict(), sys.argv[1] + str(rank))
 
 
 def test_two_processes_of_ddp_learn_the_mean_of_both(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    running = [subprocess.Popen([sys.executable, "-c", DDP, str(tmp_path / "rank")], cwd=ROOT,
-                                env=os.environ | ranks | {"RANK": rank}, stderr=subprocess.PIPE,
-                                text=True) for rank in "01"]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    ended(start_two(DDP, tmp_path / "rank"))
     one, two = (torch.load(tmp_path / f"rank{rank}") for rank in "01")
     alone = small_model().train()
     optimizer = torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1)

@@ -1,12 +1,10 @@
 """Tensor parallelism: two processes on the CPU (gloo) write what one writes."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from small import SIZES, VQ
+from small import SIZES, VQ, ended, start_two
 
 from chameleon import ChameleonConfig
 from chameleon_extras.parallel import check_ranks, ranks
@@ -72,22 +70,17 @@ def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
     generate.main([*options, "--mode", "image", "--out", str(tmp_path / "one.png")])
     script = BOTH.format(root=str(TESTS.parent), tests=str(TESTS), model=str(untrained_folder),
                          picture=str(tmp_path / "two.png"))
-    (tmp_path / "both.py").write_text(script)
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(tmp_path / "both.py")],
-        capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = run.stdout.splitlines()
+    written, errors = ended(start_two(script))
+    lines = written.splitlines()
     # Of quantized models the scales of columns, and biases, are whole on each rank.
     # nf4 leaves the head whole.
     for name, most in dict(mha=0.52, gqa=0.52, int8=0.56, int4=0.56, nf4=0.8).items():
-        found = re.search(rf"{name} error (\S+) part (\S+) ids (\S+)", run.stdout)
+        found = re.search(rf"{name} error (\S+) part (\S+) ids (\S+)", written)
         error, part, ids = found.groups()
         assert float(error) < 1e-4 and ids == "True" and 0.5 <= float(part) < most, name
         assert f"{name} same True" in lines
     assert "text 0" in lines and "picture 0" in lines and "int8 0" in lines
-    assert "compile 2" in lines and "--compile is for one device" in run.stderr
+    assert "compile 2" in lines and "--compile is for one device" in errors
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
     assert not list(tmp_path.glob("*.part"))
 
