@@ -125,13 +125,15 @@ class ChameleonConfig(PreTrainedConfig):
     output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
     output_attentions: Flag = False
     return_dict: Flag = True
-    # transformers 5's name for rope_theta and rope_scaling: {rope_type, rope_theta, factor}
+    # rope_theta and rope_scaling in one, as transformers 5 has it: {rope_type, rope_theta, factor}
     rope_parameters: Object | None = None
     model_type = "chameleon"
 
     def __post_init__(self) -> None:
         if self.vq_config is None or isinstance(self.vq_config, dict):
             self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
+        if self.rope_parameters is None and "rope_theta" in (self.rope_scaling or ()):
+            self.rope_parameters, self.rope_scaling = self.rope_scaling, None  # its old name
         if isinstance(self.rope_parameters, dict):
             self.take_rope_parameters(self.rope_parameters)
         check_fields(self)
@@ -162,8 +164,9 @@ class ChameleonConfig(PreTrainedConfig):
         kind = given.get("rope_type", given.get("type", "default"))
         scaling = None if kind == "default" else {"type": kind, "factor": given.get("factor")}
         theta = given.get("rope_theta", self.rope_theta)
-        if self.rope_theta not in (theta, ChameleonConfig.rope_theta) or (  # default: not given
-                self.rope_scaling and self.rope_scaling != scaling):
+        # A rope_theta that is the default counts as not given.
+        other_theta = self.rope_theta not in (theta, ChameleonConfig.rope_theta)
+        if other_theta or (self.rope_scaling and self.rope_scaling != scaling):
             raise ValueError("rope_parameters contradict rope_theta or rope_scaling: give only one")
         self.rope_theta, self.rope_scaling = theta, scaling
 
@@ -211,7 +214,7 @@ class ChameleonOutput(Mapping):
     cache = property(lambda self: self.past_key_values)  # its name since transformers 5.24
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss, Mapping):  # all fields in one, as accelerate builds outputs anew
+        if isinstance(self.loss, Mapping):  # accelerate copies an output by type(output)(a dict)
             fields, self.loss = self.loss, None
             vars(self).update(fields)
 
@@ -240,7 +243,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     gradient_checkpointing = False
     generation_config = None  # or transformers' GenerationConfig, whose values `generate` takes
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch to forward
-    loss_type = "ForCausalLM"  # and counts in it the labels without the first column
+    loss_type = "ForCausalLM"  # so the Trainer leaves the first label of a row out of that count
     base_model_prefix = "model"
 
     @property
@@ -260,7 +263,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         return getattr(self, "lm_head", None)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels -> embeddings of their ids (N, S, D). DIFFERS: `pooler_output` in transformers."""
+        """Pixels -> embeddings of their ids (N, S, D). DIFFERS: transformers wraps them, in 5."""
         return self.get_input_embeddings()(self.base_model.get_image_tokens(pixel_values))
 
     def tie_weights(self) -> None:
@@ -329,9 +332,9 @@ class ChameleonLayerNorm(nn.Module):
     the heads of one shard share them (`model_parallel_size`).
 
     Why: a constant added to all scores changes no softmax, so the loss does not keep scores small.
-    Text and images share all weights, and each modality gains by making its q and k a little
-    longer. In bf16 such large scores lose precision: without QK-norm (arXiv 2302.05442), the
-    paper's 7B training diverged after 20 % of an epoch.
+    Text and images share all weights, and each modality gains by making its q and k longer. So the
+    scores grow, and large scores lose precision in bf16: the paper's 7B training without QK-norm
+    diverged after 20 % of an epoch. QK-norm itself is from arXiv 2302.05442.
     Why before RoPE: RoPE keeps lengths, so the norm still holds after it. In the other order,
     weight and bias would change the two halves of a pair differently, and q.k would no longer
     depend on the distance of the positions alone.
@@ -356,7 +359,8 @@ def rotary_table(config: ChameleonConfig, position_ids: Tensor) -> tuple[Tensor,
     cos and sin are (B, 1, T, Dh) in fp32. They are computed anew in each call, so there is no
     table that a cast to bf16 could round.
     linear:   p is divided by the factor (arXiv 2306.15595).
-    dynamic:  beyond max_position_embeddings, theta grows with the highest position, cache included.
+    dynamic:  theta (f n / M - (f - 1))^(Dh / (Dh - 2)) replaces theta. f is the factor, M is
+              max_position_embeddings, and n the highest position + 1, cache included, at least M.
     DIFFERS: transformers keeps the theta of the longest sequence that it has seen, so that a long
     prompt changes the answers to later ones. Here theta depends on this call's positions only. In
     both, cached keys are not rotated again.
@@ -394,7 +398,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def refuse(wrong: Tensor, message: str, *numbers: Tensor) -> None:
     """ValueError if `wrong`, a bool tensor, is true; `numbers` fill the {} of the message. The host
-    waits for the device. Compiled code does not: it raises RuntimeError, or the process ends.
+    waits for the device. Compiled code does not: it raises RuntimeError, or ends the process, with
+    no numbers in the message.
     """
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(~wrong, message.replace("{}", "another number of"))
@@ -430,7 +435,9 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
             raise ValueError(f"attention_mask is {tuple(mask.shape)}, but there are {L} tokens "
                              f"({past} cached + {T} new): see allowed_keys")
         if mask.is_floating_point():  # DIFFERS: transformers adds any number
-            other = (mask != 0) & (mask > -1e3) if mask.ndim == 4 else mask < 0
+            other = mask < 0  # 1 and 0 may be floats; a negative number is of an additive mask
+            if mask.ndim == 4:
+                other = (mask != 0) & (mask > -1e3)
             refuse(other.any(), "an additive attention_mask is (B, 1, T, L), and 0 or at most -1000"
                    f": give others as bool, this one is {tuple(mask.shape)}")
         if mask.ndim == 4:
@@ -688,7 +695,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
             raise ValueError("this vocabulary has no <image>: put the pictures' ids into input_ids")
         here = input_ids == placeholder  # (B, T)
         if checks:
-            refuse((found := here.sum()) != image_ids.numel(), f"{image_ids.shape[0]} pictures are "
+            found = here.sum()
+            refuse(found != image_ids.numel(), f"{image_ids.shape[0]} pictures are "
                    f"{image_ids.numel()} image tokens, but the prompt has {{}} <image> "
                    "placeholders", found)
         return input_ids.masked_scatter(here, image_ids.to(input_ids.dtype))
@@ -697,9 +705,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
         """inputs_embeds (B, T, D) -> the same, with the pictures in place of `<image>`."""
         here = torch.zeros_like(inputs_embeds[..., 0], dtype=torch.bool)  # (B, T)
         if (mark := self.vocabulary.image_token_id) is not None:
-            image = self.embed_tokens(torch.tensor([mark], device=inputs_embeds.device))  # (1, D)
-            here = (inputs_embeds == image).all(-1)  # (B, T)
-        ids = here * (mark or 0)  # (B, T), any other id where there is no picture
+            place = self.embed_tokens(torch.tensor([mark], device=inputs_embeds.device))  # (1, D)
+            here = (inputs_embeds == place).all(-1)  # (B, T)
+        ids = here * (mark or 0)  # (B, T), 0 elsewhere, which is not used
         ids = self.replace_image_placeholders(ids, pixel_values)  # (B, T)
         if pixel_values is None:
             return inputs_embeds
@@ -728,7 +736,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        c, cache = self.config, past_key_values if cache is None else cache
+        c = self.config
+        cache = past_key_values if cache is None else cache
         if not isinstance(cache, KVCache | None):
             raise ValueError("past_key_values must be a KVCache, as a forward pass returns it")
         use_cache = c.use_cache if use_cache is None else use_cache
@@ -765,8 +774,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
                 attention_mask = number[:, None] == number[:, :, None]  # (B or 1, T, T)
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
-        if attention_mask is not None and (rows := attention_mask.shape[0]) != B and (
-                attention_mask.ndim == 2 or rows > 1):  # else one serves all rows
+        rows = B if attention_mask is None else attention_mask.shape[0]
+        shared = attention_mask is not None and attention_mask.ndim > 2 and rows == 1  # by all rows
+        if rows != B and not shared:
             raise ValueError(f"attention_mask has {rows} rows, the tokens {B}")
         mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [], []
@@ -780,7 +790,6 @@ class ChameleonModel(ChameleonPreTrainedModel):
         x = self.norm(x)
         output = ChameleonOutput(
             last_hidden_state=x, past_key_values=cache,
-            # As in transformers, the last one is taken after the norm.
             hidden_states=(*hidden_states, x) if hiddens else None,
             attentions=tuple(attentions) if attends else None)
         return output.to_tuple() if plain else output
@@ -810,8 +819,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
-        config = self.generation_config if generation_config is None else generation_config
-        return generate(self, input_ids, *inputs, **generation_options(config, **options))
+        options = generation_options(generation_config, self.generation_config, **options)
+        return generate(self, input_ids, *inputs, **options)
 
     def forward(
         self,
@@ -871,7 +880,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
         n: how many labels count, here or, if given, in all batches whose gradients are added.
         """
-        # DIFFERS: transformers returns an infinite loss here, without a word.
+        # DIFFERS: transformers returns a loss of 3e38 or inf here, and raises no error.
         if masked:
             refuse(torch.isin(labels, self.model.vocabulary.code_to_id).any(),
                    "labels contain image codes, whose logits are masked: call the model with "

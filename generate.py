@@ -162,8 +162,8 @@ class Grammar:
     `mode` is "text" (no id of a picture at all), "image" (one picture, at once) or "interleaved"
     (text, and a picture wherever the model begins one).
 
-    A row's place `n` is how many ids its picture still lacks: S + 1 after begin-image, and at 1 the
-    next id must be end-image. In text it is 0.
+    `missing` says for each row how many ids its picture still lacks: S + 1 after begin-image. At 1
+    the next id must be end-image. In text it is 0.
 
     Why a picture has exactly S codes (1024 in the release): the VQ-VAE's decoder needs a whole grid
     (section 2.1), and the model was trained on no other number. So end-image is never sampled but
@@ -182,13 +182,13 @@ class Grammar:
             model.model.vqmodel.needed_decoder()
 
         def only(ids: Sequence[int | None]) -> Tensor:
-            mask = torch.zeros(V, dtype=torch.bool)  # filled on the CPU: one copy to the device
+            mask = torch.zeros(V, dtype=torch.bool, device="cpu")  # then one copy to the device
             mask[[i for i in ids if i is not None]] = True
             return mask.to(model.device)  # (V,)
 
         self.codes = only(vocabulary.code_to_id.tolist())
         self.end_only = only([self.end])
-        self.pictures = only(picture_ids(vocabulary))
+        self.pictures = only(ids_of_pictures(vocabulary))
         self.text = ~self.pictures if mode != "image" else only([])
         self.text_or_begin = self.text if mode == "text" else self.text | only([self.begin])
 
@@ -196,39 +196,42 @@ class Grammar:
         """Does a whole picture with its marks fit into `room` more ids?"""
         return room >= self.S + 2
 
-    def places(self, ids: Tensor) -> list[int]:
-        """ids of prompts (B, T) -> the place at each row's end."""
+    def missing(self, ids: Tensor) -> list[int]:
+        """ids of prompts (B, T) -> for each row, how many ids the picture at its end lacks."""
         T = ids.shape[1]
         if self.mode == "text" or self.begin is None:
             return [0] * len(ids)
         column = torch.arange(1, T + 1, device=ids.device)  # from 1, so that 0 means "nowhere"
         begun = torch.where(ids == self.begin, column, 0).amax(1).tolist()  # B numbers
         ended = torch.where(ids == self.end, column, 0).amax(1).tolist()
+        # A picture is open if it began after the last one ended; T - b ids follow its begin-image.
         return [max(1, self.S + 1 - (T - b)) if b > e else 0 for b, e in zip(begun, ended)]
 
-    def advance(self, places: list[int], chosen: Tensor, room: int) -> list[int]:
-        """The places one id later. `chosen` (B,) are the ids just chosen, `room` is how many ids
+    def advance(self, missing: list[int], chosen: Tensor, room: int) -> list[int]:
+        """`missing` one id later. `chosen` (B,) are the ids just chosen, `room` is how many ids
         could still be made when they were chosen.
 
         To read the ids on the host is a GPU synchronization. They are read only where a row of an
         interleaved document is in text; a whole picture, or plain text, needs no synchronization.
         """
-        begins = [self.mode == "image" and self.fits(room)] * len(places)  # true for its first id
-        if self.mode == "interleaved" and 0 in places:
+        begins = [False] * len(missing)
+        if self.mode == "image":  # its first id is begin-image, and later no picture fits
+            begins = [self.fits(room)] * len(missing)
+        elif self.mode == "interleaved" and 0 in missing:
             begins = (chosen == self.begin).tolist()
-        return [n - 1 if n else (self.S + 1) * begin for n, begin in zip(places, begins)]
+        return [n - 1 if n else self.S + 1 if begin else 0 for n, begin in zip(missing, begins)]
 
-    def allowed(self, places: list[int], room: int) -> Tensor:
-        """Places of B rows, and how many ids may still be made -> bool (B, V).
+    def allowed(self, missing: list[int], room: int) -> Tensor:
+        """`missing` of B rows, and how many ids may still be made -> bool (B, V).
 
         After the picture of mode "image" no id is allowed: the row has ended.
         """
         text = self.text_or_begin if self.fits(room) else self.text
-        by_place = text, self.end_only, self.codes  # 1: end-image is forced; 2 or more: a code
-        return torch.stack([by_place[min(n, 2)] for n in places])  # (B, V)
+        masks = text, self.end_only, self.codes  # 1: end-image is forced; 2 or more: a code
+        return torch.stack([masks[min(n, 2)] for n in missing])  # (B, V)
 
 
-def picture_ids(vocabulary: VocabularyMap) -> list[int]:
+def ids_of_pictures(vocabulary: VocabularyMap) -> list[int]:
     """All ids that belong to pictures: the codes, begin-image, end-image and <image>."""
     marks = (vocabulary.begin_image_id, vocabulary.end_image_id, vocabulary.image_token_id)
     return vocabulary.code_to_id.tolist() + [i for i in marks if i is not None]
@@ -242,8 +245,8 @@ def guidance_streams(s_text: float, s_image: float, mode: str, has_pictures: boo
     """Which versions of a row's context the two scales compare; each costs a row of the batch.
 
     full      the whole context
-    pictures  only <s>, the pictures and their marks: what is drawn if the words are not read
-    nothing   only <s> and the picture being drawn, from its begin-image on
+    pictures  only the first id (<s>), the pictures and their marks: as if the words were not read
+    nothing   only the first id and the picture being drawn, from its begin-image on
     """
     if mode == "image" and not has_pictures:
         s_image = 1.0  # without pictures in the prompt, "pictures" and "nothing" are the same
@@ -284,7 +287,7 @@ class Contexts:
                  past: KVCache | None = None) -> None:
         self.model, self.grammar, self.streams, self.decoder = model, grammar, streams, decoder
         self.is_token = F.pad(is_token, (0, steps), value=True)  # (B, T + steps)
-        self.padded = len(streams) > 1 or not bool(is_token.all())
+        self.needs_mask = len(streams) > 1 or not bool(is_token.all())
         rows, size = len(seen) * len(streams), self.is_token.shape[1]
         size = -(-size // CACHE_STEP) * CACHE_STEP  # rounded up
         if decoder:  # it may reuse the last answer's cache, and CUDA graphs recorded for it
@@ -307,13 +310,13 @@ class Contexts:
 
     def hand_over(self, past: KVCache, seen: Tensor) -> None:
         """`past` gets the columns of the stream "full", and their ids out of `seen` (B, T)."""
-        n = min(self.cache.length, seen.shape[1] - 1)  # Ctrl-C may leave the last unwritten
+        n = min(self.cache.length, seen.shape[1] - 1)  # after Ctrl-C, the last may have no column
         past.k, past.v = ([x[: len(seen), :, :n].clone() for x in kind]
                           for kind in (self.cache.k, self.cache.v))
         past.ids, past.length, past.max_length = seen[:, :n].clone(), n, None
 
     def visible(self, seen: Tensor, stream: str) -> Tensor:
-        """Ids so far (B, L) -> which of them the stream sees, bool (B, L). <s> always is."""
+        """Ids so far (B, L) -> those that the stream sees, bool (B, L). All see a row's first."""
         is_token = self.is_token[:, : seen.shape[1]]  # (B, L)
         if stream == "full":
             return is_token
@@ -328,7 +331,7 @@ class Contexts:
         filled = self.cache.length
         new = seen[:, filled:].repeat(len(self.streams), 1)  # (GB, T)
         mask = positions = None  # without padding, each step may use the fastest attention
-        if self.padded:
+        if self.needs_mask:
             mask = torch.cat([self.visible(seen, stream) for stream in self.streams])  # (GB, L)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, filled:]  # (GB, T)
         if self.decoder and self.decoder.compiled and filled and new.shape[1] == 1:  # a step
@@ -362,8 +365,8 @@ class Picker:
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
                  options: Options, generators: list[torch.Generator], stops: list[int],
-                 may_end: int, decoder=None) -> None:
-        self.stops, self.may_end = stops, may_end  # no end while more than may_end ids remain
+                 end_room: int, decoder=None) -> None:
+        self.stops, self.end_room = stops, end_room  # a row may end when end_room ids remain
         self.grammar, self.options, self.generators = grammar, options, generators
         self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
         self.head = self.code_head = model.lm_head  # (..., D) -> (..., V), (..., K)
@@ -373,32 +376,32 @@ class Picker:
             self.head = decoder.product(self.head)
             self.code_head = decoder.product(self.code_head)
 
-    def __call__(self, hidden: Tensor, seen: Tensor, places: list[int],
+    def __call__(self, hidden: Tensor, seen: Tensor, missing: list[int],
                  room: int) -> Tensor:
-        """hidden (G, B, D), ids so far (B, T), places of B rows -> next ids (B,), NO_ID for a row
-        whose logits are inf or nan.
+        """hidden (G, B, D), ids so far (B, T), `missing` of B rows -> next ids (B,), NO_ID for a
+        row whose logits are inf or nan.
 
         Rows in text need the whole head. Rows in a picture need only the head's K rows for codes,
         since no other id is allowed there. A batch with both computes both for all rows, and takes
         one of the two for each.
         """
-        inside = [n > 1 for n in places]
+        inside = [n > 1 for n in missing]
         if all(inside):
             return self.next_code(hidden, inside)
-        text = self.next_text(hidden[0], seen, places, room, inside)
+        text = self.next_text(hidden[0], seen, missing, room, inside)
         if not any(inside):
             return text
         codes = self.next_code(hidden, inside)
         return torch.where(torch.tensor(inside, device=text.device), codes, text)  # (B,)
 
-    def next_text(self, hidden: Tensor, seen: Tensor, places: list[int], room: int,
+    def next_text(self, hidden: Tensor, seen: Tensor, missing: list[int], room: int,
                   inside: list[bool]) -> Tensor:
         """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
         logits = computed = self.head(hidden).float()  # (B, V)
         logits = penalize_repetition(logits, seen, self.options.repetition_penalty)
-        allowed = self.grammar.allowed(places, room)  # (B, V)
-        if room > self.may_end and self.grammar.mode != "image":
-            for row, n in zip(allowed, places):
+        allowed = self.grammar.allowed(missing, room)  # (B, V)
+        if room > self.end_room and self.grammar.mode != "image":
+            for row, n in zip(allowed, missing):
                 if n == 0:  # in text; a picture's end-image is not an end
                     row[self.stops] = False
         logits = logits.masked_fill(~allowed, float("-inf"))
@@ -418,14 +421,15 @@ class Picker:
 
 
 def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequence[str],
-                decoders: list[StreamDecoder]) -> Iterator[Tensor]:
+                readers: list[StreamDecoder]) -> Iterator[Tensor]:
     """Passes the ids (B,) on until the last row has ended. ValueError for NO_ID.
 
-    A row ends with one of `stops`, or when its text holds one of `words`; `decoders` has one for
+    A row ends with one of `stops`, or when its answer holds one of `words`; `readers` has one for
     each row, or none without words. Ended rows get `pad`.
     """
-    ended, ends = torch.tensor(False), torch.tensor(stops, dtype=torch.long)
-    texts = [""] * len(decoders)
+    ended = torch.tensor(False, device="cpu")  # whatever torch's default device is
+    ends = torch.tensor(stops, dtype=torch.long, device="cpu")
+    texts = [""] * len(readers)
     for ids in steps:
         ids = ids.cpu()  # (B,)
         if (ids == NO_ID).any():
@@ -433,20 +437,20 @@ def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequ
                              "for this dtype")
         yield ids.masked_fill(ended, pad)
         ended = ended | torch.isin(ids, ends)  # (B,)
-        for row, (decoder, i) in enumerate(zip(decoders, ids.tolist())):
-            texts[row] += decoder.feed(i)
+        for row, (reader, i) in enumerate(zip(readers, ids.tolist())):
+            texts[row] += reader.feed(i)
             ended[row] |= any(word in texts[row] for word in words)
         if ended.all():
             return
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside there is no dropout. Outside, a model that is being trained stays in training, since
-    a caller may run other code between two ids of a stream, or stop asking for ids. Several threads
-    may share a model only if it is not in training.
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Inside there is no dropout. Afterwards modules in training are in training again: between two
+    ids the caller may train them, or never ask for the next id. Threads may share a model only if
+    no part of it is in training.
     """
-    trained = [module for module in model.modules() if module.training] if model.training else []
+    trained = [module for module in modules if module.training]
     for module in trained:
         module.training = False
     try:
@@ -474,23 +478,23 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
     # Padding becomes a copy of the row's last id: the grammar and the repetition penalty look at
     # all ids, and that one is in the row anyway.
     seen = torch.where(is_token, input_ids, input_ids[:, -1:])  # (B, T)
-    places = pick.grammar.places(seen)
+    missing = pick.grammar.missing(seen)
     has_pictures = pick.grammar.begin in seen.unique().tolist()
     streams = guidance_streams(o.guidance_text, o.guidance_image, o.mode, has_pictures)
     contexts = Contexts(model, pick.grammar, seen, is_token, streams, steps, decoder, past)
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
     ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
+    modules = list(model.modules())
     try:
         for room in range(steps, 0, -1):
-            with evaluating(model):
+            with evaluating(modules):
                 hidden = contexts.hidden(seen)  # (G, B, D)
-                chosen = pick(hidden, seen, places, room).masked_fill(ended, pad)  # (B,)
+                chosen = pick(hidden, seen, missing, room).masked_fill(ended, pad)  # (B,)
             yield chosen
-            if room > 1:
-                chosen = chosen.clamp(min=0)  # NO_ID is no index; until_ended raises on it
-                ended = ended | (chosen[:, None] == ends).any(1)
-                places = pick.grammar.advance(places, chosen, room)
-                seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
+            chosen = chosen.clamp(min=0)  # NO_ID is no index; until_ended raises on it
+            ended = ended | (chosen[:, None] == ends).any(1)
+            missing = pick.grammar.advance(missing, chosen, room)
+            seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
     finally:
         if past is not None:
             contexts.hand_over(past, seen)
@@ -551,8 +555,9 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
 
 def check_past(config: ChameleonConfig, past: KVCache, rows: int, is_token: Tensor) -> None:
     """ValueError for a cache that these rows cannot continue. is_token (B, T): False on padding."""
-    shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim  # k: (B,Hkv,L,Dh)
-    if not isinstance(past, KVCache) or (len(past.k), *past.k[0].shape[1::2]) != shape:
+    shape = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    if not isinstance(past, KVCache) or shape != (
+            len(past.k), past.k[0].shape[1], past.k[0].shape[3]):  # k (B, Hkv, L, Dh)
         raise ValueError("past_key_values is no cache of this model: begin with KVCache(config)")
     past.check_batch(rows)
     if not is_token.all():
@@ -578,6 +583,7 @@ def unwrapped(model: nn.Module) -> ChameleonForConditionalGeneration:
     """The model inside a wrapper, such as a LoRA model of peft. ValueError if there is none."""
     for module in model.modules():
         if isinstance(module, ChameleonForConditionalGeneration):
+            # Prompt tuning has a prompt_encoder, or replaces a method of the model inside.
             if hasattr(model, "prompt_encoder") or (
                     module.prepare_inputs_for_generation.__self__ is not module):
                 raise ValueError("generate does not read the prompts that peft's prompt tuning has "
@@ -595,7 +601,7 @@ def stream(
     seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
     eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
     pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
-    stop_strings: str | Sequence[str] | None = None,  # a row also ends with what completes one
+    stop_strings: str | Sequence[str] | None = None,  # a row also ends when its answer holds one
     tokenizer: Tokenizer | None = None,  # needed for stop_strings
     past_key_values: KVCache | None = None,  # of an earlier call; see below
     compile: bool = False,  # the same ids sooner, after seconds of compiling in the first call
@@ -611,7 +617,7 @@ def stream(
     as KVCache(config, B). input_ids are the whole conversation; the ids at its start that are in
     the cache are not read again. The answers are those of a call without it, except with dynamic
     RoPE. Each call leaves its columns in the cache. Rows must have no padding; a guided
-    picture reads all anew.
+    picture reads all anew. Changed weights need a new cache.
     """
     o = Options(**options)
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
@@ -638,23 +644,23 @@ def stream(
     stops = stop_ids(model, eos_token_id, o.mode)
     padding = model.config.pad_token_id if pad_token_id is None else pad_token_id
     pad = next(i for i in (padding, *stops, 0) if i is not None)
-    for named in {"pad_token_id": pad}, *({"eos_token_id": i} for i in stops):
-        check_ids(named, model.config.vocab_size)
+    for name, i in ("pad_token_id", pad), *(("eos_token_id", i) for i in stops):
+        check_ids({name: i}, model.config.vocab_size)
     is_token = real_tokens(model, input_ids, attention_mask, padding, stops)
     seeds = seeds_of(seed, len(input_ids) * o.num_return_sequences)
     if past_key_values is not None:
         check_past(model.config, past_key_values, len(seeds), is_token)
     words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-    decoders = []
+    readers = []
     if stop_strings:
         if not isinstance(tokenizer, Tokenizer):
             raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
-        decoders = [tokenizer.stream_decoder() for _ in seeds]
+        readers = [tokenizer.stream_decoder() for _ in seeds]
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
     pick = Picker(model, grammar, o, generators, stops, steps - o.min_new_tokens, decoder)
     chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, steps, decoder,
                   past_key_values)
-    return until_ended(decoder.read(chosen) if decoder else chosen, stops, pad, words, decoders)
+    return until_ended(decoder.read(chosen) if decoder else chosen, stops, pad, words, readers)
 
 
 def generate(
@@ -675,7 +681,8 @@ def generate(
     DIFFERS: makes pictures, if asked to. An answer ends at end of turn and with the context, too.
     Text never contains begin-image, end-image or <image>; transformers masks the codes only. The
     seed is 0 in each call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the
-    length to 256 new ids, not 20. No generation_config.json is read. TypeError: unknown option.
+    length to 256 new ids, not 20. stop_strings do not begin in the prompt. No
+    generation_config.json is read. TypeError: unknown option.
     """
     if max_length is not None and options.get("max_new_tokens") is None and isinstance(
             input_ids, Tensor):  # `stream` refuses what is none
@@ -690,7 +697,7 @@ def generate(
     for ids in steps:
         new.append(ids)
         if streamer is not None:
-            streamer.put(ids.cpu())
+            streamer.put(ids)
     if streamer is not None:
         streamer.end()
     new = torch.stack(new, dim=1).to(input_ids.device)  # (B, new)
@@ -723,12 +730,12 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
            steps: Iterator[Tensor], every: int = 0) -> Iterator[Piece]:
     """What `stream` yields -> text as soon as it is valid text, and pictures.
 
-    A picture comes when its last code is drawn. With `every`, it also comes unfinished, each time
-    so many more codes are drawn, with its first code in place of the missing ones. On Ctrl-C, first
-    yields what is half done, then re-raises.
+    A picture comes when its last code is drawn. With `every`, it also comes unfinished, after each
+    so many codes; its first code fills the rest. On Ctrl-C, first yields what is half done, then
+    re-raises.
     """
     vocabulary, S = tokenizer.vocabulary, model.config.vq_config.codes_per_image
-    decoders, interrupt = [], None
+    readers, interrupt = [], None
     drawn: dict[int, list[int]] = {}  # row -> the ids so far of the picture that it is in
 
     def picture(row: int) -> Piece:
@@ -738,12 +745,12 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
 
     try:
         for ids in steps:
-            decoders = decoders or [tokenizer.stream_decoder() for _ in ids]
+            readers = readers or [tokenizer.stream_decoder() for _ in ids]
             for row, i in enumerate(ids.tolist()):
                 if i == vocabulary.begin_image_id:
                     drawn[row] = []
                 elif row not in drawn:
-                    if text := decoders[row].feed(i):
+                    if text := readers[row].feed(i):
                         yield Piece(row, text)
                 elif len(drawn[row]) == S:
                     del drawn[row]  # this is end-image
@@ -754,8 +761,8 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
                         yield picture(row)
     except KeyboardInterrupt as stop:
         interrupt = stop  # first hand over what is done
-    for row, decoder in enumerate(decoders):
-        if rest := decoder.flush():
+    for row, reader in enumerate(readers):
+        if rest := reader.flush():
             yield Piece(row, rest)
         if 0 < len(drawn.get(row, [])) < S:
             yield picture(row)

@@ -78,13 +78,13 @@ Pictures = Picture | list  # one picture, a stack (N, ...), or nested lists of b
 def load_image(path: str | Path) -> Image.Image:
     """A picture file -> PIL picture in memory; of an animation, the first frame.
 
-    DIFFERS: the picture is what a viewer shows. Meta and transformers ignore EXIF orientation and
-    clip 16-bit grey to white.
+    DIFFERS: the picture is what a viewer shows. Meta's code ignores EXIF orientation, which
+    transformers applies to a file, too. Both clip 16-bit grey to white.
 
     ValueError, in one line, if the file is missing, damaged, too large or no picture, or if its
     pixels have 32 bits.
     """
-    if re.search(r"(^|/)\w\w+:/", str(path)):  # Path turns // into /
+    if re.search(r"(^|/)\w\w+:/", str(path)):  # a URL; Path turns its // into /
         raise ValueError(f"picture {str(path)!r} is an address, and nothing is fetched from the "
                          "network: download it and name the file")
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
@@ -206,7 +206,7 @@ def strips(height: int, width: int) -> list[slice]:
 
 
 def on_white(array: np.ndarray) -> np.ndarray:
-    """(H, W, 1, 3 or 4) -> (H, W, 3): repeats grey, blends transparency on white.
+    """(H, W, C), where C is 1, 3 or 4 -> (H, W, 3): repeats grey, blends transparency on white.
 
     DIFFERS: transformers 5 uses PIL's alpha_composite, which is up to one level off this rule.
     """
@@ -371,8 +371,8 @@ class ChameleonImageProcessor:
             # pixel = (level * rescale_factor - mean) / std = level * 0.0078 - 1
             array = (array.astype(np.float32) - mean) / std
         if not np.isfinite(array).all():
-            raise ValueError("the pixels of a picture hold inf or nan: the picture does, if it is "
-                             "an array")
+            raise ValueError("the pixels of a picture hold inf or nan: check the array, image_mean "
+                             "and image_std")
         return array
 
     def resize(self, array: np.ndarray) -> np.ndarray:
@@ -392,9 +392,10 @@ class ChameleonImageProcessor:
         """
         if "height" in self.size:
             return self.size["height"], self.size["width"]
-        edge, short, long = self.size["shortest_edge"], min(height, width), max(height, width)
-        exact = min(edge, self.size.get("longest_edge", math.inf) * short / long)
-        edge = edge if exact == edge else round(exact)
+        short, long = sorted((height, width))
+        longest = self.size.get("longest_edge", math.inf)
+        exact = min(self.size["shortest_edge"], longest * short / long)  # the new shorter edge
+        edge = round(exact)
         # DIFFERS: Meta's code rounds the long edge; transformers, and so this line, truncates it.
         long = long if edge == short else int(exact * long / short)
         if not 0 < edge * long <= self.MAX_RESIZED_PIXELS:
@@ -420,7 +421,7 @@ class ChameleonImageProcessor:
 
     @classmethod
     def from_dict(cls, values: dict, **changes) -> "ChameleonImageProcessor":
-        """Reads what `to_dict` gives; other keys, such as image_processor_type, are ignored."""
+        """What `to_dict` gives -> a processor. Other keys, as image_processor_type, are ignored."""
         return cls(**{name: value for name, value in values.items()
                       if name in cls.__dataclass_fields__} | changes)
 
@@ -429,10 +430,10 @@ class ChameleonImageProcessor:
 
     def save_pretrained(self, save_directory: str | Path) -> list[str]:
         """Writes preprocessor_config.json, which transformers reads, too -> its path, in a list."""
-        file, joint = (Path(save_directory) / f"{name}_config.json"
-                       for name in ("preprocessor", "processor"))
+        file = Path(save_directory) / "preprocessor_config.json"
+        joint = Path(save_directory) / "processor_config.json"  # transformers 5 reads it first
         write_json(file, {**self.to_dict(), "image_processor_type": "ChameleonImageProcessor"})
-        if joint.is_file() and "image_processor" in (data := read_json(joint)):  # read first
+        if joint.is_file() and "image_processor" in (data := read_json(joint)):
             write_json(joint, {name: data[name] for name in data if name != "image_processor"})
         return [str(file)]
 
@@ -443,8 +444,8 @@ class ChameleonImageProcessor:
 
         hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
         folder = find_folder(folder, **hub)
-        file = joint = Path(folder) / "processor_config.json"  # transformers 5 writes into this
-        data = read_json(joint).get("image_processor") if joint.is_file() else None
+        file = Path(folder) / "processor_config.json"
+        data = read_json(file).get("image_processor") if file.is_file() else None
         if data is None and (file := Path(folder) / "preprocessor_config.json").is_file():
             data = read_json(file)
         if not isinstance(data, dict):

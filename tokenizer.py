@@ -115,8 +115,8 @@ class VocabularyMap(torch.nn.Module):
         self.begin_image_id, self.end_image_id = names.get(BEGIN_IMAGE), names.get(END_IMAGE)
         self.end_of_turn_id = names.get(END_OF_TURN)
 
-        ids = {image_code_from_name(name): token_id for name, token_id in names.items()}
-        ids.pop(None, None)  # None: names that belong to no code
+        ids = {code: token_id for name, token_id in names.items()
+               if (code := image_code_from_name(name)) is not None}
         missing = [code for code in range(len(ids)) if code not in ids]
         if missing:
             raise ValueError(f"the vocabulary has {len(ids)} image tokens, but none is named "
@@ -128,8 +128,9 @@ class VocabularyMap(torch.nn.Module):
                              f"gives two of them the id {min(twice)}")
         # The release has id = code + 4, but a converted vocabulary may be in another order.
         # device="cpu": inside `with torch.device("meta")` this tensor would hold no numbers.
-        self.num_codes, self.table = len(ids), torch.tensor(
-            [ids[code] for code in range(len(ids))], dtype=torch.long, device="cpu")  # (K,)
+        self.num_codes = len(ids)
+        in_order = [ids[code] for code in range(len(ids))]
+        self.table = torch.tensor(in_order, dtype=torch.long, device="cpu")  # (K,)
         self.register_buffer("code_to_id", self.table, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "VocabularyMap":
@@ -152,13 +153,13 @@ class VocabularyMap(torch.nn.Module):
 # ---------------------------------------------------------------------------------------------
 # Rows of ids as a batch, for the tokenizer and for processor.py
 
-Stacked = list[np.ndarray] | np.ndarray | torch.Tensor
+Arrays = list[np.ndarray] | np.ndarray | torch.Tensor  # of several rows or pictures
 
 
 class BatchFeature(dict):
     """What both processors return, as in transformers: a dict whose keys are attributes, too."""
 
-    def __getattr__(self, name: str) -> Stacked:
+    def __getattr__(self, name: str) -> Arrays:
         if name not in self:
             raise AttributeError(f"no {name!r} here, only {', '.join(self)}")
         return self[name]
@@ -170,14 +171,17 @@ class BatchFeature(dict):
         Only float tensors are cast: bfloat16 has no 257, so ids would change.
         """
         for arg in args:
-            device, dtype = (device, arg) if isinstance(arg, torch.dtype) else (arg, dtype)
+            if isinstance(arg, torch.dtype):
+                dtype = arg
+            else:
+                device = arg
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
                 self[name] = value.to(device, dtype if value.is_floating_point() else None)
         return self
 
 
-def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Stacked:
+def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Arrays:
     """N arrays of one shape (...) -> (N, ...): tensor ("pt") or array ("np"); None: the list."""
     if return_tensors not in ("pt", "np", None):
         raise ValueError(f"return_tensors={return_tensors!r}: 'pt', 'np' or None")
@@ -240,9 +244,11 @@ def padded(rows: list[list[int]], padding: bool | str | None, max_length: int | 
 
 def special_token(name: str) -> property:
     """The attribute that names a special token; its id is the attribute NAME_id. Setting the name
-    sets the id. ValueError for a name that is not in the vocabulary.
+    sets the id. ValueError for a name that is not in the vocabulary, and for another bos_token.
     """
     def write(tokenizer: "Tokenizer", token: str) -> None:
+        if name == "bos_token" and token != "<s>":
+            raise ValueError("every text begins with <s>: leave bos_token as it is")
         if token not in tokenizer.vocab:
             raise ValueError(f"{name} {token!r:.80} is not in the vocabulary")
         setattr(tokenizer, f"{name}_id", tokenizer.vocab[token])
@@ -459,9 +465,9 @@ def check_text(text: str) -> None:
 # ---------------------------------------------------------------------------------------------
 # Format 1 of 2: tokenizer.json, byte-level BPE. First the six splits of a text into words.
 
-# Splits 1-3: names of sentinel tokens; names of image tokens (the release's pattern ends at I, so
-# names with a J are not split off); tabs, newlines, four spaces, two spaces. Each match becomes a
-# piece, and so does the text between two matches.
+# Splits 1-3: names of sentinel tokens; names of image tokens (the release's pattern has the letters
+# A to I only, so a name with a J is not split off); tabs, newlines, four spaces, two spaces. Each
+# match becomes a piece, and so does the text between two matches.
 STRUCTURE = re.compile(r"(<sentinel:[0-9]+>|IMGIMG[A-I]{1,4}Z|[\t\n]|    |  )")
 
 # Splits 4-6, on the shape of a piece (see Shapes): each number character; each punctuation mark;
@@ -500,8 +506,10 @@ class Shapes(dict):
     def __missing__(self, code_point: int) -> str:
         character = chr(code_point)
         shape = unicodedata.category(character)[0]
-        if character == " " or character in WHITE_SPACE:
-            shape = " " if character == " " else "_"
+        if character == " ":
+            shape = " "
+        elif character in WHITE_SPACE:
+            shape = "_"
         # The ASCII symbols $ + < = > ^ ` | ~ count as punctuation.
         elif (character.isascii() and shape == "S") or character in FORMER_PUNCTUATION:
             shape = "P"
@@ -553,7 +561,8 @@ class ByteLevelBPE(Tokenizer):
         self._merges = merges  # (left id, right id) -> (rank, id of both joined)
         text_ids = {*self._byte_ids, *(joined for _, joined in merges.values())}
         self._added = {word: vocab[word] for word in sorted(words, key=len, reverse=True)}
-        self._split = re.compile(f"({'|'.join(map(re.escape, self._added)) or '(?!)'})").split
+        pattern = "|".join(map(re.escape, self._added)) or "(?!)"  # (?!) never matches
+        self._split = re.compile(f"({pattern})").split
         # Control ids are the ids that no text can give.
         super().__init__(path, vocab, set(vocab.values()) - text_ids - {*self._added.values()})
         self._cache = {}
@@ -625,7 +634,7 @@ def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[in
     """
     data = read_json(path)
     try:
-        vocab = dict(data["model"]["vocab"].items())
+        vocab = dict(data["model"]["vocab"].items())  # AttributeError if it is no object
         added = data.get("added_tokens") or []
         words = {token["content"] for token in added
                  if token["content"] not in vocab and token.get("special") is False}
@@ -663,7 +672,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor  # the release does not need it
 
         try:
-            content = Path(path).read_bytes() or b"empty"  # b"" would give no error
+            content = Path(path).read_bytes() or b"empty"  # sentencepiece accepts b""
             self._model = model = SentencePieceProcessor(model_proto=content)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
@@ -711,11 +720,13 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             tokenizer, config = kind(Path(folder) / name), Path(folder) / "tokenizer_config.json"
             values = read_json(config) if config.is_file() else {}
             tokenizer.padding_side = values.get("padding_side", tokenizer.padding_side)
-            for name in Tokenizer.SAVED:
-                token = values.get(name)  # a dict: as transformers 4 has it
-                token = token.get("content") if isinstance(token, dict) else token
-                if token in tokenizer.vocab or (token and name == "pad_token"):  # else: an error
-                    setattr(tokenizer, name, token)
+            for role in Tokenizer.SAVED:
+                token = values.get(role)
+                if isinstance(token, dict):  # written by transformers 4
+                    token = token.get("content")
+                # An unknown pad_token raises ValueError here; other unknown names are ignored.
+                if token in tokenizer.vocab or (token and role == "pad_token"):
+                    setattr(tokenizer, role, token)
             return tokenizer
     raise ValueError(f"{folder}: no tokenizer in it, one of {', '.join(TOKENIZER_FILES)} is wanted")
 

@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chameleon import ChameleonConfig, ChameleonDecoderLayer, ChameleonForConditionalGeneration
+from chameleon_extras.decoding import check_compile
 from chameleon_extras.files import OneLineParser, exit_code, fast_bf16, hold, write_atomically
 from chameleon_extras.quantize import kind_of
 from chameleon_extras.release import load_processor
@@ -150,8 +151,8 @@ def build_model(tokenizer: SentencePieceTokenizer, vq: ChameleonVQVAE,
     model.model.vqmodel = vq.requires_grad_(False)
     for layer in model.model.layers:
         assert isinstance(layer, ChameleonDecoderLayer)
-        # Each of the L layers adds two terms to the residual stream. With std / sqrt(2 L) their sum
-        # has the variance of a single term, whatever L is (GPT-2's initialization).
+        # Each layer adds two terms to the residual stream. With std / sqrt(2 layers) their sum has
+        # the variance of a single term, whatever the number of layers (GPT-2's initialization).
         for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
             nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
     return model
@@ -307,6 +308,7 @@ def train_decoder(stage: str, run: Run) -> None:
     if options.checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:
+        check_compile(run.device)
         lengths = None if options.data else False  # None: dynamic after a second length is seen
         for layer in model.model.layers:  # alike, so compiled once for all of them
             layer.forward = torch.compile(layer.forward, dynamic=lengths)
@@ -371,8 +373,8 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator) -> Prepared:
         if stage == "sft":
             corpus.shares = next(shares for end, shares in PRACTICE if step < end * steps)
         # The last 20 % of pretraining: every second batch is of better data (section 2.2).
-        late = stage == "sft" or (step >= 0.8 * steps and step % 2)
-        return rows.batch(corpus.sft if late else corpus.pretrain, ROWS, corpus.row_tokens)
+        aligned = stage == "sft" or (step >= 0.8 * steps and step % 2)
+        return rows.batch(corpus.sft if aligned else corpus.pretrain, ROWS, corpus.row_tokens)
 
     images = ChameleonImageProcessor(size=VQ.resolution, crop_size=VQ.resolution)
     processor = ChameleonProcessor(images, tokenizer, VQ.codes_per_image)
@@ -406,7 +408,7 @@ def own_rate(width: int, learned: str) -> float:
     return OWN_RATE[learned] if width >= 1024 else 1e-3
 
 
-@torch.random.fork_rng(devices=[])  # the twin's first weights are no draws of the training
+@torch.random.fork_rng(devices=[])  # the twin's random weights do not change what training draws
 def export(model: ChameleonForConditionalGeneration, processor: ChameleonProcessor,
            run: Run) -> None:
     """Writes the checkpoint --out in the HF layout: bf16 weights, config, tokenizer, processor."""
@@ -424,7 +426,7 @@ def export(model: ChameleonForConditionalGeneration, processor: ChameleonProcess
     bake(twin)
     twin.to(torch.bfloat16)
     for weight in twin.model.vqmodel.parameters():  # still fp32: see ChameleonVQVAE._apply
-        rounded = weight.data.bfloat16()  # exact where trained_vqvae has rounded: bf16 in the file
+        rounded = weight.data.bfloat16()  # bf16 in the file, if that changes no weight
         weight.data = rounded if torch.equal(rounded.float(), weight.data) else weight.data
     twin.save_pretrained(run.out)
     processor.save_pretrained(run.out)
@@ -515,11 +517,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)  # CPUs compute with numbers below 1e-38 slowly
+    stopped = "interrupted"
+    if options.stage != "evaluate":
+        stopped += (": the same command goes on from the last save, made every "
+                    f"{Run.SAVE} steps or {Run.SAVE_AFTER // 60} minutes; without one, it begins "
+                    "again")
     try:
-        return exit_code("train.py", lambda: run_stages(options),
-                         "interrupted" if options.stage == "evaluate" else "interrupted: the same "
-                         f"command goes on from the last save, made every {Run.SAVE} steps or "
-                         f"{Run.SAVE_AFTER // 60} minutes; without one, it begins again")
+        return exit_code("train.py", lambda: run_stages(options), stopped)
     finally:
         torch.set_flush_denormal(False)  # it is global, and main() may have a caller
         if torch.distributed.is_initialized():

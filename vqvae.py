@@ -12,6 +12,7 @@ S       codes per picture, h * w in raster order         1024
 K       codes in the codebook                            8192     num_embeddings
 E       width of one code vector e_k ("D" in the paper)  256      embed_dim
 C       channels of a feature map                        128..    base_channels
+N       vectors in a batch, B * S
 
 Why a picture is exactly 1024 tokens: 512 pixels, halved four times, are 32, and 32 * 32 = 1024.
 A picture of another size gives another S. Nothing in this file is tied to 512.
@@ -49,7 +50,7 @@ from torch import Tensor
 # base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
 # lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
-ONE_THREAD = RLock()  # `setting` holds it: one thread at a time changes such a setting
+ONE_THREAD = RLock()  # held by `setting`, which changes global settings of torch
 
 
 # ---------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class PreTrainedConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
-        """Reads a config.json, or what `to_dict` gives."""
+        """The object in a config.json, or what `to_dict` gives -> a config."""
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -319,7 +320,10 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """pixels (B, 3, H, W) -> features (B, latent_channels, h, w); VQGAN's encoder (2012.09841)"""
+    """pixels (B, 3, H, W) -> features (B, latent_channels, h, w); VQGAN's encoder (2012.09841).
+
+    With double_latent it returns 2 * latent_channels.
+    """
 
     def __init__(self, c: ChameleonVQVAEConfig) -> None:
         super().__init__()
@@ -348,7 +352,7 @@ class Encoder(nn.Module):
                 x = step(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)  # (B, C, H/2, W/2)
-        return self.conv_out(swish(self.norm_out(self.mid(x))))  # (B, latent_channels, h, w)
+        return self.conv_out(swish(self.norm_out(self.mid(x))))  # (B, out_channels, h, w)
 
 
 class Decoder(nn.Module):
@@ -461,9 +465,10 @@ class PreTrainedModel(nn.Module):
         super().__init__()
         wanted, given = self.config_class.__name__, type(config)
         if not isinstance(config, self.config_class):
-            how = f": give {wanted}.from_dict(config.to_dict())"  # for transformers' own
-            raise ValueError(f"a {wanted} is wanted, not a {given.__name__} of {given.__module__}"
-                             + how * (given.__name__ == wanted))
+            message = f"a {wanted} is wanted, not a {given.__name__} of {given.__module__}"
+            if given.__name__ == wanted:  # transformers' config of the same name
+                message += f": give {wanted}.from_dict(config.to_dict())"
+            raise ValueError(message)
         self.config = config
 
     @property
@@ -502,8 +507,8 @@ class PreTrainedModel(nn.Module):
                         max_shard_size: int | str = "5GB", safe_serialization: bool = True) -> None:
         """Writes config.json and safetensors that transformers and `from_pretrained` read.
 
-        state_dict: instead of the model's own. is_main_process: False writes nothing, so that of
-        several processes one writes. save_function and safe_serialization change nothing.
+        state_dict: instead of the model's own. Only a process that passes is_main_process=True
+        writes. save_function and safe_serialization change nothing.
         """
         from chameleon_extras.checkpoint import save_checkpoint  # as in from_pretrained
 
@@ -513,9 +518,7 @@ class PreTrainedModel(nn.Module):
 
 @contextmanager
 def setting(owner: Any, name: str, value: object) -> Iterator[None]:
-    """In this context `owner.name`, which the whole process shares, is `value`. Another thread that
-    wants to set one waits.
-    """
+    """Inside, the global `owner.name` is `value`. Other threads that call `setting` wait."""
     with ONE_THREAD:
         before = getattr(owner, name)
         setattr(owner, name, value)
@@ -572,6 +575,7 @@ class ChameleonVQVAE(PreTrainedModel):
 
         DIFFERS: transformers encodes in the model's dtype, and in bf16 1.6 % of the codes change.
         Here it is always fp32: `from_pretrained(dtype=torch.bfloat16)` leaves this module in fp32.
+        The codes are returned alone; transformers has them in an output, as `image_tokens`.
         Raises ValueError if pixels are not floats (B, 3, H, W), if the weights are not fp32, or if
         the encoder gives inf or nan.
         """
@@ -587,12 +591,12 @@ class ChameleonVQVAE(PreTrainedModel):
             raise ValueError(f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which "
                              "changes codes: call vqmodel.float(), or load with from_pretrained("
                              "dtype=...); with FSDP, name them in ignored_params")
-        # Autocast would bring bf16 back, and cuDNN would round the convolutions to TF32: both off.
-        # Matrix products may use TF32 if the caller allows it. While torch.compile traces,
-        # convolutions may, too.
+        # Autocast would bring bf16 back, and cuDNN would round convolutions to TF32: both are off.
+        # What the caller has set for matrix products stays. A traced graph cannot change cuDNN's
+        # setting, so under torch.compile that one stays, too.
         exact = nullcontext()
         if pixel_values.is_cuda and not torch.compiler.is_compiling():
-            # Not by cudnn.flags, which fails if the caller has set torch's newer `fp32_precision`.
+            # cudnn.flags would fail if the caller has set torch's newer `fp32_precision`.
             exact = setting(torch.backends.cudnn.conv, "fp32_precision", "ieee")  # type: ignore
         with torch.autocast(pixel_values.device.type, enabled=False), exact:
             # channels_last changes the order in memory only. It spares convolutions a reordering.
@@ -617,7 +621,7 @@ class ChameleonVQVAE(PreTrainedModel):
         if codes.ndim != 2 or codes.is_floating_point():
             raise ValueError(f"codes must be (B, S) whole numbers, got {codes.dtype} "
                              f"{tuple(codes.shape)}")
-        codes = codes.long()  # an embedding reads no int16, and no uint16 has a minimum
+        codes = codes.long()  # nn.Embedding takes no int16, and torch has no min() of uint16
         K, S = self.config.num_embeddings, codes.shape[1]
         h, w = grid or (isqrt(S), isqrt(S))
         if h * w != S or min(h, w) < 1:
@@ -627,7 +631,7 @@ class ChameleonVQVAE(PreTrainedModel):
             raise ValueError(f"codes must lie in 0..{K - 1}, got {codes.min()}..{codes.max()}")
         zq = self.quantize.embedding(codes).mT.unflatten(2, (h, w))  # (B, E, h, w)
         features = self.post_quant_conv(zq)  # (B, latent_channels, h, w)
-        # channels_last as in encode; here, because the 1x1 convolution may reorder the memory.
+        # channels_last as in encode, but after the 1x1 convolution, which may change the order.
         features = features.contiguous(memory_format=torch.channels_last)
         return decoder(features)  # (B, 3, H, W)
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from chameleon import ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, seed, with_bar
-from chameleon_extras.files import STOPS, say, stop, too_little_memory
+from chameleon_extras.files import STOPS, failed_work, one_line, say, stop
 from chameleon_extras.sheets import save_picture, write_document
 from generate import Piece, pieces, room_behind, seeds_of, stream
 from processor import ChameleonImageProcessor, ChameleonProcessor, load_image
@@ -160,9 +160,9 @@ class Terminal:
                 except BrokenPipeError:  # nobody reads the answers any more
                     raise
                 except (ValueError, OSError) as error:  # the chat goes on
-                    say(str(error))
+                    say(one_line(error))
                 except (MemoryError, RuntimeError) as error:
-                    say(too_little_memory(error))
+                    say(failed_work(error))
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -225,7 +225,11 @@ class Terminal:
             path = Path("picture.png" if n == 1 else f"picture-{n}.png")
             with suppress(FileExistsError):
                 path.touch(exist_ok=False)
-                save_picture(picture, path)
+                try:
+                    save_picture(picture, path)
+                except OSError:
+                    path.unlink()
+                    raise
                 return path
 
     def image(self, names: str) -> None:

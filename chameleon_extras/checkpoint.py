@@ -23,8 +23,8 @@ layer (quantize.py explains them):
 
 Its files are called model.int8.safetensors, so that no other reader takes them for plain weights.
 
-There is no table of names, because parameters have the names of the files. The 7B model has 548
-tensors. Those of the VQ-VAE's decoder (model.vqmodel.decoder.*) may be missing, as in
+There is no table of names, because parameters have the names of the files. The 7B model has 712
+tensors. The 164 of the VQ-VAE's decoder (model.vqmodel.decoder.*) may be missing, as in
 facebook/chameleon-7b. release.py reads Meta's and Anole's files under the same names.
 """
 
@@ -101,6 +101,7 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
     index = folder / f"{whole}.index.json"
     if index.is_file() and not (folder / whole).is_file():  # else it is of an earlier save
         try:
+            # name + "" is a TypeError if a name is no string.
             names = sorted({name + "" for name in read_json(index)["weight_map"].values()})
         except (KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is broken: it has no readable weight_map") from None
@@ -135,11 +136,13 @@ def open_checkpoint(folder: Path, device: str | torch.device, vqgan: Path | None
                     apart: bool = False) -> tuple[ChameleonConfig, str | None, dict[str, Stored]]:
     """A folder of any layout -> config, kind of quantized weights, {Hugging Face's name: tensor}.
 
-    `vqgan` names a file whose VQ-VAE replaces the folder's, see release.py.
+    `vqgan` names a file whose VQ-VAE replaces the folder's, see release.py. `apart` is an argument
+    of `open_safetensors`.
     """
     release = find_release(folder)
     if release:
-        (config, tensors), kind = open_release(release), None
+        config, tensors = open_release(release)
+        kind = None
     else:
         config, kind = open_config(folder)
         tensors = read_folder(folder, kind, device, apart or kind is not None)
@@ -204,9 +207,11 @@ def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stor
         shape, dtype, _ = found[name]
         if shape != tuple(want.shape):
             problems.append(f"{name} is {list(shape)} instead of {list(want.shape)}")
-        exact = not want.dtype.is_floating_point or name.endswith(".scale")  # of packed weights
-        if dtype != want.dtype if exact else not dtype.is_floating_point:
-            problems.append(f"{name} is {dtype} instead of {want.dtype if exact else 'floating'}")
+        if not want.dtype.is_floating_point or name.endswith(".scale"):  # of packed weights
+            if dtype != want.dtype:
+                problems.append(f"{name} is {dtype} instead of {want.dtype}")
+        elif not dtype.is_floating_point:
+            problems.append(f"{name} is {dtype} instead of floating")
     if any(name.endswith((".absmax", ".SCB", ".qweight", "_scale")) for name in found):
         raise ValueError(f"{folder} holds weights quantized elsewhere, which are not read: take "
                          "the plain ones, with --quantize or a quantization_config")
@@ -240,7 +245,7 @@ class WithoutInit(TorchFunctionMode):
 def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None,
                quantize: str | None = None) -> tuple[nn.Module, dict[str, Stored]]:
     """-> model on the "meta" device, and on disk exactly the tensors that it needs. For the class
-    ChameleonModel, it is the model around one, without its head.
+    ChameleonModel, the model is a ChameleonForConditionalGeneration whose lm_head is None.
 
     With `quantize`, one of KINDS, its linear layers are quantized ones, whose tensors are packed
     when they are read. ValueError if the folder's are quantized already, in another way.

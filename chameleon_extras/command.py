@@ -53,7 +53,7 @@ from chameleon_extras.sheets import (
     write_document,
 )
 from chameleon_extras.stats import Stats
-from generate import MODES, Options, picture_ids, pieces, room_behind, seeds_of, stream
+from generate import MODES, Options, ids_of_pictures, pieces, room_behind, seeds_of, stream
 from processor import ChameleonProcessor
 from tokenizer import Tokenizer, check_ids
 
@@ -288,13 +288,16 @@ def check_folder(folder: Path) -> None:
 
 
 def choose_name(options: argparse.Namespace) -> None:
-    """Without --out, turns picture.png into the first of picture-2.png, picture-3.png ... that
-    replaces no file. Called when there is something to write: other processes may write, too.
+    """Turns picture.png into the first of picture-2.png, picture-3.png ... that replaces no file.
+    The file at a given --out is replaced, but not the pictures beside a sheet. Called when there
+    is something to write: other processes may write, too.
     """
     path = options.out
     for n in count(2):
-        if "out" in options.given or not any(
-                map(os.path.lexists, [options.out, *numbered_names(options)])):
+        kept = numbered_names(options)
+        if n > 2 or "out" not in options.given:  # a name that nobody gave
+            kept.append(options.out)
+        if not any(map(os.path.lexists, kept)):
             return
         options.out = path.with_stem(f"{path.stem}-{n}")
 
@@ -329,7 +332,7 @@ def check_pair(config: ChameleonConfig, processor: ChameleonProcessor, inputs: d
         if ours.get(name, i) != i:
             raise ValueError(f"tokenizer and model do not belong together: {name} is {i} in the "
                              f"tokenizer and {ours[name]} in the config's vocabulary_map")
-    if not set(picture_ids(processor.tokenizer.vocabulary)) <= set(ours.values()):
+    if not set(ids_of_pictures(processor.tokenizer.vocabulary)) <= set(ours.values()):
         raise ValueError("the config's vocabulary_map lacks image tokens of the tokenizer: "
                          "take the config.json that came with the weights")
     vq, images = config.vq_config, processor.image_processor
@@ -374,7 +377,7 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
 
 
 def answer(options: argparse.Namespace) -> None:
-    """Checks all input before the weights are read, which takes long. Then computes and writes."""
+    """Checks all input first, because reading the weights takes long. Then computes and writes."""
     options.seed = seed(options.seed)
     Options(**sampling(options))  # checks them
     check_unused(options)
@@ -404,6 +407,7 @@ def answer(options: argparse.Namespace) -> None:
     prompts = place_images(options.prompt, len(options.image))
     longest = max(map(len, processor.tokenizer.vocab))  # characters of a token, at most
     pictures = len(options.image) // len(prompts) * processor.image_seq_length
+    # The least number of tokens: a far too long prompt is refused before it is tokenized.
     room_behind(config, pictures + max(map(len, prompts)) // longest, options.mode)
     inputs = processor(text=prompts, images=options.image or None, padding=True,
                        padding_side="left", return_for_text_completion=options.completion)
@@ -502,9 +506,10 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
             choose_name(options)
             for path, picture in zip(numbered_names(options), pictures):
                 save_picture(picture, path)
-            side = max(pictures[0].size)
-            seen = [enlarge(p, side * options.scale if options.scale else
-                            DRAWN if len(done) > 1 else side) for p in pictures]
+            side = max(pictures[0].size) * (options.scale or 1)
+            if len(done) > 1 and not options.scale:  # on a sheet
+                side = DRAWN
+            seen = [enlarge(picture, side) for picture in pictures]
             save_picture(seen[0] if len(done) == 1 else contact_sheet(seen), options.out)
             say(f"{options.out}: {len(pictures)} picture(s), seed {options.seed}")
 
@@ -546,11 +551,13 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
                 print(piece.text, end="", flush=True)
         finally:
             ignore_stops()
-            if parts:
-                write_document(options.out, parts)
-            with suppress(OSError):
-                options.out.rmdir()  # if nothing was written
-            print(flush=True)  # fails if stdout is closed or full
+            try:
+                if parts:
+                    write_document(options.out, parts)
+            finally:
+                with suppress(OSError):
+                    options.out.rmdir()  # if nothing was written
+                print(flush=True)  # fails if stdout is closed or full
             if parts:
                 say(f"{options.out / 'document.html'}: seed {options.seed}")
 

@@ -1,13 +1,13 @@
 """Fast steps: what makes writing one token after the other quick, all of it outside the model.
 
     prompt (B,T) --model, as it is--> KVCache, filled to column t
-    ids (B,1) --embed--> x (B,1,D) --N blocks, one compiled code--> --norm--> hidden (B,D)
+    ids (B,1) --embed--> x (B,1,D) --all blocks, one compiled code--> --norm--> hidden (B,D)
                               every block writes column t in place and reads all L columns
 
 Who needs it: whoever wants long answers, pictures or large models sooner. `generate` takes its
 uncompiled steps without being asked, its compiled ones by `compile=True` (`--compile`). The ids are
 those of a plain step, which is `generate(model, ..., decoder=False)`. In bf16 another kernel may
-round otherwise, and an id change where two logits are almost equal.
+round differently, so an id may change where two logits are almost equal.
 
 A step at batch 1 reads each weight once and does two operations with it. So it takes at least
 (bytes of weights and cache) / (bandwidth of the memory). What keeps a plain step from that:
@@ -33,7 +33,7 @@ matrix times vector   Libraries for matrix products are made for many rows. For 
 waiting               Reading an id is a GPU synchronization. So ids are read one step later, while
                       the next step already runs. Inside a picture, nothing else is read.
 
-One block is compiled, and its code serves all N blocks, since they differ in their tensors only.
+One block is compiled, and its code serves all blocks, since they differ in their tensors only.
 That takes a sixth of the time of compiling the whole step, at the same speed. q, k, v and gate, up
 are not joined into one matrix each: on CUDA the compiler puts their loops into one launch
 (`combo_kernels`), and on a CPU joining would save 2 %.
@@ -52,7 +52,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import cycle
@@ -86,8 +86,8 @@ AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of s
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """x as it is, but stored: a view with strides must lie in memory. Else torch.compile would
-    compute it anew wherever it is used, for a vector once for each row of a matrix.
+    """x, written to memory, as a view with strides needs it. Without this, torch.compile would
+    compute x again at each use: a vector once for each row of a matrix.
     """
     return x.as_strided(x.shape, x.stride())
 
@@ -327,10 +327,10 @@ def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
     for all four, and no sum waits for another. A sum of more than LONGEST terms is split, because
     torch.compile would add up a longer one more exactly, at a third of the speed.
 
-    On a GPU, and on a CPU without AVX-512, int8 weights are read four at a time, as one int32: that
-    is as wide as one number of x in fp32. A thread of a GPU loads 16 bytes at once, and would pass
-    single weights through shared memory to bring 16 of them and 4 numbers of x together. Such a CPU
-    would load less than a whole register of weights by way of memory, at a tenth of the speed.
+    On a GPU, and on a CPU without AVX-512, four int8 weights are read as one int32. It is as wide
+    as one number of x in fp32, so 16 bytes hold as many numbers of either. Single weights would be
+    exchanged through a GPU's shared memory. In such a CPU they would fill only a part of a
+    register, by way of memory, at a tenth of the speed.
     """
     cpu = weight.device.type == "cpu"
     fours = weight.dtype == torch.int8 and weight.shape[1] % 4 == 0 and not (cpu and AVX512)
@@ -342,10 +342,12 @@ def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
     x = in_memory(x).unflatten(-1, (splits, -1))  # (n, 1 or 4, splits, terms)
     sums = []
     for part in weight.unflatten(1, (splits, -1)).chunk(4 if cpu else 1):  # (O/4, splits, terms)
-        # Up, so that the byte's sign is the number's; down, so that the sign fills what is above.
-        w = [part << 24 - 8 * b >> 24 for b in range(4)] if fours else [part]
-        products = ([w_b.float() * x_b for w_b, x_b in zip(w, row)] for row in x)
-        sums.append([sum(p, first).sum(-1).sum(-1) for first, *p in products])  # n times (O/4,)
+        # The left shift makes byte b the highest one, and the right shift keeps its sign.
+        w = [(part << (24 - 8 * b)) >> 24 for b in range(4)] if fours else [part]
+        sums.append([])
+        for row in x:
+            first, *others = [w_b.float() * x_b for w_b, x_b in zip(w, row)]
+            sums[-1].append(sum(others, first).sum(-1).sum(-1))  # (O/4,)
     return torch.stack([torch.cat(row) for row in zip(*sums)])  # (n, O)
 
 
@@ -430,8 +432,8 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
 def decode_codes(vq: ChameleonVQVAE, codes: Tensor) -> Tensor:
     """`vq.decode`, in bf16 where a CPU is faster at that: codes (B, S) -> pixels (B, 3, H, W)
 
-    A level of a pixel, of 255, moves by 2 at most with the weights of tiny/. Encoding stays in
-    fp32, because other codes would come of bf16.
+    With the weights of tiny/, a level (0..255) moves by 2 at most. (Its own pictures are too small
+    to be decoded in bf16.) Encoding stays in fp32, because bf16 would give other codes.
     """
     bf16 = (codes.device.type == "cpu" and codes.shape[-1] >= MANY_CODES
             and fast_bf16(codes.device))
@@ -508,8 +510,8 @@ class StepCache(KVCache):
 
     def __init__(self, config: ChameleonConfig, B: int, L: int, dtype: torch.dtype,
                  device: torch.device) -> None:
-        # A view of all columns would have strides that follow from its size, and code compiled for
-        # it would rely on that. So where there are views, some columns lie behind all of them.
+        # In a view of all columns, strides follow from the size, and compiled code would rely on
+        # that. A few columns that no view reads prevent it.
         super().__init__(config, B, L + (UNREAD if device.type in VIEWED else 0), dtype, device)
         self.max_length = L
         self.new = torch.zeros(B, 1, dtype=torch.long, device=device)
@@ -559,7 +561,7 @@ class Decoder:
             set_attention(model, attention)
         self.cache = self.spare = None  # of the last step; of the last answer, to be used again
         kind = kind_of(model)
-        advice, device = None, model.device.type  # else packed weights are unpacked in each step
+        device, advice = model.device.type, None  # else packed weights are unpacked in each step
         if kind and device == "cuda" and not compiled:
             advice = "compile=True (--compile)"
         elif device == "cpu" and model.dtype != torch.bfloat16 and (
@@ -575,7 +577,7 @@ class Decoder:
                                  "adapter before")
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
-            # Before each call torch checks all its assumptions (guards); for N blocks that is a
+            # Before each call torch checks all its assumptions (guards); for all blocks that is a
             # tenth of a step. Here it checks shapes only. The rest holds, because a copy of the
             # code serves one model, and within it layers that are `alike`.
             layers = model.model.layers
@@ -603,19 +605,25 @@ class Decoder:
 
     @contextmanager
     def kernels(self, rows: int, compiled: bool) -> Iterator[None]:
-        """The fastest kernels for so many rows; torch may compile up to 64 shapes."""
+        """The fastest kernels for so many rows. torch may compile for any number of shapes."""
         form = form_of(self.model.lm_head, rows, self.model.dtype, compiled)
-        switched = onednn(False) if form == "torch" else nullcontext()
-        # Imports torch._dynamo, which takes a second: only where something is compiled.
-        limit = torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext()
-        with switched, limit, InFp32() if form == "fp32" else nullcontext():
+        with ExitStack() as contexts:
+            if form == "torch":
+                contexts.enter_context(onednn(False))
+            if form == "fp32":
+                contexts.enter_context(InFp32())
+            if compiled:  # here, because it imports torch._dynamo, which takes a second
+                contexts.enter_context(torch._dynamo.config.patch(
+                    recompile_limit=2**30, accumulated_recompile_limit=2**30))
+                # torch.set_default_device overrides functions, which fullgraph=True cannot trace.
+                contexts.enter_context(torch._C.DisableTorchFunction())
             yield
 
     def product(self, layer: nn.Module) -> Callable:
         """A head, rows (n, D) -> (n, outputs), as fast as it gets from its second use on.
 
-        The first is as it comes: so the first id of an answer does not wait for the compiler, nor
-        for a measurement. All uses have the same number of rows.
+        The first use runs the plain layer, so that the first id of an answer waits for no compiler
+        and no measurement. All uses have the same number of rows.
         """
         runs = []
 
@@ -647,8 +655,7 @@ class Decoder:
             return self.walk(cache, cache.k, cache.v, cache.allowed)
 
     def walk(self, cache: StepCache, k: list[Tensor], v: list[Tensor], allowed: Tensor) -> Tensor:
-        """From the inputs that stay to hidden states (B, D): ChameleonModel.forward of one column.
-        """
+        """One column of ChameleonModel.forward, from the cache's inputs -> hidden states (B, D)."""
         model = self.model.model
         x = model.embed_tokens(cache.new)  # (B, 1, D)
         if len(x) not in self.layers:
@@ -656,8 +663,9 @@ class Decoder:
                                    for layer in model.layers]
         cos, sin = rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, run, k_, v_ in zip(self.layers[len(x)], cycle(self.blocks), k, v):
-            x = run(layer, x, cos, sin, allowed, k_, v_, cache.column)  # (B, 1, D)
+        for layer, run in zip(self.layers[len(x)], cycle(self.blocks)):
+            n = layer.self_attn.layer  # its place in the cache, also if others were taken out
+            x = run(layer, x, cos, sin, allowed, k[n], v[n], cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 
     def replay(self, cache: StepCache) -> Tensor:
@@ -667,7 +675,7 @@ class Decoder:
             cache.graphs[columns] = self.record(cache, columns)
         graph, hidden = cache.graphs[columns]
         graph.replay()
-        return hidden  # until the next replay, before which the ids are chosen
+        return hidden  # the next replay overwrites it, but the ids are chosen before that
 
     def record(self, cache: StepCache, columns: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         views = cache.first(columns)
@@ -721,10 +729,17 @@ class Decoder:
 
 def parts(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of: if one of them is another, it is out of date."""
-    attends = [layer.self_attn.attend for layer in model.base_model.layers]
     places = [getattr(t, "_local_tensor", t).data_ptr() for t in model.state_dict().values()]
     hooks = [hook for module in model.modules() for hook in hooks_of(module)]
-    return [model.device, model.dtype, *places, *model.modules(), *attends, *hooks]
+    values = [values_of(module) for module in model.base_model.layers.modules()]
+    return [model.device, model.dtype, *places, *model.modules(), *hooks, *values]
+
+
+def values_of(module: nn.Module) -> dict:
+    """The attributes of a module beside its tensors that its code may look at."""
+    return {name: value for name, value in vars(module).items()
+            if name[0] != "_" and name != "training"
+            and (callable(value) or isinstance(value, (int, float, str)))}
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
@@ -738,9 +753,7 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
     tensors and in their place, `layer`. No, if one has a hook.
     """
     def parts_of(layer: nn.Module) -> list:
-        rest = [{name: value for name, value in vars(m).items() if name[0] != "_"
-                 and name != "layer" and (callable(value) or isinstance(value, (int, float, str)))}
-                for m in layer.modules()]
+        rest = [values_of(m) | {"layer": None} for m in layer.modules()]
         stored = [(x.dtype, x.stride()) for x in layer.state_dict().values()]
         return [repr(layer), *map(type, layer.modules()), *rest, *stored]
 

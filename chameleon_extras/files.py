@@ -68,7 +68,7 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
         say(f"{command}: {one_line(e)}")
         code = 2
     except (MemoryError, RuntimeError) as e:
-        say(f"{command}: {too_little_memory(e)}")
+        say(f"{command}: {failed_work(e)}")
         code = 2
     except KeyboardInterrupt:
         say(stopped)
@@ -81,8 +81,10 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
     return code
 
 
-def too_little_memory(error: MemoryError | RuntimeError) -> str:
-    """The line for an error of too little memory. Any other error is raised again."""
+def failed_work(error: MemoryError | RuntimeError) -> str:
+    """The line for too little memory or a failed torch.compile. Other errors are raised again."""
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"torch.compile failed, leave --compile out ({one_line(error):.300})"
     if not isinstance(error, MemoryError) and not re.search(
             "(out of|allocate|enough) memory|could not create a", str(error)):  # oneDNN's words
         raise error

@@ -35,6 +35,7 @@ NEUTRAL = {"num_beams": 1} | dict.fromkeys((
     "output_scores", "output_attentions", "output_hidden_states", "output_logits",
     "return_dict_in_generate", "synced_gpus"), False)
 IDLE = {"text": ("image_", "guidance_"), "image": ("max_", "min_")}  # beginnings of names
+ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
 NO_OPTIONS = ("bos_token_id", "transformers_version", "_from_model_config")
 
 Config, Model = TypeVar("Config"), TypeVar("Model")
@@ -112,19 +113,20 @@ def attention_of(name: str) -> str:
     return ATTENTION[name]
 
 
-def generation_options(generation_config=None, **options: object) -> dict:
+def generation_options(*configs, **options: object) -> dict:
     """Options of transformers' `model.generate` -> those of ours. The values of a GenerationConfig
-    hold where no option is given. NEUTRAL values and None change nothing and are left out.
+    hold where neither an option nor a config before it is given; some configs may be None. NEUTRAL
+    values and None change nothing and are left out.
     """
     mode = options.get("mode", "text")
     if idle := [name for name, value in options.items()
                 if value is not None and name.startswith(IDLE.get(str(mode), "none"))]:
         warnings.warn(f"with mode={mode!r}, {', '.join(idle)} changes nothing", stacklevel=3)
-    if generation_config is not None:
-        if not hasattr(generation_config, "to_diff_dict"):
+    for config in configs:
+        if config is not None and not hasattr(config, "to_diff_dict"):
             raise ValueError("generation_config must be a GenerationConfig, got a "
-                             f"{type(generation_config).__name__}: give options by name")
-        options = generation_config.to_diff_dict() | options
+                             f"{type(config).__name__}: give options by name")
+        options = (config.to_diff_dict() if config is not None else {}) | options
     if "cache" in options:
         options["past_key_values"] = options.pop("cache")  # transformers 5.24's name
     return {name: value for name, value in options.items()
@@ -170,11 +172,15 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
     if issubclass(cls, ChameleonVQVAEConfig) and (
             "vq_config" in values or values.get("model_type") == "chameleon"):
         values = values.get("vq_config") or {}
-    if (told := values.get("rope_parameters")) and {"rope_theta", "rope_scaling"} & changes.keys():
-        given = cls.from_dict({"rope_parameters": told})  # transformers 5's name for both
-        values |= {"rope_theta": given.rope_theta, "rope_scaling": given.rope_scaling,
-                   "rope_parameters": None}
     try:
+        if ROPE & changes.keys():  # the file and the changes may have either spelling
+            own = cls.from_dict({name: values.pop(name) for name in ROPE & values.keys()})
+            values |= {"rope_theta": own.rope_theta, "rope_scaling": own.rope_scaling}
+            told = changes.get("rope_parameters") or changes.get("rope_scaling")
+            if isinstance(told, dict) and ("rope_parameters" in changes or "rope_theta" in told):
+                changes["rope_parameters"] = {"rope_theta": values.pop("rope_theta")} | told
+                changes.pop("rope_scaling", None)
+                del values["rope_scaling"]
         if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"it describes a {kind!s:.40}, not a {cls.model_type}")
         return cls.from_dict(values | changes)

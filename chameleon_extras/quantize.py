@@ -26,7 +26,8 @@ With 4 bits there are 16 values, and one scale for each GROUP of weights in a ro
 
     y_o = sum_g s_og * (sum_{i in g} q_oi x_i)
 
-Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE (its codes change).
+Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE, whose codes would
+change.
 
 "nf4" has 16 values at unequal distances, see NF4Linear.
 
@@ -85,7 +86,9 @@ class PackedLinear(nn.Module):
             raise ValueError(f"{prefix}weight is {given.dtype}, but this layer is quantized: load "
                              "plain weights before you quantize")
         super()._load_from_state_dict(state, prefix, *rest)
-        self.kernel = None  # Int4Linear's was made of the weights before
+        if getattr(self, "kernel", None):  # Int4Linear's, made of the weights before
+            self.kernel = None
+            self.prepare(1, torch.bfloat16)  # now: code that is compiled already would not
 
 
 class Int8Linear(PackedLinear):
@@ -158,11 +161,11 @@ class Int4Linear(PackedLinear):
         groups = weight.float().unflatten(1, (-1, group_size(weight.shape[1])))  # (O, I/g, g)
         # From -8 to 7: the value of the largest magnitude lands on -8, whatever its sign is.
         extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (O, I/g, 1)
-        scale = (extreme / -8).bfloat16()  # stored so, hence also rounded with it so
+        scale = (extreme / -8).bfloat16()  # before the division: the stored scale decides
         scale = torch.where(scale == 0, 1.0, scale)
         q = (groups / scale.float()).round().clamp(-8, 7) + 8  # 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
-        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale[..., 0].bfloat16()}
+        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale[..., 0]}
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (O, I) that these numbers stand for."""
@@ -202,13 +205,13 @@ class Int4Linear(PackedLinear):
         return q.float() - 8  # sooner than a look into the table
 
     def has_kernel(self, rows: int, dtype: torch.dtype) -> bool:
-        """It takes other dtypes, too, by a plain loop on x86: unpacking is faster there."""
+        """Is the CPU's kernel the fast way? (In fp32 it is slower than unpacking on x86.)"""
         return (VECTORS and self.weight.device.type == "cpu" and dtype == torch.bfloat16
                 and len(self.weight) % 16 == 0 and rows <= INT4_ROWS)
 
     def prepare(self, rows: int, dtype: torch.dtype) -> None:
-        """Makes what a product of so many rows of this dtype reads beside the weight, if it is not
-        there. Code that is compiled before would make it in each call.
+        """Makes what a product of so many rows of this dtype reads beside the weight, once. To be
+        called before compiling: compiled code would make it in each call.
         """
         self.table()
         if self.has_kernel(rows, dtype) and self.kernel is None:
@@ -254,7 +257,7 @@ KINDS = {"int8": Int8Linear, "int4": Int4Linear, "nf4": NF4Linear}
 
 
 def group_size(inputs: int, sizes: tuple[int, ...] = Int4Linear.GROUPS) -> int:
-    """ValueError if no group size divides the width."""
+    """The largest of the sizes that divides the width. ValueError if none does."""
     for size in sizes:
         if inputs % size == 0:
             return size

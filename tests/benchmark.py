@@ -64,7 +64,7 @@ from chameleon import ChameleonForConditionalGeneration  # noqa: E402
 from chameleon_extras.decoding import MEASUREMENTS, Decoder, decode_codes  # noqa: E402
 from chameleon_extras.files import OneLineParser, exit_code, pick_device  # noqa: E402
 from chameleon_extras.quantize import quantize_model  # noqa: E402
-from generate import picture_ids, stream  # noqa: E402
+from generate import ids_of_pictures, stream  # noqa: E402
 from vqvae import ChameleonVQVAE  # noqa: E402
 
 TOY_VQ = dict(embed_dim=16, num_embeddings=64, latent_channels=16, resolution=32,
@@ -446,7 +446,7 @@ def run(options: argparse.Namespace) -> None:
     model = random_model(make_config(SIZES[options.size]), device)
     config = model.config
     g = torch.Generator().manual_seed(1)
-    text = max(picture_ids(model.model.vocabulary)) + 1  # the first id of text
+    text = max(ids_of_pictures(model.model.vocabulary)) + 1  # the first id of text
     prompt = torch.randint(text, config.vocab_size, (1, PROMPT[options.size]), generator=g)
     prompt = prompt.to(device)
     names = [name for name in WRITERS if name in options.rows]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.stats import bandwidth
-from generate import picture_ids
+from generate import ids_of_pictures
 from tokenizer import image_token_name
 
 
@@ -183,7 +183,7 @@ class Judge:
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
         self.model, self.cache = plain_fp32(model), None
         self.text = torch.ones(model.config.vocab_size, dtype=torch.bool, device=model.device)
-        self.text[picture_ids(model.model.vocabulary)] = False  # (V,)
+        self.text[ids_of_pictures(model.model.vocabulary)] = False  # (V,)
 
     @torch.inference_mode()
     def logits(self, before: Tensor, ids: Tensor) -> Tensor:

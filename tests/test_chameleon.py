@@ -15,6 +15,7 @@ from chameleon import (
     IGNORE,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
+    ChameleonRMSNorm,
     KVCache,
     rotary_table,
     rotate,
@@ -270,6 +271,7 @@ def test_dynamic_rope_forgets_a_long_call():
         before = model(short).logits
         model(long)
         assert torch.equal(model(short).logits, before)
+        close(before, small_model()(short).logits)  # theta as it is
         assert not torch.equal(model(long).logits[:, :10], model(long[:, :10]).logits)
 
 
@@ -290,10 +292,12 @@ def test_qk_norm_makes_logits_blind_to_the_scale_of_q_proj(seed, scale):
 def test_attention_dropout_acts_in_training_only():
     model = small_model(attention_dropout=0.5)
     ids = text_ids(1, 9)
-    with torch.no_grad():
-        assert torch.equal(model(ids).logits, model(ids).logits)
-        model.train()
-        assert not torch.equal(model(ids).logits, model(ids).logits)
+    for attention in ("sdpa", "eager"):
+        set_attention(model.eval(), attention)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, model(ids).logits)
+            model.train()
+            assert not torch.equal(model(ids).logits, model(ids).logits)
 
 
 def test_tied_embeddings_are_one_matrix():
@@ -429,6 +433,8 @@ def test_both_generations_of_config_are_read():
         rope_type="linear", rope_theta=5e5, factor=2.0)).to_dict() == old.to_dict()
     short = dict(rope_parameters=dict(type="linear", rope_theta=5e5, factor=2.0))
     assert ChameleonConfig.from_dict(short) == old
+    again = dict(rope_scaling=dict(type="linear", rope_theta=5e5, factor=2.0))  # transformers 5's
+    assert ChameleonConfig.from_dict(again) == old
     plain = ChameleonConfig.from_dict(dict(rope_parameters=dict(rope_type="default")))
     assert plain == ChameleonConfig()
 
@@ -444,10 +450,11 @@ def test_absent_values_mean_what_the_documentation_says():
     (dict(vocab_size=0), "vocab_size"),
     (dict(hidden_size=65), "hidden_size"),
     (dict(num_attention_heads=5), "hidden_size"),
+    (dict(hidden_size=60), "hidden_size"),  # heads of 15 have no halves to rotate
     (dict(num_key_value_heads=3), "num_key_value_heads"),
     (dict(hidden_act="sulu"), "hidden_act"),
     (dict(attention_dropout=1.5), "attention_dropout"),
-    (dict(rope_theta=-1.0), "rope_theta"),
+    (dict(rope_theta=-1.0), "rope_theta"), (dict(rope_theta=0.0), "rope_theta"),
     (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope_scaling"),
     (dict(rope_scaling={"type": "linear"}), "rope_scaling"),
     (dict(rope_scaling={"factor": 2.0}), "rope_scaling type None"),
@@ -577,7 +584,7 @@ def test_masks_and_pictures_that_do_not_fit_are_refused():
         MODEL(ids, attention_mask=torch.full((3, 6, 6), -1e9).triu(1))
     causal = torch.full((1, 1, 6, 6), -1e4).triu(1)
     torch.testing.assert_close(MODEL(ids, attention_mask=causal).logits, MODEL(ids).logits)
-    for biased in (causal - 0.5, torch.ones(1, 1, 6, 6).tril()):  # transformers adds such numbers
+    for biased in (causal - 0.5, causal / 20, torch.ones(1, 1, 6, 6).tril()):  # theirs adds
         with pytest.raises(ValueError, match="0 or at most -1000"):
             MODEL(ids, attention_mask=biased)
     with pytest.raises(ValueError, match="but the prompt has 0 <image>"):
@@ -630,3 +637,20 @@ def test_an_additive_mask_of_two_dimensions_is_refused():
 def test_labels_may_be_of_32_bits():
     ids = text_ids(2, 5)
     assert torch.equal(MODEL(ids, labels=ids.int()).loss, MODEL(ids, labels=ids).loss)
+
+
+def test_the_loss_of_a_model_in_bf16_is_fp32():
+    model, ids = copy.deepcopy(MODEL).bfloat16(), text_ids(2, 9)
+    out = model(ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+
+
+def test_the_statistics_of_a_norm_are_fp32_and_its_weights_come_after_the_cast():
+    norm = ChameleonRMSNorm(64, 1e-5).bfloat16()
+    norm.weight.data.uniform_(0.5, 2)
+    x = torch.randn(50, 64).bfloat16()
+    x32 = x.float()
+    expected = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(norm(x), norm.weight * expected.bfloat16())

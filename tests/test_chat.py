@@ -321,6 +321,11 @@ def test_a_drawing_never_replaces_one_that_another_chat_made_meanwhile(tmp_path,
     monkeypatch.setattr(os.path, "lexists", lambda path: False)  # looked before the other made it
     assert [str(terminal.keep(word)) for word in "ab"] == ["picture.png", "picture-2.png"]
     assert (tmp_path / "picture.png").read_text() == "a"
+    (tmp_path / "picture.png").unlink()
+    monkeypatch.setattr(chat, "save_picture", lambda picture, path: Path("no/where").touch())
+    with pytest.raises(OSError):
+        terminal.keep("c")
+    assert not (tmp_path / "picture.png").exists()  # no empty file
 
 
 def test_the_last_picture_again_is_the_same_picture(lines, tmp_path):

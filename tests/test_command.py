@@ -1,5 +1,6 @@
 """The command line: everything a user can get wrong, and what is written to disk."""
 
+import argparse
 import io
 import itertools
 import json
@@ -290,6 +291,39 @@ def test_too_little_memory_is_one_line(run, monkeypatch, capsys, error, known):
     else:
         with pytest.raises(RuntimeError, match="other"):
             run("--prompt", "a")
+
+
+def test_a_compiler_that_fails_is_one_line(run, monkeypatch):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def load(*_):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(command, "load_checkpoint", load)
+    code, _, err = run("--prompt", "a")
+    assert code == 2 and err.count("\n") == 1
+    assert "torch.compile failed, leave --compile out (No working C++ compiler" in err
+
+
+def test_singles_that_another_process_has_made_meanwhile_are_kept(tmp_path):
+    options = argparse.Namespace(out=tmp_path / "a.png", count=2, prompt=["x"], given=["out"])
+    (tmp_path / "a.png").touch()  # the sheet at --out may be replaced
+    command.choose_name(options)
+    assert options.out == tmp_path / "a.png"
+    (tmp_path / "a-2.png").touch()
+    command.choose_name(options)
+    assert options.out == tmp_path / "a-3.png"
+
+
+def test_a_document_that_cannot_be_written_leaves_the_line_ended(run, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device", "1.png")
+
+    monkeypatch.setattr(command, "write_document", full)
+    code, out, err = run("--prompt", "a", "--mode", "interleaved", "--max-new-tokens", "9",
+                         "--out", str(tmp_path / "story"))
+    assert code == 2 and out.endswith("\n") and "1.png: No space left on device" in err
+    assert not (tmp_path / "story").exists()
 
 
 def interrupted(steps, after: int):

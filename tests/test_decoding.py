@@ -205,6 +205,36 @@ def test_other_weights_or_another_dtype_make_a_new_compiled_decoder(traced):
     second = model.bfloat16().compiled_decoder
     model.generate(prompt, **options, compile=True)
     assert model.compiled_decoder is not second
+    third = model.compiled_decoder
+    for change in (lambda layer: setattr(layer.mlp, "act", torch.relu),
+                   lambda layer: setattr(layer.input_layernorm, "eps", 1.0)):
+        model.generate(prompt, **options, compile=True)
+        assert model.compiled_decoder is third  # kept while nothing changes
+        for layer in model.model.layers:
+            change(layer)
+        assert torch.equal(model.generate(prompt, **options, compile=True),
+                           generate(model, prompt, **options, decoder=False))
+        third = model.compiled_decoder
+
+
+def test_layers_may_be_taken_out_or_exchanged(traced):
+    prompt, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=6, eos_token_id=[])
+    for places in ([0, 2], [2, 1, 0]):
+        model = small_model()
+        model.model.layers = torch.nn.ModuleList([model.model.layers[n] for n in places])
+        assert torch.equal(model.generate(prompt, **options, compile=True),
+                           generate(model, prompt, **options, decoder=False))
+
+
+def test_any_number_of_shapes_is_compiled_and_a_default_device_is_no_obstacle(traced):
+    model, prompt = small_model(), torch.tensor([[0, 80, 81]])
+    options = dict(max_new_tokens=4, eos_token_id=[])
+    with torch.device("cpu"):
+        assert torch.equal(model.generate(prompt, **options, compile=True),
+                           generate(model, prompt, **options, decoder=False))
+    with model.compiled_decoder.kernels(1, compiled=True):  # torch gives up at 8 and at 256
+        assert torch._dynamo.config.recompile_limit > 10**6
+        assert torch._dynamo.config.accumulated_recompile_limit > 10**6
 
 
 def test_a_text_may_grow_past_any_guard_and_nothing_is_compiled_again(traced):

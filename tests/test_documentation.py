@@ -498,8 +498,12 @@ def test_a_change_replaces_what_a_config_of_transformers_5_says(folder, tmp_path
     assert (config.rope_theta, config.rope_scaling) == (5e5, dynamic)
     assert ChameleonConfig.from_pretrained(tmp_path, rope_theta=4e5).rope_theta == 4e5
     assert ChameleonConfig.from_pretrained(tmp_path).rope_theta == 5e5
+    for name in ("rope_parameters", "rope_scaling"):
+        for told, theta in (({}, 5e5), ({"rope_theta": 777.0}, 777.0)):  # or the file's theta
+            config = ChameleonConfig.from_pretrained(tmp_path, **{name: dynamic | told})
+            assert (config.rope_theta, config.rope_scaling) == (theta, dynamic)
     config.save_pretrained(tmp_path)  # as transformers 4 writes it
-    assert ChameleonConfig.from_pretrained(tmp_path, rope_scaling=None).rope_theta == 5e5
+    assert ChameleonConfig.from_pretrained(tmp_path, rope_scaling=None).rope_theta == 777.0
 
 
 def test_a_hub_id_is_read_from_the_librarys_cache(folder, tmp_path, monkeypatch):
@@ -621,6 +625,9 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     assert torch.equal(model.generate(PROMPT, **nothing), expected)
     assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
     assert torch.equal(model.generate(PROMPT, generation_config=None), expected)
+    other = transformers.GenerationConfig(max_new_tokens=4)  # the rest is the model's own
+    assert torch.equal(model.generate(PROMPT, generation_config=other),
+                       MODEL.generate(PROMPT, max_new_tokens=4, eos_token_id=[]))
     with pytest.warns(UserWarning, match="with mode='text', guidance_text changes nothing"):
         model.generate(PROMPT, guidance_text=3.0)
     with pytest.warns(UserWarning, match="with mode='image', max_new_tokens changes nothing"):
@@ -734,6 +741,8 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.decode(ids[1]) == theirs.decode(ids[1])
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
+    with pytest.raises(ValueError, match="begins with <s>: leave bos_token as it is"):
+        bpe.bos_token = "</s>"
     assert bpe.special_tokens_map.items() >= theirs.special_tokens_map.items()
     bpe = copy.copy(bpe)
     assert bpe("Hi", return_attention_mask=None).keys() == {"input_ids", "attention_mask"}
@@ -794,7 +803,7 @@ def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
     picture = ROOT / "examples" / "star.png"
     turns = [
         {"role": "user", "content": [{"type": "text", "text": "What is this? <image></s>"},
-                                     {"type": "image", "path": str(picture)}]},
+                                     {"type": "image", "image": None, "path": str(picture)}]},
         {"role": "assistant", "content": "A star.<reserved08706>"},
         {"role": "user", "content": [{"type": "text", "text": "Is it red?"}]},
     ]
@@ -813,8 +822,9 @@ def test_a_conversation_is_turns_with_an_end_of_turn_behind_each():
     for wrong in ([{"role": "user"}], [{"content": [{"type": "video"}]}], ["text"]):
         with pytest.raises(ValueError, match="message"):
             processor.apply_chat_template(wrong)
-    with pytest.raises(ValueError, match="gives ids"):
-        processor.apply_chat_template(turns, tokenize=False)
+    for name in ("tokenize", "return_dict", "add_generation_prompt"):
+        with pytest.raises(ValueError, match="gives ids"):
+            processor.apply_chat_template(turns, **{name: False})
     system = {"role": "system", "content": "Be brief."}
     for wrong in (turns[:2], turns[1:], [turns[0], turns[2]], [system, turns[2]], [system, *turns],
                   [turns[0]] * 3, [turns[0], system, turns[2]]):

@@ -26,15 +26,17 @@ from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCach
 from chameleon_extras.decoding import Decoder, set_attention
 from generate import (
     Grammar,
+    choose,
     decode_pictures,
     generate,
     guidance_streams,
+    ids_of_pictures,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
-    picture_ids,
     room_behind,
     sample,
+    stop_ids,
     stream,
 )
 from tokenizer import Tokenizer, image_token_name
@@ -194,7 +196,8 @@ PROMPT = torch.tensor([[0, 80]])
     (PROMPT, dict(max_new_tokens=0), "max_new_tokens must be"),
     (PROMPT, dict(temperature=None), "temperature must be 0 .* got None"),
     (PROMPT, dict(seed=[1, 2]), "2 seeds for 1 rows"),
-    (PROMPT, dict(seed="5"), "no whole number"),
+    (PROMPT, dict(seed="5"), "no whole number"), (PROMPT, dict(seed=2**64), "below 2\\^63"),
+    (PROMPT, dict(eos_token_id=10**9), "eos_token_id is 1000000000"),
     (PROMPT, dict(max_new_tokens=-10**50), "max_new_tokens must be"),
     (torch.zeros(1, 0).long(), {}, "input_ids must be"),
     (torch.full((1, 300), 80), {}, "prompt has 300 tokens.*context holds 256"),
@@ -311,7 +314,7 @@ def test_sampling_in_training_leaves_the_model_in_training():
 
 def test_rope_scaling_lengthens_the_context():
     config = ChameleonConfig(**(SIZES | dict(rope_scaling={"type": "linear", "factor": 2.0})))
-    assert room_behind(config, 400) == 112
+    assert room_behind(config, 400) == 112 and room_behind(config, 511) == 1
 
 
 # ------------------------------------------------------------------- the grammar, and guidance
@@ -416,8 +419,8 @@ def test_the_cache_across_modality_switches_equals_the_full_forward(seed, image_
     with torch.no_grad():
         logits = model(ids[None], mask_image_logits=False).logits[0]
     for t in range(len(prompt), len(ids)):
-        places = grammar.places(ids[None, :t])
-        allowed = grammar.allowed(places, len(prompt) + 20 - t)[0]
+        missing = grammar.missing(ids[None, :t])
+        allowed = grammar.allowed(missing, len(prompt) + 20 - t)[0]
         best = logits[t - 1].masked_fill(~allowed, float("-inf"))
         assert best.max() - best[ids[t]] < 1e-4
 
@@ -564,7 +567,7 @@ def test_weights_without_vq_decoder_say_so_before_drawing():
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), temperature=st.floats(0.1, 5.0), sample=st.booleans())
 def test_text_never_contains_a_pictures_id(seed, temperature, sample):
-    forbidden = set(picture_ids(DRAWER.model.vocabulary))
+    forbidden = set(ids_of_pictures(DRAWER.model.vocabulary))
     assert len(forbidden) == VQ["num_embeddings"] + 3
     ids = generate(DRAWER, torch.tensor([[0, 80]]), max_new_tokens=20, do_sample=sample, seed=seed,
                    temperature=temperature, eos_token_id=[])
@@ -620,3 +623,78 @@ def test_a_cache_that_was_cropped_and_written_again_forgets_its_ids():
         model(torch.tensor([[81, 82, 83, 84]]), past_key_values=cache)
     again = model.generate(first, past_key_values=cache, **options)
     assert torch.equal(again, model.generate(first, **options))
+
+
+def test_the_temperature_comes_before_the_filters():
+    g = torch.Generator().manual_seed(0)  # top_p=0.9 would drop 0 of the logits as they are
+    drawn = {int(choose(torch.tensor([[0.0, 1.0, 2.0]]), [g], 5.0, None, 0.9)) for _ in range(60)}
+    assert drawn == {0, 1, 2}
+
+
+@pytest.mark.parametrize("option", [dict(image_top_k=1), dict(image_top_p=1e-9)])
+def test_pictures_have_filters_of_their_own(option):
+    model = with_any_logits(2, 0.3, 0.0)
+    drawn = generate(model, PROMPT, mode="image", **option)
+    assert torch.equal(drawn, generate(model, PROMPT, mode="image", image_temperature=0.0))
+
+
+def test_a_cache_is_read_up_to_the_first_other_id_and_serves_several_sequences():
+    cache, other = KVCache(MODEL.config), torch.tensor([[0, 81, 90, 100, 110]])
+    generate(MODEL, torch.tensor([[0, 80, 90, 100, 110]]), past_key_values=cache)
+    again = generate(MODEL, other, past_key_values=cache, max_new_tokens=6)
+    assert torch.equal(again, generate(MODEL, other, max_new_tokens=6))
+    cache, options = KVCache(MODEL.config, 2, 64), dict(
+        num_return_sequences=2, do_sample=True, max_new_tokens=4, eos_token_id=[])
+    for _ in range(2):
+        ids = generate(MODEL, PROMPT, past_key_values=cache, **options)
+    assert torch.equal(ids, generate(MODEL, PROMPT, **options))
+    with torch.no_grad():  # what generate leaves may grow
+        MODEL(ids[:, cache.length :], past_key_values=cache)
+
+
+def test_prompts_that_end_inside_a_picture():
+    codes = sorted(CODES)[:1] * (SMALL_S + 3)
+    assert Grammar(DRAWER, "interleaved").missing(torch.tensor([[0, BEGIN, *codes]])) == [1]
+    ids = generate(DRAWER, torch.tensor([[0, BEGIN]]), max_new_tokens=4, eos_token_id=[])
+    assert not CODES & set(ids[0, 2:].tolist())  # mode="text" finishes no picture
+
+
+def test_each_submodule_stays_in_the_mode_it_was_in():
+    model = small_model().train()
+    model.lm_head.eval()
+    generate(model, PROMPT, max_new_tokens=2)
+    assert model.model.norm.training and not model.lm_head.training
+
+
+def test_a_part_in_training_has_no_dropout_either():
+    """As the adapter that peft adds to a model: it is in training, the model is not."""
+    model = small_model(attention_dropout=0.5)
+    model.model.layers.train()
+    expected = generate(small_model(), PROMPT, max_new_tokens=6, eos_token_id=[])
+    assert torch.equal(generate(model, PROMPT, max_new_tokens=6, eos_token_id=[]), expected)
+    assert model.model.layers[0].training and not model.training
+
+
+def test_torchs_default_device_changes_nothing():
+    expected = generate(MODEL, PROMPT, max_new_tokens=6, eos_token_id=[])
+    with torch.device("meta"):
+        assert torch.equal(generate(MODEL, PROMPT, max_new_tokens=6, eos_token_id=[]), expected)
+
+
+def test_ends_and_padding():
+    assert stop_ids(MODEL, 2, "text") == [2] and stop_ids(MODEL, None, "text") == [2, 72]
+    model, ids = small_model(pad_token_id=2), torch.tensor([[0, 80, 2, 81]])  # pad is </s>
+    plain = generate(model, ids, torch.ones_like(ids), max_new_tokens=6, eos_token_id=[2])
+    assert torch.equal(generate(model, ids, max_new_tokens=6, eos_token_id=[2]), plain)
+    stops = list(range(74, V))
+    rows = generate(MODEL, torch.tensor([[0, 80], [0, 90], [0, 91]]), max_new_tokens=9, seed=3,
+                    do_sample=True, eos_token_id=stops[::2], pad_token_id=0)[:, 2:].tolist()
+    ended = [row[i + 1 :] for row in rows for i in [next(
+        (i for i, x in enumerate(row) if x in stops[::2]), 9)]]
+    assert any(ended) and all(set(row) <= {0} for row in ended)
+
+
+def test_several_sequences_of_several_prompts_stand_in_order():
+    ids = generate(MODEL, torch.tensor([[0, 80], [0, 90]]), num_return_sequences=2, do_sample=True,
+                   max_new_tokens=2)
+    assert ids[:, 1].tolist() == [80, 80, 90, 90]

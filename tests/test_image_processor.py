@@ -154,6 +154,11 @@ def test_arrays_and_tensors_of_either_layout_give_the_pixels_of_the_picture():
     for image in (array, array.transpose(2, 0, 1), tensor, tensor.permute(2, 0, 1),
                   array.astype(np.float32), array.astype(np.int64), tensor.to(torch.bfloat16)):
         assert torch.equal(processor(image, return_tensors="pt").pixel_values, want)
+    low = noise(40, 4, 3)  # its height could be four channels
+    assert torch.equal(processor(low, return_tensors="pt").pixel_values,
+                       processor(Image.fromarray(low), return_tensors="pt").pixel_values)
+    stack = torch.from_numpy(np.stack([255 - array, array]))
+    assert torch.equal(processor(stack, return_tensors="pt").pixel_values[1:], want)
     stack = processor(np.stack([255 - array, array]), return_tensors="pt").pixel_values
     assert stack.shape == (2, 3, 32, 32)
     assert torch.equal(stack[1:], want) and not torch.equal(stack[:1], want)
@@ -241,6 +246,9 @@ def test_postprocess_clamps_and_truncates():
     pixels = torch.tensor([-3.0, -1.0, 0.0, 0.999, 1.0, 3.0]).expand(1, 3, 1, 6)
     levels = np.asarray(ChameleonImageProcessor.postprocess(pixels)[0])[0, :, 0]
     assert levels.tolist() == [0, 0, 127, 254, 255, 255]
+    pixels = torch.linspace(-1, 1, 30).expand(1, 3, 1, 30).bfloat16()  # the sums are fp32
+    assert ChameleonImageProcessor.postprocess(pixels) == ChameleonImageProcessor.postprocess(
+        pixels.float())
     with pytest.raises(ValueError, match="N, 3, H, W"):
         ChameleonImageProcessor.postprocess(pixels[0])
 
@@ -280,6 +288,9 @@ def test_changing_one_processors_options_leaves_the_documented_defaults():
     processor.to_dict()["crop_size"]["height"] = 6
     assert ChameleonImageProcessor().size == {"shortest_edge": 512}
     assert ChameleonImageProcessor().crop_size == {"height": 512, "width": 512}
+    given = {"shortest_edge": 9}
+    ChameleonImageProcessor(size=given).size["shortest_edge"] = 5
+    assert given == {"shortest_edge": 9}
 
 
 @pytest.mark.parametrize("options", [
@@ -287,7 +298,7 @@ def test_changing_one_processors_options_leaves_the_documented_defaults():
     {"resample": 1.0},
     {"crop_size": {"height": 5}}, {"image_std": [1.0, 0.0, 1.0]}, {"rescale_factor": "a"},
     {"image_mean": ["a"]}, {"do_resize": "false"}, {"crop_size": {"height": 5.5, "width": 5}},
-    {"resample": [1]}, {"image_mean": [1.0, 1.0]},
+    {"resample": [1]}, {"image_mean": [1.0, 1.0]}, {"image_std": [1.0, 1.0]},
 ])
 def test_an_impossible_option_is_a_one_line_error_that_names_it(options):
     with pytest.raises(ValueError, match=next(iter(options))) as error:
@@ -320,7 +331,7 @@ def test_an_unknown_option_is_named():
 @pytest.mark.parametrize("bad", [
     "picture.png", 5, None, np.zeros((0, 5, 3), np.uint8), np.zeros((5, 5, 2), np.uint8),
     np.zeros((5,), np.uint8), np.full((9, 9, 3), 300.0), np.full((9, 9, 3), np.nan), [],
-    np.full((9, 9, 3), -1), np.array([["a"]]), Image.new("RGB", (0, 4)),
+    np.full((9, 9, 3), 256.0), np.full((9, 9, 3), -1), np.array([["a"]]), Image.new("RGB", (0, 4)),
     Image.new("RGB", (1, 5000)),
 ])
 def test_what_is_no_picture_is_a_one_line_error(bad):
@@ -406,9 +417,14 @@ def test_a_file_is_seen_as_a_viewer_shows_it(tmp_path):
     Image.fromarray(rgb).save(path, transparency=(255, 0, 0))
     white = [[[255, 255, 255], [0, 255, 0]]]
     assert seen(path) == seen(Image.open(path)) == white
-    Image.fromarray(np.array([[0, 25700, 65535]], np.uint16)).save(path)
-    assert seen(path) == [[[0] * 3, [100] * 3, [255] * 3]]
-    assert seen(Image.open(path)) == [[[0] * 3, [255] * 3, [255] * 3]]
+    deep = Image.fromarray(np.array([[0, 129, 51400, 65535]], np.uint16))
+    for name in ("a.png", "a.ppm"):
+        deep.save(tmp_path / name)
+        assert seen(tmp_path / name) == [[[0] * 3, [1] * 3, [200] * 3, [255] * 3]]
+    deep.save(path)
+    assert seen(Image.open(path)) == [[[0] * 3, [129] * 3, [255] * 3, [255] * 3]]
+    deep.save(path, transparency=51400)
+    assert seen(path)[0][2] == [255] * 3
 
 
 def test_levels_with_transparency_may_be_floats():
@@ -433,6 +449,8 @@ def test_a_large_photograph_is_read_at_half_its_size(tmp_path, monkeypatch):
     picture("RGB", 640, 480).save(tmp_path / "a.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
     assert load_image(tmp_path / "a.jpg").size == (320, 240)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # PIL's way to say: no limit
+    assert load_image(tmp_path / "a.jpg").size == (640, 480)
 
 
 MEMORY = """

@@ -242,6 +242,12 @@ def test_a_vocabulary_without_image_tokens_or_end_of_turn_says_so(tmp_path):
     assert processor("a", **completion).input_ids.shape == (1, 2)
 
 
+@pytest.mark.parametrize("mark", ["begin_image_id", "end_image_id"])
+def test_a_vocabulary_that_lacks_a_mark_says_so(bpe, monkeypatch, mark):
+    monkeypatch.setattr(bpe.vocabulary, mark, None)
+    one_line(lambda: processor_for(bpe)("a<image>", picture(1)), "image tokens")
+
+
 def test_a_saved_processor_is_the_same_processor(either, tmp_path):
     processor = ChameleonProcessor(ChameleonImageProcessor(size=8, crop_size=8), either, 5, "[pic]")
     processor.save_pretrained(tmp_path)
@@ -327,3 +333,5 @@ def test_an_answer_that_truncation_would_cut_off_whole_is_refused(bpe):
     both = dict(text="a b c d e f", answers="yes", truncation=True)
     one_line(lambda: processor_for(bpe)(**both, max_length=3), "leaves nothing of an answer")
     assert (processor_for(bpe)(**both, max_length=99).labels != -100).any()
+    padded = processor_for(bpe)(**both | dict(truncation=False), padding="max_length", max_length=3)
+    assert (padded.labels != -100).any()  # padding cuts nothing

@@ -356,6 +356,22 @@ def test_a_file_whose_texts_could_become_a_control_id_is_refused(tmp_path):
         SentencePieceTokenizer(path)
 
 
+@pytest.mark.parametrize("name", ["<s>", "<pad>", "</s>", "<unk>"])
+def test_a_merge_that_ends_in_a_control_token_is_refused(tmp_path, name):
+    path = write_synthetic_tokenizer(tmp_path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["model"]["vocab"] |= {name[:-1]: 10_000}
+    data["model"]["merges"].append([name[:-1], ">"])
+    path.write_text(json.dumps(data), encoding="utf-8")
+    one_line(lambda: ByteLevelBPE(path), f"a text could become {name}")
+
+
+def test_ids_of_an_array_have_bos_only_if_asked_for(either):
+    for bos in (False, True):
+        row = either.encode("Hi", add_special_tokens=bos, return_tensors="np")[0].tolist()
+        assert row == either.encode("Hi", add_special_tokens=bos) and (row[0] == 0) == bos
+
+
 def test_an_empty_file_is_no_sentencepiece_model(tmp_path, capfd):
     (tmp_path / "tokenizer.model").touch()
     with pytest.raises(ValueError, match="not a sentencepiece model"):
@@ -369,6 +385,7 @@ def test_the_names_of_control_tokens_are_special_and_those_of_text_are_not(eithe
     assert set(image_token_names(64)) < special
     text_ids = {token_id for text in CORPUS for token_id in either.text_ids(text)}
     assert len(text_ids) > 100 and not text_ids & either.special_ids
+    assert either.convert_tokens_to_ids(["<s>", "no such name"]) == [0, either.unk_token_id]
 
 
 @given(data=st.data(), skip=st.booleans())
@@ -531,3 +548,12 @@ def test_what_is_no_id_has_no_name_and_no_text(either, wrong):
 def test_what_is_no_text_is_refused(either, wrong):
     with pytest.raises(ValueError, match="a text must be a string"):
         either(wrong)
+
+
+def test_tokens_that_a_config_names_are_read(tmp_path):
+    write_synthetic_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text('{"eos_token": {"content": "<unk>"}}')  # as transformers 4 writes them
+    assert load_tokenizer(tmp_path).eos_token == "<unk>"
+    file.write_text('{"pad_token": "none"}')
+    one_line(lambda: load_tokenizer(tmp_path), "pad_token 'none' is not in the vocabulary")

@@ -3,11 +3,7 @@
 import argparse
 import csv
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -15,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import SIZES, V, randomize, scrambled_vocabulary
+from small import SIZES, V, ended, randomize, scrambled_vocabulary, start_two
 from small import VQ as SMALL_VQ
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -34,7 +30,7 @@ from tiny_world.documents import (
     encode_scenes,
     visible,
 )
-from tiny_world.run import autocast
+from tiny_world.run import Run, autocast
 from tokenizer import load_tokenizer
 from vqvae import ChameleonVQVAE
 
@@ -733,27 +729,19 @@ def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
     """
     torch.manual_seed(0)
     vq = ChameleonVQVAE(vqvae_stage.VQ).state_dict()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     for name in ("one", "two"):
         (tmp_path / f"{name}.train").mkdir()
         (tmp_path / name).mkdir()
         torch.save({"model": vq, "step": 0, "extra": None}, tmp_path / f"{name}.train" / "vqvae.pt")
         shutil.copy(TINY / "tokenizer.model", tmp_path / name)
-    running = [subprocess.Popen(
-        [sys.executable, "-c", RANK, str(tmp_path / "two")], cwd=ROOT, text=True,
-        env=os.environ | ranks | {"RANK": rank}, stderr=subprocess.PIPE) for rank in "01"]
+    running = start_two(RANK, tmp_path / "two")
     small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
     monkeypatch.setattr(train, "SIZES", train.SIZES | small)
     monkeypatch.setattr(train, "ROWS", 2)
     monkeypatch.setattr(train, "PICTURES", 20)
     assert train.main(["pretrain", "--steps", "2", "--out", str(tmp_path / "one"),
                        "--optimizer", "adamw", "--learning-rate", "1e-3"]) == 0
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    ended(running)
     one, two = (torch.load(tmp_path / f"{n}.train" / "pretrain.pt") for n in ("one", "two"))
     assert one["model"].keys() == two["model"].keys()
     for name, weight in one["model"].items():
@@ -1000,6 +988,36 @@ def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch
         assert not (tmp_path / out).exists()
         assert f"a.train belongs to {tmp_path / 'a'}" in capsys.readouterr().err
     assert train.main([*ask, str(tmp_path / "a")]) == 0
+
+
+def test_a_full_disk_at_the_start_locks_no_state(tmp_path, monkeypatch):
+    """out.txt, which says whose state it is, is written once and as a whole."""
+    options = train.parse(["vqvae", "--out", str(tmp_path / "a")])
+
+    def full(path, *_, **__):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="out.txt"):
+            Run(options)
+    Run(options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        Run(options)  # writes nothing
+    assert (tmp_path / "a.train" / "out.txt").read_text() == f"{Path('..', 'a')}\n"
+
+
+def test_out_and_state_may_be_on_two_drives_of_windows(tmp_path, monkeypatch):
+    def no_way(*_):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr("tiny_world.run.relpath", no_way)
+    options = train.parse(["vqvae", "--out", str(tmp_path / "a")])
+    for _ in range(2):
+        Run(options)
+    assert (tmp_path / "a.train" / "out.txt").read_text() == f"{(tmp_path / 'a').resolve()}\n"
 
 
 def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):

@@ -385,7 +385,7 @@ class Corpus:
                 scene = self.told_scene(count)
                 pair = world.sample_pair(rng, self.chance(0.3))
                 while pair[0].things[0].colour == pair[1].things[0].colour and self.chance(0.6):
-                    pair = world.sample_pair(rng, self.chance(0.3))  # shapes are harder: rarer
+                    pair = world.sample_pair(rng, self.chance(0.3))  # equal colours are too easy
                 edit = world.sample_edit(rng, self.chance(0.3))
             share, field = rng.random(), "background" if self.chance(0.4) else ""
             if kind < 0.5:

@@ -54,7 +54,7 @@ class Run:
             if (self.state / "config.json").exists():
                 raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
             known = self.state / "out.txt"  # relative: the two may be moved together
-            out = f"{relpath(self.out.resolve(), self.state.resolve())}\n"
+            out = f"{relative(self.out.resolve(), self.state.resolve())}\n"
             if self.out.exists() and not self.out.is_dir():
                 raise ValueError(f"--out {self.out} is no folder: name another")
             found = [*self.out.glob("config.json"), *self.out.glob("model*.safetensors*")]
@@ -66,8 +66,8 @@ class Run:
             if owner.is_dir() and owner.resolve() != self.out.resolve():
                 raise ValueError(f"--state {self.state} belongs to {owner.resolve()}: name another")
             self.state.mkdir(parents=True, exist_ok=True)
-            if self.rank == 0:
-                known.write_text(out, encoding="utf-8")
+            if self.rank == 0 and not known.is_file():
+                write_atomically(known, lambda part: part.write_text(out, encoding="utf-8"))
         self.began = self.saved = time.monotonic()
         self.curves: dict[str, float] = {}
         self.extra: Any = None  # what else of a stage has to be saved; has state_dict
@@ -136,7 +136,7 @@ class Run:
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
             states = data["model"], data["optimizer"] if optimizers else {}
-            step, _ = data["step"], data["extra"]
+            step, _ = data["step"], data["extra"]  # KeyError if one is missing
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
         try:
@@ -187,6 +187,14 @@ class Run:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def relative(path: Path, start: Path) -> str:
+    """`path` seen from `start`; whole where there is no way, between two drives of Windows."""
+    try:
+        return relpath(path, start)
+    except ValueError:
+        return str(path)
 
 
 def fingerprint(arrays: Iterable) -> str:
