@@ -625,9 +625,12 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     assert torch.equal(model.generate(PROMPT, **nothing), expected)
     assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
     assert torch.equal(model.generate(PROMPT, generation_config=None), expected)
-    other = transformers.GenerationConfig(max_new_tokens=4)  # the rest is the model's own
-    assert torch.equal(model.generate(PROMPT, generation_config=other),
-                       MODEL.generate(PROMPT, max_new_tokens=4, eos_token_id=[]))
+    other = transformers.GenerationConfig(max_new_tokens=30)  # the rest is the model's own
+    model.generation_config.repetition_penalty = 9.0
+    options = dict(max_new_tokens=30, eos_token_id=[])
+    penalized = MODEL.generate(PROMPT, **options, repetition_penalty=9.0)
+    assert not torch.equal(penalized, MODEL.generate(PROMPT, **options))
+    assert torch.equal(model.generate(PROMPT, generation_config=other), penalized)
     with pytest.warns(UserWarning, match="with mode='text', guidance_text changes nothing"):
         model.generate(PROMPT, guidance_text=3.0)
     with pytest.warns(UserWarning, match="with mode='image', max_new_tokens changes nothing"):
