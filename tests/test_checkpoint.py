@@ -102,8 +102,10 @@ def test_a_folder_of_two_dtypes_gives_a_model_of_one(folder, part):
 
 def test_a_pickle_is_not_read_where_safetensors_are_asked_for(folder):
     state = load_file(folder / "model.safetensors")
-    torch.save(state, folder / "pytorch_model.bin")
-    assert load(folder, use_safetensors=True)
+    torch.save({name: -x for name, x in state.items()}, folder / "pytorch_model.bin")
+    for asked in (True, None):  # the pickle is an older save
+        model = load(folder, use_safetensors=asked)
+        assert torch.equal(model.lm_head.weight, state["lm_head.weight"]) and not model.training
     (folder / "model.safetensors").unlink()
     assert load(folder, use_safetensors=False)
     with pytest.raises(ValueError, match="use_safetensors=True, but .* holds none"):
@@ -388,7 +390,7 @@ def test_quantized_weights_never_replace_those_they_were_made_from(folder):
 @pytest.mark.parametrize("name", [
     "lm_head.weight", "model.norm.weight", "model.vqmodel.quantize.embedding.weight",
     "model.layers.1.mlp.up_proj.weight", "model.vqmodel.decoder.conv_in.bias"])
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
 def test_a_weight_that_is_no_number_is_named(folder, name, value):
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -408,6 +410,8 @@ def test_the_vqvae_comes_back_from_several_files(folder, tmp_path):
     vq.save_pretrained(tmp_path / "vq", max_shard_size="50KB")
     assert len(list((tmp_path / "vq").glob("*.safetensors"))) > 1
     assert bits_equal(ChameleonVQVAE.from_pretrained(tmp_path / "vq"), vq)
+    change_tensor(lambda t: t.update({name: x.bfloat16() for name, x in t.items()}))(folder)
+    assert {p.dtype for p in ChameleonVQVAE.from_pretrained(folder).parameters()} == {torch.float32}
     shutil.rmtree(tmp_path / "vq")
     vq.config.save_pretrained(tmp_path / "vq")
     torch.save(vq.state_dict(), tmp_path / "vq" / "pytorch_model.bin")

@@ -275,6 +275,14 @@ def test_norms_that_drifted_apart_are_averaged_and_equal_ones_kept():
     assert torch.equal(release.mean([a] * 3), a) and torch.equal(release.mean([a.float()] * 7), a)
 
 
+def test_numbers_and_special_ids_of_the_release_are_those_of_its_files(root):
+    change_model(root, norm_eps=1e-6, rope_theta=5e5)
+    config, vocab = release.open_release(root / "models" / "30b")[0], load_tokenizer(root).vocab
+    assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 5e5)
+    assert [config.bos_token_id, config.pad_token_id, config.eos_token_id] == [
+        vocab[name] for name in ("<s>", "<pad>", "</s>")]
+
+
 def test_every_shard_has_its_own_qk_norm(releases, converted):
     shards = [torch.load(path) for path in sorted(releases["30b"].glob("models/*/*.pth"))]
     weight = load(converted["30b"]).model.layers[1].self_attn.q_norm.weight  # (8, 8)
@@ -647,8 +655,9 @@ def test_a_target_without_a_name_exists_already(converted, target):
 def test_nothing_is_written_over(releases, converted, tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "b.part").mkdir()
+    (tmp_path / "link").symlink_to("gone")
     for name, message in (("a", "exists already"), ("b", "interrupted conversion"),
-                          ("no/where", "does not exist")):
+                          ("link", "exists already"), ("no/where", "does not exist")):
         assert module.main([str(converted["7b"]), str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
@@ -698,3 +707,15 @@ def test_a_tokenizer_under_metas_name_is_converted_too(tmp_path, bpe):
     module.write_processor(source, target)
     assert load_tokenizer(target).vocab.keys() - {"<image>"} == bpe.vocab.keys() - {
         "<image>", "<reserved08707>"}
+
+
+def test_files_of_ones_own_beside_the_weights_are_copied_and_a_template_kept(tmp_path):
+    source, target = shutil.copytree(ROOT / "tiny", tmp_path / "a"), tmp_path / "b"
+    target.mkdir()
+    own = ["generation_config.json", "chat_template.jinja", "tokenizer.json"]
+    assert all((source / name).write_text("{} ") for name in own)
+    (source / "tokenizer_config.json").write_text('{"chat_template": "mine"}')
+    module.write_processor(source, target)
+    assert all((target / name).read_text() == "{} " for name in own)
+    module.write_for_transformers(target)
+    assert json.loads((target / "tokenizer_config.json").read_text())["chat_template"] == "mine"

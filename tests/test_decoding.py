@@ -689,19 +689,21 @@ def test_a_hook_acts_in_compiled_steps_too(traced):
     for n, layer in enumerate(model.model.layers):  # each layer has its own
         layer.mlp.down_proj.register_forward_hook(lambda module, x, y, n=n: y * (3 * n - 1))
     answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
-    for part in ("mlp", "act", "forward"):
+    for part in ("mlp", "act", "pre-hook", "forward"):
         model = small_model(**two)
         layer = model.model.layers[1]
         if part == "mlp":
             layer.mlp = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh())
         elif part == "act":
             layer.mlp.act = torch.sin
+        elif part == "pre-hook":
+            layer.mlp.down_proj.register_forward_pre_hook(lambda module, x: (-3 * x[0],))
         else:
             up = layer.mlp.up_proj
             up.forward = lambda x, up=up: -2 * torch.nn.functional.linear(x, up.weight)
         answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
     assert all(torch.equal(*pair) for pair in zip(answers[1::2], answers[2::2]))
-    assert len({str(answer) for answer in answers}) == 5
+    assert len({str(answer) for answer in answers}) == 6
     first, second = small_model(**two).model.layers
     assert decoding.alike(first, second)
     weight = second.mlp.up_proj.weight

@@ -42,6 +42,7 @@ def test_each_prompt_gets_a_line_whatever_the_batch(run):
     assert lines[0]["prompt"] == "<image>What?" and lines[0]["images"] == ["red.png"]
     for size in ("1", "2"):
         assert run("asked.jsonl", "--batch", size, *hot)[1] == out
+    assert run("asked.txt", "--completion")[1] != run("asked.txt")[1]
     answers = [json.loads(line) for line in run("asked.txt")[1].splitlines()]
     assert [answer["prompt"] for answer in answers] == ["a", "abc"]
 
@@ -70,6 +71,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     def stopped(*arguments, **options):
         calls.append(len(options["input_ids"]))
         if len(calls) == 3:
+            assert (tmp_path / "part.jsonl").read_bytes().count(b"\n") == 2  # on disk at once
             raise KeyboardInterrupt
         return generate(*arguments, **options)
 

@@ -200,6 +200,18 @@ def test_slips_in_drawings_and_blur_in_prompts_and_nothing_else(corpus, tokenize
     assert torch.equal(batch["ids"], batch["read"])
 
 
+def test_pictures_come_on_either_side_and_some_drawings_have_no_prompt(corpus):
+    assert len({corpus.place_pictures("?", (None,))[0] is None for _ in range(40)}) == 2
+    for draw in (corpus.drawing, lambda: corpus.pretrain(256)):
+        assert any(len(draw().ids) == vqvae_stage.VQ.codes_per_image + 4 for _ in range(300))
+
+
+def test_the_order_of_norms_is_the_one_asked_for(tokenizer):
+    options = train.parse(["pretrain", "--out", "x", "--norm-order", "swin"])
+    model = train.build_model(tokenizer, ChameleonVQVAE(vqvae_stage.VQ), options)
+    assert model.config.swin_norm
+
+
 def test_branches_share_the_picture_and_restart_their_positions(corpus):
     scene = corpus.pictures.singles[0]
     turns = [("What is this?", "A star."), ("How many?", "One."), ("", "There is one shape.")]
@@ -670,6 +682,8 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     rates = {group["lr"] for group in saved["optimizer"]["param_groups"]}
     assert rates == {train.LEARNING_RATE * train.rate("sft", 3, 4)}
     options = train.parse(["sft", "--out", str(out), "--steps", "3"])  # begins where pretrain ended
+    vq = train.trained_vqvae(train.Run(options)).state_dict().values()
+    assert all(torch.equal(p, p.bfloat16().float()) for p in vq)  # as it will be shipped
     begun = train.toy_world("sft", train.Run(options), rng())[0].state_dict()
     ended = torch.load(tmp_path / "tiny.train" / "pretrain.pt")["model"]
     assert all(torch.equal(begun[name], ended[name]) for name in ended)
@@ -778,15 +792,16 @@ def test_examples_are_read_in_order(tmp_path):
 
 def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once(tmp_path, tiny):
     model, processor = tiny
-    folder = own_folder(tmp_path, {"prompt": "Like <image>?", "images": ["a.png"] * 2,
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "b.png")
+    folder = own_folder(tmp_path, {"prompt": "Like <image>?", "images": ["a.png", "b.png"],
                                    "answer": "So: <image>"},
                         *({"prompt": f"{n}?", "answer": "Hello"} for n in range(4)))
     corpus = documents.OwnData(documents.read_examples(folder), model, processor, seed=0)
-    pixels = processor.image_processor(str(folder / "a.png"), return_tensors="pt")["pixel_values"]
-    codes = model.model.vqmodel.encode(pixels)[0].numpy()
-    picture = documents.Picture(codes, codes)
+    pixels = processor.image_processor([str(folder / name) for name in ("a.png", "b.png")],
+                                       return_tensors="pt")["pixel_values"]
+    one, two = (documents.Picture(x, x) for x in model.model.vqmodel.encode(pixels).numpy())
     writer = Writer(processor.tokenizer, {})
-    wanted = writer.chat((("Like ", picture, "?"), ("So: ", picture)))
+    wanted = writer.chat((("Like ", one, "?"), ("So: ", two)))
     assert corpus.documents[0].ids == wanted.ids and len(corpus.documents) == 5
     assert corpus.documents[0].weight == pytest.approx(wanted.weight)
     drawn = [row.tolist() for step in range(5) for row in corpus.batch(step, 2)["ids"]]
@@ -811,6 +826,7 @@ def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once
         ({"prompt": "<image>", "answer": "x"}, "1 <image> but 0 file"),
         ({"prompt": "<image>", "answer": "x", "images": ["b.png"]}, "b.png"),
         ({"prompt": "<image>", "answer": "x", "images": ["broken.png"]}, "broken.png"),
+        ({"prompt": "a " * 999, "answer": "b " * 99}, "tokens, the model holds 1024"),
     ],
 )
 def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, capsys, line, words):
@@ -946,6 +962,18 @@ def test_what_learns_in_part_is_resumed_too(tmp_path, kind, monkeypatch, capsys)
     assert any(not torch.equal(a[name], tiny[name]) for name in a)
 
 
+def test_a_state_holds_the_random_numbers_and_the_documents_that_waited(tmp_path, monkeypatch):
+    run, before, after = Run(train.parse(["vqvae", "--out", str(tmp_path / "a")])), rng(3), rng()
+    run.extra, model = Rows(0), torch.nn.Linear(1, 1)
+    run.extra.waiting = [Document([5], [1.0], [0], [0], [5])]
+    run.save("sft", 4, model, [], before)
+    run.extra = Rows(0)
+    assert run.resume("sft", model, [], after) == 4 and run.extra.waiting[0].ids == [5]
+    assert after.random() == before.random()
+    monkeypatch.setattr(Run, "SAVE", 2)
+    assert [step for step in range(5) if run.due(step, 5)] == [1, 3, 4]
+
+
 def test_rows_go_on_with_the_documents_that_waited(corpus):
     twin = Corpus(corpus.writer, corpus.pictures, rng(5))
     rows = documents.Rows(0)
@@ -1034,8 +1062,11 @@ def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monk
         message = capsys.readouterr().err
         assert f"{more[0]} " in message and f", not {more[1]}: remove" in message
         assert message.count("\n") == 1
+    shutil.copytree(out, tmp_path / "base")  # another model to start from
     for more, words in ((["--train", "image-head"], "saved with other options: give those, or"),
-                        (["--dropout", "0.5"], "--dropout 0.0, not 0.5")):
+                        (["--dropout", "0.5"], "--dropout 0.0, not 0.5"),
+                        (["--no-z-loss"], "--no-z-loss False, not True"),
+                        (["--model", str(tmp_path / "base")], "first weights (fingerprint")):
         assert train.main([*asked, *more]) == 2 and words in capsys.readouterr().err
     moved = tmp_path / "moved" / "out"
     moved.parent.mkdir()
@@ -1056,6 +1087,7 @@ def test_a_slow_run_is_saved_by_the_clock(tmp_path, monkeypatch, capsys):
     losses = iter([step, step])
 
     def stopped(*arguments):
+        assert arguments[0].training and arguments[2] == train.Z_LOSS
         for loss in losses:
             return loss(*arguments)
         raise KeyboardInterrupt

@@ -310,6 +310,8 @@ def test_exact_convolutions_leave_the_callers_precision_as_it_was(precision):
             other.join(0.2)  # it waits, or it would find and leave what this one has set
             assert not seen and conv.fp32_precision == "ieee"
         other.join()
+        with pytest.raises(KeyError), setting(conv, "fp32_precision", "ieee"):
+            raise KeyError
         assert seen == ["ieee"] and conv.fp32_precision == outside
     finally:
         torch.backends.fp32_precision = before
@@ -345,6 +347,9 @@ def test_the_weights_are_fp32_whatever_torchs_default_is():
         torch.set_default_dtype(before)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.encode(torch.zeros(1, 3, 16, 16)).shape == (1, 64)
+    model.quantize.embedding.weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="computes inf or nan"):
+        model.encode(torch.zeros(1, 3, 16, 16))
 
 
 def test_a_config_may_have_fields_of_ones_own_and_one_of_another_class_is_named():
