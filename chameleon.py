@@ -132,8 +132,9 @@ class ChameleonConfig(PreTrainedConfig):
     def __post_init__(self) -> None:
         if self.vq_config is None or isinstance(self.vq_config, dict):
             self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
-        if self.rope_parameters is None and "rope_theta" in (self.rope_scaling or ()):
-            self.rope_parameters, self.rope_scaling = self.rope_scaling, None  # its old name
+        scaling = self.rope_scaling
+        if self.rope_parameters is None and isinstance(scaling, dict) and "rope_theta" in scaling:
+            self.rope_parameters, self.rope_scaling = scaling, None  # its old name
         if isinstance(self.rope_parameters, dict):
             self.take_rope_parameters(self.rope_parameters)
         check_fields(self)

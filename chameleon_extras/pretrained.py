@@ -173,7 +173,7 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
             "vq_config" in values or values.get("model_type") == "chameleon"):
         values = values.get("vq_config") or {}
     try:
-        if ROPE & changes.keys():  # the file and the changes may have either spelling
+        if ROPE & changes.keys() & cls.__dataclass_fields__.keys():
             own = cls.from_dict({name: values.pop(name) for name in ROPE & values.keys()})
             values |= {"rope_theta": own.rope_theta, "rope_scaling": own.rope_scaling}
             told = changes.get("rope_parameters") or changes.get("rope_scaling")

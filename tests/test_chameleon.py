@@ -454,6 +454,7 @@ def test_absent_values_mean_what_the_documentation_says():
     (dict(num_key_value_heads=3), "num_key_value_heads"),
     (dict(hidden_act="sulu"), "hidden_act"),
     (dict(attention_dropout=1.5), "attention_dropout"),
+    (dict(rope_scaling=2.0), "rope_scaling"),
     (dict(rope_theta=-1.0), "rope_theta"), (dict(rope_theta=0.0), "rope_theta"),
     (dict(rope_scaling={"type": "yarn", "factor": 2.0}), "rope_scaling"),
     (dict(rope_scaling={"type": "linear"}), "rope_scaling"),

@@ -484,6 +484,7 @@ def test_a_config_of_another_kind_is_refused(folder, tmp_path):
     config = model.config.vq_config
     assert chameleon.ChameleonVQVAEConfig.from_pretrained(tmp_path) == config
     assert chameleon.ChameleonVQVAEConfig.from_pretrained(folder) == config
+    assert chameleon.ChameleonVQVAEConfig.from_pretrained(folder, rope_theta=1.0) == config
     with pytest.raises(ValueError, match="describes a chameleon_vqgan, not a chameleon"):
         ChameleonConfig.from_pretrained(tmp_path)
 
