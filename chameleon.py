@@ -134,7 +134,7 @@ class ChameleonConfig(PreTrainedConfig):
             self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
         scaling = self.rope_scaling
         if self.rope_parameters is None and isinstance(scaling, dict) and "rope_theta" in scaling:
-            self.rope_parameters, self.rope_scaling = scaling, None  # its old name
+            self.rope_parameters, self.rope_scaling = scaling, None  # transformers 5's old name
         if isinstance(self.rope_parameters, dict):
             self.take_rope_parameters(self.rope_parameters)
         check_fields(self)
@@ -264,7 +264,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
         return getattr(self, "lm_head", None)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pixels -> embeddings of their ids (N, S, D). DIFFERS: transformers wraps them, in 5."""
+        """Pixels -> embeddings of their ids (N, S, D). DIFFERS: transformers 5 wraps them."""
         return self.get_input_embeddings()(self.base_model.get_image_tokens(pixel_values))
 
     def tie_weights(self) -> None:

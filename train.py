@@ -308,7 +308,6 @@ def train_decoder(stage: str, run: Run) -> None:
     if options.checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:
-        check_compile(run.device)
         lengths = None if options.data else False  # None: dynamic after a second length is seen
         for layer in model.model.layers:  # alike, so compiled once for all of them
             layer.forward = torch.compile(layer.forward, dynamic=lengths)
@@ -533,6 +532,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run_stages(options: argparse.Namespace) -> None:
     """One stage or all of them. Several ranks train the decoder; one process per rank runs this."""
     run = Run(options)
+    if options.compile:
+        check_compile(run.device)
     if run.world_size > 1:
         torch.distributed.init_process_group()
     with nullcontext() if run.rank or options.stage == "evaluate" else hold(run.state):

@@ -51,11 +51,12 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import cycle
+from threading import RLock
 
 import torch
 import torch.nn as nn
@@ -82,6 +83,7 @@ VIEW = 256  # such a view has a multiple of so many columns
 UNREAD = 8  # columns behind the last that a view may have
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LONGEST = 4096  # terms of one sum in a compiled loop on a CPU
+ONE_THREAD = RLock()  # compiled code, whose guards torch checks, is called by one at a time
 AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few
 
 
@@ -559,7 +561,11 @@ class Decoder:
         if attention:
             check_attention(attention, model.device, model.dtype, compiled)
             set_attention(model, attention)
-        self.cache = self.spare = None  # of the last step; of the last answer, to be used again
+        self.cache = None  # of the last answer that began; `spare`: of one that has ended
+        if len({layer.self_attn.layer for layer in model.base_model.layers}) < len(
+                model.base_model.layers):
+            raise ValueError("two layers have the same place in the cache: give each one's "
+                             "self_attn.layer a number of its own, from 0 on")
         kind = kind_of(model)
         device, advice = model.device.type, None  # else packed weights are unpacked in each step
         if kind and device == "cuda" and not compiled:
@@ -589,15 +595,16 @@ class Decoder:
 
     def new_cache(self, B: int, L: int) -> KVCache:
         """An empty cache for B rows and L columns; `keep` it when its answer has ended."""
-        self.cache, self.spare = self.spare, None
-        if self.cache is None or (len(self.cache.new), self.cache.max_length) != (B, L):
+        cache = vars(self).pop("spare", None)  # in one step: another thread may ask, too
+        if cache is None or (len(cache.new), cache.max_length) != (B, L):
             kind = StepCache if self.compiled else KVCache
-            self.cache = kind(self.model.config, B, L, self.model.dtype, self.model.device)
+            cache = kind(self.model.config, B, L, self.model.dtype, self.model.device)
         else:
-            self.cache.length = 0
-            for x in (self.cache.allowed, *self.cache.k, *self.cache.v):  # inf and nan would stay
+            cache.length = 0
+            for x in (cache.allowed, *cache.k, *cache.v):  # inf and nan would stay
                 x.zero_()
-        return self.cache
+        self.cache = cache
+        return cache
 
     def keep(self, cache: KVCache) -> None:
         if self.compiled:
@@ -613,6 +620,7 @@ class Decoder:
             if form == "fp32":
                 contexts.enter_context(InFp32())
             if compiled:  # here, because it imports torch._dynamo, which takes a second
+                contexts.enter_context(ONE_THREAD)
                 contexts.enter_context(torch._dynamo.config.patch(
                     recompile_limit=2**30, accumulated_recompile_limit=2**30))
                 # torch.set_default_device overrides functions, which fullgraph=True cannot trace.
@@ -735,11 +743,20 @@ def parts(model: ChameleonForConditionalGeneration) -> list:
     return [model.device, model.dtype, *places, *model.modules(), *hooks, *values]
 
 
-def values_of(module: nn.Module) -> dict:
-    """The attributes of a module beside its tensors that its code may look at."""
-    return {name: value for name, value in vars(module).items()
-            if name[0] != "_" and name != "training"
-            and (callable(value) or isinstance(value, (int, float, str)))}
+def values_of(module: nn.Module, *left_out: str) -> tuple:
+    """Names and values of a module's attributes, without parameters, buffers and submodules."""
+    return tuple((name, value) for name, value in vars(module).items()
+                 if name[0] != "_" and name not in ("training", *left_out))
+
+
+def same(one: Sequence, other: Sequence) -> bool:
+    """Do two lists hold the same objects? Numbers, texts, devices and tuples may be equal ones."""
+    def equal(a: object, b: object) -> bool:
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return same(a, b)
+        return a is b or (isinstance(a, (int, float, str, torch.device)) and a == b)
+
+    return len(one) == len(other) and all(map(equal, one, other))
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
@@ -753,12 +770,12 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
     tensors and in their place, `layer`. No, if one has a hook.
     """
     def parts_of(layer: nn.Module) -> list:
-        rest = [values_of(m) | {"layer": None} for m in layer.modules()]
+        rest = [values_of(m, "layer") for m in layer.modules()]
         stored = [(x.dtype, x.stride()) for x in layer.state_dict().values()]
         return [repr(layer), *map(type, layer.modules()), *rest, *stored]
 
     hooks = any(hooks_of(m) for layer in (one, other) for m in layer.modules())
-    return not hooks and parts_of(one) == parts_of(other)
+    return not hooks and same(parts_of(one), parts_of(other))
 
 
 def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:
@@ -771,6 +788,6 @@ def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Deco
     if not compiled:
         return Decoder(model, attention=None)
     kept = vars(model).get("compiled_decoder")
-    if kept is None or kept.parts != parts(model):
+    if kept is None or not same(kept.parts, parts(model)):
         kept = vars(model)["compiled_decoder"] = Decoder(model, compiled=True, attention=None)
     return kept

@@ -50,8 +50,8 @@ def one_line(error: object) -> str:
 
 
 def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
-    """Calls `run` -> 0; 2 after a ValueError, an OSError or too little memory, printed as one line;
-    130 after Ctrl-C.
+    """Calls `run` -> 0; 2 after a ValueError, an OSError or what `failed_work` knows, printed as
+    one line; 130 after Ctrl-C.
     """
     code, sys.stderr = 0, sys.stderr or open(os.devnull, "w")  # noqa: SIM115, closed by 2>&-
     if hasattr(sys.stdout, "reconfigure"):

@@ -174,13 +174,16 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
         values = values.get("vq_config") or {}
     try:
         if ROPE & changes.keys() & cls.__dataclass_fields__.keys():
+            # Theta and scaling each come from the changes, or else from the file. Either may give
+            # them under each of the names in ROPE.
+            given = {name: changes.pop(name) for name in ROPE & changes.keys()}
+            new = cls.from_dict(given)  # ValueError if they contradict each other
             own = cls.from_dict({name: values.pop(name) for name in ROPE & values.keys()})
-            values |= {"rope_theta": own.rope_theta, "rope_scaling": own.rope_scaling}
-            told = changes.get("rope_parameters") or changes.get("rope_scaling")
-            if isinstance(told, dict) and ("rope_parameters" in changes or "rope_theta" in told):
-                changes["rope_parameters"] = {"rope_theta": values.pop("rope_theta")} | told
-                changes.pop("rope_scaling", None)
-                del values["rope_scaling"]
+            told = [given, given.get("rope_parameters") or {}, given.get("rope_scaling") or {}]
+            scaled = "rope_scaling" in given or given.get("rope_parameters") is not None
+            values |= {
+                "rope_theta": (new if any("rope_theta" in d for d in told) else own).rope_theta,
+                "rope_scaling": (new if scaled else own).rope_scaling}
         if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"it describes a {kind!s:.40}, not a {cls.model_type}")
         return cls.from_dict(values | changes)

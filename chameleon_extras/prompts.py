@@ -55,30 +55,24 @@ def answered(out: Path, asked: list[Line]) -> int:
 
     ValueError for a file with anything else in it, which is left as it is.
     """
-    def answers(n: int, line: str) -> bool:
+    def answers(n: int, line: bytes) -> bool:
         try:
-            return written(asked[n], json.loads(line)["answer"]) == line
+            return written(asked[n], json.loads(line)["answer"]).encode() == line
         except (ValueError, LookupError, TypeError, RecursionError):
             return False
 
-    content = out.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.decode(errors="replace").split("\n")[:-1]
-    for n, line in enumerate(lines):
-        if not answers(n, line):
-            raise ValueError(f"--out {out} line {n + 1} is not prompt {n + 1}: name another file")
-    rest = content[len(whole) :]  # nothing, the beginning of the next line, or nothing of ours
-    if answers(len(lines), rest.decode(errors="replace")):
-        with open(out, "ab") as file:
-            file.write(b"\n")
-        return len(lines) + 1
-    if rest:
-        begin = written(asked[len(lines)], "")[:-2].encode() if len(lines) < len(asked) else b""
-        if not begin or not (rest.startswith(begin) or begin.startswith(rest)):
-            raise ValueError(f"--out {out} holds something else: name another file")
-        with open(out, "rb+") as file:
-            file.truncate(len(whole))
-    return len(lines)
+    lines, done = out.read_bytes().split(b"\n"), 0
+    while done < len(lines) and answers(done, lines[done]):
+        done += 1
+    rest = b"\n".join(lines[done:])  # nothing, or the beginning of the next answer
+    begin = written(asked[done], "")[:-2].encode() if done < len(asked) else b"\n"  # no rest
+    if b"\n" in rest or not (rest.startswith(begin) or begin.startswith(rest)):
+        raise ValueError(f"--out {out} line {done + 1} is not prompt {done + 1}, but something "
+                         "else: name another file")
+    with open(out, "rb+") as file:  # what it holds, without the rest
+        file.writelines(line + b"\n" for line in lines[:done])
+        file.truncate()
+    return done
 
 
 def answer_all(options: argparse.Namespace, config: ChameleonConfig,

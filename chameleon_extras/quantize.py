@@ -86,8 +86,8 @@ class PackedLinear(nn.Module):
             raise ValueError(f"{prefix}weight is {given.dtype}, but this layer is quantized: load "
                              "plain weights before you quantize")
         super()._load_from_state_dict(state, prefix, *rest)
-        if getattr(self, "kernel", None):  # Int4Linear's, made of the weights before
-            self.kernel = None
+        if getattr(self, "_kernel", None):  # Int4Linear's, made of the weights before
+            self._kernel = None
             self.prepare(1, torch.bfloat16)  # now: code that is compiled already would not
 
 
@@ -153,7 +153,7 @@ class Int4Linear(PackedLinear):
         self.register_buffer("scale", torch.ones(shape, dtype=self.SCALE))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         # Made when first used: the weight in the order of the CPU's kernel, and `table`.
-        self.kernel, self.known = None, None
+        self._kernel, self._known = None, None
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -187,8 +187,8 @@ class Int4Linear(PackedLinear):
         flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
         if self.has_kernel(len(flat), x.dtype) and not flat.requires_grad:  # it has no gradient
             self.prepare(len(flat), x.dtype)
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.kernel[0], self.group,
-                                                           self.kernel[1])
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self._kernel[0], self.group,
+                                                           self._kernel[1])
         else:
             y = F.linear(flat, self.unpacked(x.dtype))
         y = y.unflatten(0, x.shape[:-1])  # (..., O)
@@ -196,9 +196,9 @@ class Int4Linear(PackedLinear):
 
     def table(self) -> Tensor:
         """VALUES (16,) on the device of the weight"""
-        if self.known is None or self.known.device != self.weight.device:
-            self.known = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)
-        return self.known
+        if self._known is None or self._known.device != self.weight.device:
+            self._known = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)
+        return self._known
 
     def values(self, q: Tensor) -> Tensor:
         """q, int32 from 0 to 15 -> what they stand for, fp32"""
@@ -214,12 +214,12 @@ class Int4Linear(PackedLinear):
         called before compiling: compiled code would make it in each call.
         """
         self.table()
-        if self.has_kernel(rows, dtype) and self.kernel is None:
+        if self.has_kernel(rows, dtype) and self._kernel is None:
             order = torch.ops.aten._convert_weight_to_int4pack_for_cpu
             packed = torch.cat([order(torch.stack((w // 16, w % 16), -1).flatten(1).int(), 1)
                                 for w in self.weight.split(KERNEL_ROWS)])  # (O, I/2)
             scale = self.scale.T.to(dtype)  # (I/g, O)
-            self.kernel = packed, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
+            self._kernel = packed, torch.stack((scale, torch.zeros_like(scale)), -1).contiguous()
 
 
 class NF4Linear(Int4Linear):

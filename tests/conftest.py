@@ -32,6 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
+@pytest.hookimpl(optionalhook=True)  # there may be no xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Whole folders of tests run in up to four processes, named files and tests in this one."""
     return min(4, CORES) if all(Path(name).is_dir() for name in config.args) else 0

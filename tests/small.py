@@ -95,7 +95,12 @@ def start_two(script: str, *arguments: object) -> list[subprocess.Popen]:
 
 def ended(running: list[subprocess.Popen]) -> tuple[str, str]:
     """Waits for both ranks -> what the first has written to stdout and to stderr."""
-    written = [process.communicate(timeout=240) for process in running]
-    for process, (_, errors) in zip(running, written):
-        assert process.returncode == 0, errors[-3000:]
+    written = []
+    try:
+        for process in running:  # if the first has failed, the second may wait for it
+            written.append(process.communicate(timeout=240))
+            assert process.returncode == 0, written[-1][1][-3000:]
+    finally:
+        for process in running:
+            process.kill()
     return written[0]

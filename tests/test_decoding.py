@@ -1,6 +1,7 @@
 """Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
 
 import copy
+import sys
 import threading
 import time
 import warnings
@@ -215,6 +216,68 @@ def test_other_weights_or_another_dtype_make_a_new_compiled_decoder(traced):
         assert torch.equal(model.generate(prompt, **options, compile=True),
                            generate(model, prompt, **options, decoder=False))
         third = model.compiled_decoder
+
+
+class Steered(torch.nn.Module):
+    """A part of a layer, and what multiplies its output, if anything."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.by = part, None
+
+    def forward(self, x):
+        return self.part(x) if self.by is None else self.part(x) * self.by[0]
+
+
+@pytest.mark.parametrize("by", [(-2.0,), torch.tensor([-2.0])])
+def test_an_attribute_of_one_layer_acts_in_it_alone_and_from_the_next_call_on(traced, by):
+    model, prompt = small_model(), torch.tensor([[0, 80, 81]])
+    options = dict(max_new_tokens=6, eos_token_id=[])
+    for layer in model.model.layers:
+        layer.mlp = Steered(layer.mlp)
+    answers = []
+    for changed, value in ((model.model.layers[1:2], by), (model.model.layers, by),
+                           (model.model.layers, type(by)([3.0]) if isinstance(by, tuple) else -by)):
+        for layer in changed:
+            layer.mlp.by = value
+        answers.append(model.generate(prompt, **options, compile=True).tolist())
+        assert answers[-1] == generate(model, prompt, **options, decoder=False).tolist()
+        kept = model.compiled_decoder
+        model.generate(prompt, **options, compile=True)
+        assert model.compiled_decoder is kept
+    assert answers[0] != answers[1] != answers[2]
+
+
+def test_threads_may_share_a_compiled_model(traced):
+    model, prompt = small_model(), torch.tensor([[0, 80, 81]])
+    options = dict(max_new_tokens=3, eos_token_id=[], compile=True)
+    expected, wrong = model.generate(prompt, **options), []
+
+    def work():
+        for _ in range(25):
+            try:
+                wrong.extend([1] * (not torch.equal(model.generate(prompt, **options), expected)))
+            except Exception as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+def test_layers_that_share_a_place_in_the_cache_are_refused():
+    model = small_model()
+    model.model.layers.append(copy.deepcopy(model.model.layers[1]))
+    with pytest.raises(ValueError, match="two layers have the same place in the cache"):
+        generate(model, torch.tensor([[0, 80]]), max_new_tokens=2)
 
 
 def test_layers_may_be_taken_out_or_exchanged(traced):

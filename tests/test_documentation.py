@@ -503,6 +503,17 @@ def test_a_change_replaces_what_a_config_of_transformers_5_says(folder, tmp_path
         for told, theta in (({}, 5e5), ({"rope_theta": 777.0}, 777.0)):  # or the file's theta
             config = ChameleonConfig.from_pretrained(tmp_path, **{name: dynamic | told})
             assert (config.rope_theta, config.rope_scaling) == (theta, dynamic)
+    for changes, wanted in (
+            (dict(rope_theta=4e5, rope_parameters=dynamic), (4e5, dynamic)),
+            (dict(rope_parameters={}), (5e5, None)), (dict(rope_parameters=None), (5e5, None)),
+            (dict(rope_parameters={"rope_type": "default"}), (5e5, None))):
+        config = ChameleonConfig.from_pretrained(tmp_path, **changes)
+        assert (config.rope_theta, config.rope_scaling) == wanted
+    for told in ({"rope_type": "default"}, dynamic | {"factor": 9.0}):
+        with pytest.raises(ValueError, match="contradict rope_theta or rope_scaling"):
+            ChameleonConfig.from_pretrained(tmp_path, rope_parameters=told, rope_scaling=dynamic)
+    config = ChameleonConfig.from_pretrained(
+        tmp_path, rope_parameters=dynamic | {"rope_theta": 777.0})
     config.save_pretrained(tmp_path)  # as transformers 4 writes it
     assert ChameleonConfig.from_pretrained(tmp_path, rope_scaling=None).rope_theta == 777.0
 

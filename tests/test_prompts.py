@@ -137,7 +137,9 @@ def test_two_never_write_one_file(run, tmp_path):
     assert code == 2 and "another process writes to both.jsonl" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [b"my note", b'{"prompt": "other", "ans', b'{"prompt": "\xc3'])
+@pytest.mark.parametrize("content", [
+    b"my note", b'{"prompt": "other", "ans', b'{"prompt": "\xc3',
+    b'{"prompt": "a", "answer": "cut\nmy note'])
 def test_a_file_of_something_else_stays_as_it_is(run, tmp_path, content):
     (tmp_path / "note.txt").write_bytes(content)
     code, _, err = run("asked.txt", "--out", "note.txt")

@@ -332,7 +332,7 @@ def test_a_state_dict_replaces_packed_weights_and_plain_ones_are_refused(kind):
         before = one(ids).logits
         one.load_state_dict(two.state_dict())
         if kind == "int4":  # there before a compiled step, which would make it in each call
-            assert one.model.layers[0].mlp.up_proj.kernel is not None
+            assert one.model.layers[0].mlp.up_proj._kernel is not None
         assert torch.equal(one(ids).logits, two(ids).logits)
         assert not torch.equal(one(ids).logits, before)
     with pytest.raises(ValueError, match="load plain weights before you quantize"):

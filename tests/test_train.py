@@ -726,14 +726,16 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
 
 
 RANK = """
+import os
 import sys
 import torch
 import train
 torch.set_num_threads(1)
 train.SIZES |= dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
 train.SIZES["num_attention_heads"], train.ROWS, train.PICTURES = 2, 2, 20
-sys.exit(train.main(["pretrain", "--steps", "2", "--out", sys.argv[1],
-                     "--optimizer", "adamw", "--learning-rate", "1e-3"]))
+code = train.main(["pretrain", "--steps", "2", "--out", sys.argv[1],
+                   "--optimizer", "adamw", "--learning-rate", "1e-3"])
+os._exit(code)  # torch's own threads now and then abort a process of two that ends
 """
 
 
@@ -1035,6 +1037,29 @@ def test_a_full_disk_at_the_start_locks_no_state(tmp_path, monkeypatch):
         patch.setattr(Path, "write_text", full)
         Run(options)  # writes nothing
     assert (tmp_path / "a.train" / "out.txt").read_text() == f"{Path('..', 'a')}\n"
+
+
+def test_a_state_belongs_to_the_out_that_it_was_used_for_last(tmp_path):
+    def use(name):
+        Run(train.parse(["vqvae", "--out", str(tmp_path / name), "--state", str(tmp_path / "s")]))
+
+    use("a")  # interrupted: there is no folder a yet
+    use("b")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").touch()
+    use("b")
+    with pytest.raises(ValueError, match=f"belongs to {tmp_path / 'b'}"):
+        use("c")
+
+
+def test_without_a_compiler_all_is_refused_before_its_first_stage(tmp_path, monkeypatch, capsys):
+    def refuse(device):
+        raise ValueError("--compile needs a C++ compiler")
+
+    monkeypatch.setattr(train, "check_compile", refuse)
+    monkeypatch.setitem(train.STAGES, "vqvae", None)
+    assert train.main(["all", "--compile", "--out", str(tmp_path / "a")]) == 2
+    assert "needs a C++ compiler" in capsys.readouterr().err
 
 
 def test_out_and_state_may_be_on_two_drives_of_windows(tmp_path, monkeypatch):

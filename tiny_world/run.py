@@ -18,6 +18,7 @@ import math
 import pickle
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -53,21 +54,23 @@ class Run:
         if options.stage != "evaluate":
             if (self.state / "config.json").exists():
                 raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
-            known = self.state / "out.txt"  # relative: the two may be moved together
-            out = f"{relative(self.out.resolve(), self.state.resolve())}\n"
+            known, owner = self.state / "out.txt", None  # the checkpoint that this state makes
+            if known.is_file():
+                owner = (self.state / known.read_text(encoding="utf-8").strip()).resolve()
             if self.out.exists() and not self.out.is_dir():
                 raise ValueError(f"--out {self.out} is no folder: name another")
             found = [*self.out.glob("config.json"), *self.out.glob("model*.safetensors*")]
-            if found and not (known.is_file() and known.read_text(encoding="utf-8") == out):
+            if found and owner != self.out.resolve():
                 raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
                                  f"{self.state}: name another --out")
-            owner = self.state / (known.read_text(encoding="utf-8").strip()
-                                  if known.is_file() else out.strip())
-            if owner.is_dir() and owner.resolve() != self.out.resolve():
-                raise ValueError(f"--state {self.state} belongs to {owner.resolve()}: name another")
+            if owner and owner.is_dir() and owner != self.out.resolve():
+                raise ValueError(f"--state {self.state} belongs to {owner}: name another")
             self.state.mkdir(parents=True, exist_ok=True)
-            if self.rank == 0 and not known.is_file():
-                write_atomically(known, lambda part: part.write_text(out, encoding="utf-8"))
+            if self.rank == 0 and owner != self.out.resolve():
+                way = self.out.resolve()
+                with suppress(ValueError):  # there is no way between two drives of Windows
+                    way = relpath(way, self.state.resolve())  # the two may be moved together
+                write_atomically(known, lambda part: part.write_text(f"{way}\n", encoding="utf-8"))
         self.began = self.saved = time.monotonic()
         self.curves: dict[str, float] = {}
         self.extra: Any = None  # what else of a stage has to be saved; has state_dict
@@ -187,14 +190,6 @@ class Run:
             if file.tell() == 0:
                 writer.writeheader()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def relative(path: Path, start: Path) -> str:
-    """`path` seen from `start`; whole where there is no way, between two drives of Windows."""
-    try:
-        return relpath(path, start)
-    except ValueError:
-        return str(path)
 
 
 def fingerprint(arrays: Iterable) -> str:
