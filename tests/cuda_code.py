@@ -78,7 +78,8 @@ def pretend_cuda() -> None:
             is_available=True, device_count=1, current_device=0, get_device_properties=H100,
             get_device_capability=(9, 0), get_device_name=H100.name, _lazy_init=None,
             synchronize=None, is_initialized=True, get_rng_state_all=[], set_rng_state_all=None,
-            get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None)),
+            get_rng_state=torch.zeros(16, dtype=torch.uint8), set_rng_state=None,
+            is_current_stream_capturing=False)),
         (interfaces.CudaInterface, dict(
             is_available=True, device_count=1, is_triton_capable=True, set_device=None,
             current_device=0, get_device_properties=H100, raise_if_triton_unavailable=None,

@@ -24,9 +24,9 @@ def launches(kind: str, rows: int) -> list[str]:
 @pytest.mark.parametrize("kind, rows, most", [("bf16", 1, 13), ("int8", 3, 16), ("nf4", 1, 12)])
 def test_a_layer_reads_each_weight_once_and_as_it_is_stored(kind, rows, most):
     """All products of weights are Triton's loops: cuBLAS has the two of attention alone, and would
-    need a bf16 copy of quantized weights. The numbers are today's: q, k and v are one launch.
+    need a bf16 copy of quantized weights. The numbers are torch 2.13's: q, k and v are one launch.
     """
     lines = launches(kind, rows)
     libraries = [line.split("(")[0] for line in lines if line.startswith("extern_kernels")]
     assert libraries == ["extern_kernels.bmm"] * 2
-    assert len(lines) <= most + 2 * (torch.__version__ < "2.13")  # 2.11 joins fewer loops
+    assert len(lines) <= most + 2 * (torch.__version__[:4] != "2.13")  # others join fewer loops

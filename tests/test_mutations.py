@@ -229,6 +229,7 @@ def test_two_marks_with_one_id_and_a_larger_tokenizer_are_one_line(untrained_fol
 # Pickles
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse")  # a line of torch 2.14's own
 @pytest.mark.parametrize("content", [
     {0: torch.ones(2)}, {"a": torch.eye(2).to_sparse()}, {"a": torch.ones(2, device="meta")},
     {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, [torch.ones(2)],

@@ -250,10 +250,13 @@ def test_the_file_to_copy_alone_needs_nothing_but_torch_and_two_functions_are_ex
     assert used - sys.stdlib_module_names == {"torch"}
 
 
-def test_the_citation_has_the_packages_version_and_licence():
+def test_version_licence_and_range_of_torch_are_the_packages():
     cited = dict(re.findall(r"^(\w+): (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert cited["version"] == project["version"] and cited["license"] == project["license"]
+    torch_range = re.match(r"torch>=2.(\d+),<2.(\d+);", project["dependencies"][0])
+    oldest, end = map(int, torch_range.groups())
+    assert f"torch 2.{oldest} to 2.{end - 1}." in README and f'"torch<2.{end}"' in README
 
 
 # ---------------------------------------------------------------------------------------------
