@@ -48,6 +48,7 @@ import copy
 import os
 import shutil
 import sys
+import sysconfig
 import time
 import types
 import warnings
@@ -56,6 +57,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import cycle
+from pathlib import Path
 from threading import RLock
 
 import torch
@@ -502,6 +504,8 @@ def check_compile(device: torch.device) -> None:
     if not any(shutil.which(name) for name in (given, *names) if name):
         raise ValueError(f"--compile needs a {'C' if cuda else 'C++'} compiler: install {names[0]},"
                          " or leave it out")
+    if sys.platform == "linux" and not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise ValueError("--compile needs Python's headers: install python3-dev, or leave it out")
 
 
 class StepCache(KVCache):

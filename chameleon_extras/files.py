@@ -84,7 +84,9 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
 def failed_work(error: MemoryError | RuntimeError) -> str:
     """The line for too little memory or a failed torch.compile. Other errors are raised again."""
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"torch.compile failed, leave --compile out ({one_line(error):.300})"
+        reasons = [line for line in str(error).splitlines() if "error:" in line]  # a compiler's
+        reason = one_line(reasons[0] if reasons else error)
+        return f"torch.compile failed, leave --compile out ({reason:.300})"
     if not isinstance(error, MemoryError) and not re.search(
             "(out of|allocate|enough) memory|could not create a", str(error)):  # oneDNN's words
         raise error

@@ -293,16 +293,18 @@ def test_too_little_memory_is_one_line(run, monkeypatch, capsys, error, known):
             run("--prompt", "a")
 
 
-def test_a_compiler_that_fails_is_one_line(run, monkeypatch):
-    from torch._inductor.exc import InvalidCxxCompiler
+@pytest.mark.parametrize("reason", ["No working C++ compiler", "omp.h: No such file"])
+def test_a_compiler_that_fails_is_one_line(run, monkeypatch, reason):
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     def load(*_):
-        raise InvalidCxxCompiler
+        raise InvalidCxxCompiler if reason[0] == "N" else CppCompileError(
+            ["g++", "-I" * 400], f"In file included:\na.cpp:1:10: fatal error: {reason}\n | here")
 
     monkeypatch.setattr(command, "load_checkpoint", load)
     code, _, err = run("--prompt", "a")
     assert code == 2 and err.count("\n") == 1
-    assert "torch.compile failed, leave --compile out (No working C++ compiler" in err
+    assert "torch.compile failed, leave --compile out (" in err and reason in err
 
 
 def test_singles_that_another_process_has_made_meanwhile_are_kept(tmp_path):

@@ -742,6 +742,15 @@ def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
     with pytest.raises(ValueError, match="not for mps"):
         check_compile(torch.device("mps"))
 
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python comes with its headers")
+def test_compiling_without_pythons_headers_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(decoding.shutil, "which", lambda name: name)
+    monkeypatch.setattr(decoding.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(ValueError, match="install python3-dev"):
+        check_compile(torch.device("cpu"))
+
+
 def test_a_hook_acts_in_compiled_steps_too(traced):
     """One that comes later makes the compiled code out of date. A layer may differ in a part, too.
     """
