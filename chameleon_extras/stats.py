@@ -62,20 +62,15 @@ class Stats:
                 f"peak memory {peak / 1e9:.2f} GB")
 
 
-def step_bytes(model: ChameleonForConditionalGeneration,
-               share_of_codes: float | None = 0.0) -> float:
-    """Bytes of weights that a step reads: the layers, and the head or its rows for codes.
-    `share_of_codes` None: the layers alone.
-    """
+def weight_bytes(module: torch.nn.Module) -> int:
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
-    def size(module: torch.nn.Module) -> int:
-        return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
-    if share_of_codes is None:
-        return size(model.model.layers)
+def step_bytes(model: ChameleonForConditionalGeneration, share_of_codes: float = 0.0) -> float:
+    """Bytes of weights that a step reads: the layers, and the head or its rows for codes."""
     part = model.model.vocabulary.num_codes / model.config.vocab_size
-    head = size(model.lm_head) * (1 - share_of_codes + share_of_codes * part)
-    return size(model.model.layers) + head
+    head = weight_bytes(model.lm_head) * (1 - share_of_codes + share_of_codes * part)
+    return weight_bytes(model.model.layers) + head
 
 
 def bandwidth(device: torch.device) -> float:

@@ -42,7 +42,7 @@ from chameleon_extras.checkpoint import load_checkpoint  # noqa: E402
 from chameleon_extras.decoding import Decoder  # noqa: E402
 from chameleon_extras.files import pick_device  # noqa: E402
 from chameleon_extras.quantize import quantize_model  # noqa: E402
-from chameleon_extras.stats import bandwidth, step_bytes  # noqa: E402
+from chameleon_extras.stats import bandwidth, step_bytes, weight_bytes  # noqa: E402
 from generate import stream  # noqa: E402
 from processor import ChameleonProcessor  # noqa: E402
 
@@ -94,7 +94,7 @@ class Report:
               head: bool) -> str:
         """What a step reads, by its seconds, as a share of the bandwidth measured."""
         model, c = self.model(kind), self.model(kind).config
-        read = step_bytes(model, share_of_codes=1.0 if head else None)
+        read = step_bytes(model, share_of_codes=1.0) if head else weight_bytes(model.model.layers)
         read += rows * columns * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * 2
         return f"{read / seconds / self.bandwidth():.0%} of the bandwidth"
 

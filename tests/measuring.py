@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
-from chameleon_extras.stats import bandwidth
+from chameleon_extras.stats import bandwidth, weight_bytes
 from generate import ids_of_pictures
 from tokenizer import image_token_name
 
@@ -158,7 +158,7 @@ def twin(model: ChameleonForConditionalGeneration) -> ChameleonForConditionalGen
 def step_bytes(model: ChameleonForConditionalGeneration) -> int:
     """Bytes of the weights that one step reads: all but the embeddings, of which it reads a row."""
     modules = (model.model.layers, model.model.norm, model.lm_head)
-    return sum(t.nbytes for m in modules for t in (*m.parameters(), *m.buffers()))
+    return sum(map(weight_bytes, modules))
 
 
 # ---------------------------------------------------------------------------------------------
