@@ -236,19 +236,10 @@ def place_images(prompts: list[str], count: int) -> list[str]:
 
 def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
-    if options.explain:
-        if len(options.prompt) > 1:
-            raise ValueError("--explain walks one prompt: give one --prompt")
-        if options.out and options.out.suffix.lower() not in (".html", ".htm"):
-            raise ValueError("--explain draws a page: name --out "
-                             f"{options.out.stem or 'walk'}.html")
-        return check_file(options.out)
-    if options.chat or options.demo:
-        return None  # they have no --out
-    if options.prompts:
-        if not 1 <= options.batch <= 1024:
-            raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
-        return check_file(options.out)
+    if options.explain and len(options.prompt) > 1:
+        raise ValueError("--explain walks one prompt: give one --prompt")
+    if not 1 <= options.batch <= 1024:
+        raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
     if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
         raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
     if options.count > 1 and not options.image_temperature:
@@ -258,25 +249,25 @@ def check_output(options: argparse.Namespace) -> None:
         raise ValueError("--scale is a whole factor, 1 to 64, for --mode image")
     if options.mode == "interleaved" and len(options.prompt) > 1:
         raise ValueError("--mode interleaved writes one document: give one --prompt")
-    if options.out is None:
-        defaults = {"text": None, "image": "picture.png", "interleaved": "document"}
-        name = "reconstruction.png" if options.reconstruct else defaults[options.mode]
+    out, draws = options.out, options.mode == "image" or options.reconstruct
+    if out is None:
+        defaults = {"image": "picture.png", "interleaved": "document"}
+        name = "reconstruction.png" if options.reconstruct else defaults.get(options.mode)
         options.out = Path(name) if name else None
-    elif options.mode == "text" and not options.reconstruct:
-        raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
     elif options.mode == "interleaved":
-        check_folder(options.out)
-    else:
-        picture_format(options.out)
+        check_folder(out)
+    elif not (draws or options.explain or options.prompts):
+        raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
+    elif options.explain and out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--explain draws a page: name --out {out.stem or 'walk'}.html")
+    elif not out.parent.is_dir():
+        raise ValueError(f"the folder {out.parent} of {out.name} does not exist: make it first")
+    elif out.exists() and not out.is_file():
+        raise ValueError(f"--out {out} is a folder or a device: name a file")
+    elif draws:
+        picture_format(out)
         if others := [path for path in numbered_names(options) if os.path.lexists(path)]:
-            raise ValueError(f"--out {options.out} would replace {others[0]}, too: name another "
-                             "file")
-
-
-def check_file(path: Path | None) -> None:
-    """ValueError for an --out that is no file in a folder that exists."""
-    if path and (path.exists() and not path.is_file() or not path.parent.is_dir()):
-        raise ValueError(f"--out {path} is no file in a folder that exists: name one")
+            raise ValueError(f"--out {out} would replace {others[0]}, too: name another file")
 
 
 def check_folder(folder: Path) -> None:
@@ -315,7 +306,7 @@ def check_writable(options: argparse.Namespace) -> None:
         return
     if options.mode == "interleaved":  # a folder that is made when there is something to write
         out = next(path for path in (out, *out.absolute().parents) if path.exists()) / "document.md"
-    elif not options.explain:
+    else:
         out = [out, *numbered_names(options)][-1]
     try:
         write_atomically(out, lambda part: part.touch(), keep=False)

@@ -117,9 +117,9 @@ def test_a_wrong_file_is_one_line_before_the_weights_are_read(
 @pytest.mark.parametrize("options, message", [
     (("--batch", "0"), "1 to 1024"),
     (("--mode", "image"), "in text: leave --mode out"),
-    (("--out", "missing/a.jsonl"), "a folder that exists"),
+    (("--out", "missing/a.jsonl"), "the folder missing of a.jsonl does not exist"),
     (("--out", "other.jsonl"), "line 1 is not prompt 1"),
-    (("--out", "/dev/null"), "is no file in a folder that exists"),
+    (("--out", "/dev/null"), "/dev/null is a folder or a device"),
     (("--out", "deep.jsonl"), "line 1 is not prompt 1"),
 ])
 def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
