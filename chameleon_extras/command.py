@@ -18,6 +18,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from chameleon_extras.checkpoint import load_checkpoint, open_config
@@ -46,7 +47,6 @@ from chameleon_extras.release import load_processor
 from chameleon_extras.sheets import (
     check_sheet,
     contact_sheet,
-    enlarge,
     picture_format,
     save_picture,
     there_and_back,
@@ -404,9 +404,9 @@ def answer(options: argparse.Namespace) -> None:
                        padding_side="left", return_for_text_completion=options.completion)
     check_pair(config, processor, inputs)
     if options.mode == "image":
-        count = options.count * len(prompts)
-        side = config.vq_config.resolution * (options.scale or 1)
-        check_sheet(options.out, count, side if options.scale or count == 1 else max(side, DRAWN))
+        count, side = options.count * len(prompts), config.vq_config.resolution
+        options.scale = options.scale or (max(1, DRAWN // side) if count > 1 else 1)
+        check_sheet(options.out, count, side * options.scale)
     room = room_behind(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
     room, picture = min(room, options.max_new_tokens or room), processor.image_seq_length + 2
@@ -497,10 +497,7 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
             choose_name(options)
             for path, picture in zip(numbered_names(options), pictures):
                 save_picture(picture, path)
-            side = max(pictures[0].size) * (options.scale or 1)
-            if len(done) > 1 and not options.scale:  # on a sheet
-                side = DRAWN
-            seen = [enlarge(picture, side) for picture in pictures]
+            seen = [ImageOps.scale(picture, options.scale, Image.NEAREST) for picture in pictures]
             save_picture(seen[0] if len(done) == 1 else contact_sheet(seen), options.out)
             say(f"{options.out}: {len(pictures)} picture(s), seed {options.seed}")
 

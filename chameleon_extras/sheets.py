@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from chameleon_extras.files import own_rank, write_atomically
 from processor import ChameleonImageProcessor
@@ -110,8 +110,7 @@ def code_grid(codes: Sequence[Sequence[int]], side: int) -> Image.Image:
 
 def enlarge(picture: Image.Image, side: int) -> Image.Image:
     """Enlarges by a whole factor to at most `side` pixels a side. Each pixel becomes a square."""
-    factor = max(1, side // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)
+    return ImageOps.scale(picture, max(1, side // max(picture.size)), Image.NEAREST)
 
 
 def gray_grid(values: torch.Tensor) -> Image.Image:
