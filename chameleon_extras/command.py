@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -441,13 +442,9 @@ def converse(options: argparse.Namespace, config: ChameleonConfig,
         check_gradio()
     check_pair(config, processor, {})
     model = load_model(options)
-    tiny = options.model.resolve() == TINY
-    whole = options.context == "whole" or (options.context is None and not tiny)
+    context = options.context or ("last" if options.model.resolve() == TINY else "whole")
     decoder = Decoder(model, options.compile, options.attention)
-
-    def start() -> Conversation:
-        return Conversation(model, processor, decoder, whole)
-
+    start = partial(Conversation, model, processor, decoder, whole=context == "whole")
     if options.demo:
         return serve(start, options.seed, sampling(options))
     chat(start(), options.seed, sampling(options))
