@@ -30,7 +30,7 @@ from PIL import Image
 
 from chameleon import ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, seed, with_bar
-from chameleon_extras.files import STOPS, failed_work, one_line, say, stop
+from chameleon_extras.files import STOPS, line_of, say, stop
 from chameleon_extras.sheets import save_picture, write_document
 from generate import Piece, pieces, room_behind, seeds_of, stream
 from processor import ChameleonImageProcessor, ChameleonProcessor, load_image
@@ -159,10 +159,8 @@ class Terminal:
                     self.answer(line)
                 except BrokenPipeError:  # nobody reads the answers any more
                     raise
-                except (ValueError, OSError) as error:  # the chat goes on
-                    say(one_line(error))
-                except (MemoryError, RuntimeError) as error:
-                    say(failed_work(error))
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    say(line_of(error))  # the chat goes on
             except EOFError:
                 return
             except KeyboardInterrupt:

@@ -50,9 +50,7 @@ def one_line(error: object) -> str:
 
 
 def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted") -> int:
-    """Calls `run` -> 0; 2 after a ValueError, an OSError or what `failed_work` knows, printed as
-    one line; 130 after Ctrl-C.
-    """
+    """Calls `run` -> 0; 2 after an error of which `line_of` makes one line; 130 after Ctrl-C."""
     code, sys.stderr = 0, sys.stderr or open(os.devnull, "w")  # noqa: SIM115, closed by 2>&-
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # it may be ASCII
@@ -64,11 +62,8 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
             print(end="", flush=True)
     except BrokenPipeError:  # the reader of stdout has ended, as in `| head`
         pass
-    except (ValueError, OSError) as e:
-        say(f"{command}: {one_line(e)}")
-        code = 2
-    except (MemoryError, RuntimeError) as e:
-        say(f"{command}: {failed_work(e)}")
+    except (ValueError, OSError, MemoryError, RuntimeError) as e:
+        say(f"{command}: {line_of(e)}")
         code = 2
     except KeyboardInterrupt:
         say(stopped)
@@ -81,8 +76,12 @@ def exit_code(command: str, run: Callable[[], None], stopped: str = "interrupted
     return code
 
 
-def failed_work(error: MemoryError | RuntimeError) -> str:
-    """The line for too little memory or a failed torch.compile. Other errors are raised again."""
+def line_of(error: Exception) -> str:
+    """The line for wrong input, a file that cannot be used, too little memory or a failed
+    torch.compile. Other errors are raised again.
+    """
+    if isinstance(error, (ValueError, OSError)):
+        return one_line(error)
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
         reasons = [line for line in str(error).splitlines() if "error:" in line]  # a compiler's
         reason = one_line(reasons[0] if reasons else error)
