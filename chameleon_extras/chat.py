@@ -31,7 +31,7 @@ from PIL import Image
 from chameleon import ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, seed, with_bar
 from chameleon_extras.files import STOPS, line_of, say, stop
-from chameleon_extras.sheets import save_picture, write_document
+from chameleon_extras.sheets import parts_of, save_picture, write_document
 from generate import Piece, pieces, room_behind, seeds_of, stream
 from processor import ChameleonImageProcessor, ChameleonProcessor, load_image
 
@@ -77,7 +77,7 @@ class Conversation:
         before = self.ids
         if not self.whole:  # a drawing sees the pictures of its own turn alone
             before = before[:1] + (self.pictures if mode == "text" and not pictures else [])
-        prompt, made = before + turn, []
+        prompt, made, said = before + turn, [], []
         room_behind(self.model.config, len(prompt), mode)
         steps = stream(self.model, torch.tensor([prompt], device=self.model.device), mode=mode,
                        past_key_values=self.cache, decoder=self.decoder, **options)
@@ -93,22 +93,15 @@ class Conversation:
 
         try:
             for piece in pieces(self.model, self.processor.tokenizer, watched(), every):
-                self.note(piece)
+                if piece.drawn in (0, self.processor.image_seq_length):  # text, a whole picture
+                    said.append(piece)
+                    self.seen = piece.image or self.seen
                 yield piece
         finally:
+            self.parts += parts_of(said)
             answer = self.finished(made)
             self.ids, self.start = prompt + answer, len(prompt)
             self.pictures = self.pictures_of(answer) or self.pictures_of(turn) or self.pictures
-
-    def note(self, piece: Piece) -> None:
-        """What of a piece belongs to the document."""
-        if piece.drawn == self.model.config.vq_config.codes_per_image:
-            self.parts.append(piece.image)
-            self.seen = piece.image
-        elif piece.text and isinstance(self.parts[-1], str) and self.parts[-1][:1] != ">":
-            self.parts[-1] += piece.text
-        elif piece.text:
-            self.parts.append(piece.text)
 
     def finished(self, made: list[int]) -> list[int]:
         """An answer's ids as a turn: no unfinished picture, and one end of turn at its end."""

@@ -48,6 +48,7 @@ from chameleon_extras.release import load_processor
 from chameleon_extras.sheets import (
     check_sheet,
     contact_sheet,
+    parts_of,
     picture_format,
     save_picture,
     there_and_back,
@@ -515,7 +516,7 @@ def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
 
 def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
     """Streams text to stdout, with a line for each picture. Writes the document to --out."""
-    parts, pictures = [], 0
+    made, pictures, in_line = [], 0, False
     choose_name(options)
     if own_rank() == 0:
         options.out.mkdir(parents=True, exist_ok=True)  # at once: so other processes take others
@@ -523,27 +524,22 @@ def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, 
         check_folder(options.out)
         try:
             for piece in pieces(model, tokenizer, with_bar(steps, model)):
+                made.append(piece)
                 if piece.image is not None:
                     pictures += 1
-                    in_line = parts and isinstance(parts[-1], str) and not parts[-1].endswith("\n")
-                    new_line = "\n" if in_line else ""
-                    parts.append(piece.image)
-                    print(f"{new_line}[{options.out / str(pictures)}.png]", flush=True)
-                elif parts and isinstance(parts[-1], str):
-                    parts[-1] += piece.text
-                else:
-                    parts.append(piece.text)
+                    print("\n" * in_line + f"[{options.out / str(pictures)}.png]", flush=True)
                 print(piece.text, end="", flush=True)
+                in_line = piece.text[-1:] not in ("", "\n")
         finally:
             ignore_stops()
             try:
-                if parts:
-                    write_document(options.out, parts)
+                if made:
+                    write_document(options.out, parts_of(made))
             finally:
                 with suppress(OSError):
                     options.out.rmdir()  # if nothing was written
                 print(flush=True)  # fails if stdout is closed or full
-            if parts:
+            if made:
                 say(f"{options.out / 'document.html'}: seed {options.seed}")
 
 

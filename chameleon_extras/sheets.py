@@ -10,7 +10,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from chameleon_extras.files import own_rank, write_atomically
+from generate import Piece
 from processor import ChameleonImageProcessor
 
 SIDE = 216  # in a document, smaller pictures are enlarged to at most so many pixels
@@ -130,6 +131,17 @@ def data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def parts_of(answer: Iterable[Piece]) -> list[str | Image.Image]:
+    """The pieces of an answer -> its pictures, and one text of all pieces between two pictures."""
+    parts = []
+    for piece in answer:
+        if piece.text and parts and isinstance(parts[-1], str):
+            parts[-1] += piece.text
+        else:
+            parts.append(piece.text or piece.image)
+    return parts
 
 
 def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:

@@ -190,6 +190,13 @@ def test_too_little_memory_ends_a_turn_and_not_the_chat(lines, monkeypatch, caps
     terminal.run()
 
 
+def test_an_answer_that_begins_like_a_line_of_the_user_is_one_part(tiny, monkeypatch):
+    ids = [*tiny[1].tokenizer.text_ids("> a star."), tiny[0].config.eos_token_id]
+    monkeypatch.setattr(chat, "stream", lambda *_, **__: (torch.tensor([i]) for i in ids))
+    talk = Conversation(*tiny)
+    assert talk.parts == [] and said(talk.ask("Say it", [])) == talk.parts[1] == "> a star."
+
+
 def test_an_answer_without_a_word_is_said_to_be_one(lines, monkeypatch):
     monkeypatch.setattr(chat, "stream", lambda model, *_, **__: iter([
         torch.tensor([model.config.eos_token_id])]))
