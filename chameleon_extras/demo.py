@@ -80,11 +80,10 @@ class Visit:
         """A piece becomes a message, or continues the last one."""
         if self.unfinished:
             self.messages.pop()
-        self.unfinished = False
+        self.unfinished = 0 < piece.drawn < S
         role, last = self.messages[-1]
         if piece.image is not None:
             self.messages.append(("assistant", large(piece.image)))
-            self.unfinished = piece.drawn < S
         elif role == "assistant" and isinstance(last, str):
             self.messages[-1] = role, last + piece.text
         else:
@@ -120,14 +119,14 @@ def row(conversation: Conversation) -> str:
 def walk(conversation: Conversation) -> str:
     """The last answer as HTML: each token's entropy, and where it looked in one of the pictures."""
     model, processor, start = conversation.model, conversation.processor, conversation.start
-    ids = torch.tensor([conversation.ids], device=model.device)  # (1, T)
     S = processor.image_seq_length
-    ids = ids[:, : start + WALKED + S]
-    if ids.shape[1] <= start:
+    shown = conversation.ids[: start + WALKED + S]
+    if len(shown) <= start:
         return '<div class="side"></div>'
+    ids = torch.tensor([shown], device=model.device)  # (1, T)
     tokens, looks = glances(model, processor.tokenizer, ids, start)
     begin = processor.tokenizer.vocabulary.begin_image_id
-    places = [n + 1 for n, i in enumerate(ids[0].tolist()) if i == begin and n + S < ids.shape[1]]
+    places = [n + 1 for n, i in enumerate(shown) if i == begin and n + S < len(shown)]
     pictures = {n: decoded(model, ids[:, n : n + S]) for n in places}
     parts, codes = [], [token for token in tokens if token.kind == "code"]
     for place, (token, look) in enumerate(zip(tokens, looks), start):
