@@ -5,6 +5,7 @@ import random
 import socket
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,22 @@ K, S, V = 64, 64, 160  # codes, image tokens of a 32x32 picture, vocabulary
 SIZES = dict(vocab_size=V, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
              bos_token_id=0, pad_token_id=1, eos_token_id=2)
+
+
+def closed(page: str) -> bool:
+    """Is every tag of an HTML page closed, in order?"""
+    opened, right = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "img", "br", "td", "tr"):
+                opened.append(tag)
+
+        def handle_endtag(self, tag):
+            right.append(opened.pop() == tag)
+
+    Reader().feed(page)
+    return all(right) and not opened
 
 
 def image_name(code: int) -> str:

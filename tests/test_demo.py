@@ -6,12 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from small import closed
 
 import generate as module
 from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
@@ -34,23 +34,6 @@ def ask(visit: Visit, *turn, **options) -> list:
     """-> the number and the last of the messages, at each step."""
     return [(len(visit.messages), visit.messages[-1][1])
             for _ in visit.ask(*turn, **({"seed": 0, "image_top_p": 0.9} | options))]
-
-
-def closed(page: str) -> bool:
-    """Is every tag of the HTML closed, in order?"""
-    open_tags, wrong = [], []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag != "img":
-                open_tags.append(tag)
-
-        def handle_endtag(self, tag):
-            if open_tags.pop() != tag:
-                wrong.append(tag)
-
-    Reader().feed(page)
-    return not open_tags and not wrong
 
 
 def test_an_answer_streams_and_a_drawing_grows_code_by_code(tiny):

@@ -1,12 +1,11 @@
 """chameleon_extras/explain.py: the numbers it shows are those a direct computation gives."""
 
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from PIL import Image
-from small import SIZES, VQ, scrambled_vocabulary
+from small import SIZES, VQ, closed, scrambled_vocabulary
 
 import generate as module
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
@@ -168,21 +167,7 @@ def test_the_page_needs_nothing_beside_it_and_closes_what_it_opens(shown):
     drawn = page(shown, "walk")
     assert "prefers-color-scheme:dark" in drawn and not re.search(r'(src|href)="(?!data:)', drawn)
     assert "http" not in drawn and "<script" not in drawn
-    opened = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            if tag not in ("meta", "img", "br", "td", "tr"):
-                opened.append(tag)
-
-        def handle_startendtag(self, tag, attributes):
-            pass
-
-        def handle_endtag(self, tag):
-            assert opened.pop() == tag
-
-    Reader().feed(drawn)
-    assert opened == []
+    assert closed(drawn)
 
 
 def test_nothing_is_left_on_the_model(shown, model):
