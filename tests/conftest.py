@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small import SIZES, VQ, randomize
 from synthetic import write_small_sentencepiece, write_synthetic_tokenizer
 
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
+from generate import main
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tokenizer import load_tokenizer
 
@@ -86,3 +88,19 @@ def untrained_folder(tmp_path_factory):
     pictures = ChameleonImageProcessor(size=16, crop_size=16)
     ChameleonProcessor(pictures, tokenizer, image_seq_length=16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(untrained_folder, tmp_path, monkeypatch, capsys):
+    """Runs the command in a folder with a picture -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
+
+    def command(*arguments: str, model=untrained_folder):
+        try:
+            code = main(["--model", str(model), "--device", "cpu", *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return command

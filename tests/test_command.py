@@ -26,22 +26,6 @@ from generate import pieces
 from tokenizer import load_tokenizer
 
 
-@pytest.fixture
-def run(untrained_folder, tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
-
-    def command(*arguments: str, model=untrained_folder):
-        try:
-            code = module.main(["--model", str(model), "--device", "cpu", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return command
-
-
 def test_text_streams_to_stdout_and_nothing_else_does(run):
     code, out, err = run("--prompt", "Hi<image>", "--image", "red.png", "--max-new-tokens", "5")
     assert code == 0 and out.endswith("\n") and len(out) > 1 and err == ""

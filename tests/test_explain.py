@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from small import SIZES, VQ, closed, scrambled_vocabulary
 
-import generate as module
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration
 from chameleon_extras import explain
 from chameleon_extras.decoding import set_attention
@@ -188,21 +187,9 @@ def test_large_grids_and_long_texts_are_cut_on_a_terminal(shown, processor, mode
     assert len(lines) == 42 and "more)" in lines[21]
 
 
-@pytest.fixture
-def command(untrained_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
-
-    def run(*arguments):
-        code = module.main(["--model", str(untrained_folder), "--device", "cpu", *arguments])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_the_command_prints_the_walk_and_writes_the_page(command, tmp_path):
-    code, out, err = command("--explain", "--prompt", "Hi<image>", "--image", "red.png",
-                             "--out", "walk.html")
+def test_the_command_prints_the_walk_and_writes_the_page(run, tmp_path):
+    code, out, err = run("--explain", "--prompt", "Hi<image>", "--image", "red.png", "--out",
+                         "walk.html")
     assert code == 0 and "16 codes" not in err and "next token:" in out
     assert (tmp_path / "walk.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert list(tmp_path.glob("*.part")) == []
@@ -216,7 +203,7 @@ def test_the_command_prints_the_walk_and_writes_the_page(command, tmp_path):
     (("--prompt", "a", "--out", "no/folder.html"), "folder"),
     (("--prompt", "a<image>"), "<image>"), ((), "--prompt"),
 ])
-def test_what_cannot_be_walked_is_one_line(command, arguments, words, monkeypatch):
+def test_what_cannot_be_walked_is_one_line(run, arguments, words, monkeypatch):
     monkeypatch.setattr("chameleon_extras.command.load_model", None)  # it must not come to that
-    code, out, err = command("--explain", *arguments)
+    code, out, err = run("--explain", *arguments)
     assert code == 2 and out == "" and words in err and err.count("\n") == 1

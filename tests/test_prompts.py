@@ -1,11 +1,11 @@
 """Many prompts from a file: the answers, where a stopped run goes on, and files that are wrong."""
 
 import json
+from functools import partial
 
 import pytest
 from PIL import Image
 
-import generate as module
 from chameleon_extras import prompts
 from chameleon_extras.files import hold
 from chameleon_extras.prompts import read_prompts
@@ -15,23 +15,15 @@ from tokenizer import read_json
 
 
 @pytest.fixture
-def run(untrained_folder, tmp_path, monkeypatch, capsys):
+def run(run, tmp_path):
     """Runs the command in a folder with two files of prompts -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (20, 30), "red").save(tmp_path / "red.png")
     Image.new("RGB", (1, 500_000), "red").save(tmp_path / "long.png")
     lines = [{"prompt": "What?", "images": ["red.png"]}, {"prompt": "a\u2028b"},
              {"prompt": "<image>or<image>", "images": ["red.png", "red.png"]},
              {"prompt": "Hi", "answer": "not read"}, {"prompt": "Hello"}]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     (tmp_path / "asked.txt").write_text("a\n\nabc\n")
-
-    def command(*arguments: str):
-        code = module.main(["--model", str(untrained_folder), "--device", "cpu",
-                            "--max-new-tokens", "6", "--prompts", *arguments])
-        return code, *capsys.readouterr()
-
-    return command
+    return partial(run, "--max-new-tokens", "6", "--prompts")
 
 
 def test_each_prompt_gets_a_line_whatever_the_batch(run):
