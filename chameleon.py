@@ -218,6 +218,8 @@ class ChameleonOutput(Mapping):
         if isinstance(self.loss, Mapping):  # accelerate copies an output by type(output)(a dict)
             fields, self.loss = self.loss, None
             vars(self).update(fields)
+        elif isinstance(self.loss, Iterator):  # what torch makes of the outputs of several GPUs
+            raise TypeError("nn.DataParallel cannot join these outputs: start with torchrun (DDP)")
 
     def to_tuple(self) -> tuple:
         return tuple(getattr(self, name) for name in self)
@@ -247,10 +249,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     loss_type = "ForCausalLM"  # so the Trainer leaves the first label of a row out of that count
     base_model_prefix = "model"
 
-    @property
-    def base_model(self) -> "ChameleonModel":
-        return cast("ChameleonModel", getattr(self, "model", self))
-
+    base_model = property(lambda self: cast("ChameleonModel", getattr(self, "model", self)))
     is_gradient_checkpointing = property(lambda self: self.base_model.gradient_checkpointing)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -291,6 +290,9 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False
+
+    def enable_input_require_grads(self) -> None:
+        """Does nothing: here, adapters get their gradients without it, checkpointing or not."""
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **inputs: Tensor) -> dict:
         """What wrappers such as peft's look for; `generate` itself has no use for it."""
@@ -814,14 +816,14 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_tokens(pixel_values)
 
-    def generate(self, input_ids: Tensor, *inputs: Tensor | None, generation_config=None,
-                 **options) -> Tensor:
-        """As `generate` of generate.py, which explains it; takes a generation_config, too."""
+    def generate(self, inputs: Tensor | None = None, *others: Tensor | None,
+                 generation_config=None, **options) -> Tensor:
+        """As generate.py's. The ids may be named inputs or input_ids; takes a generation_config."""
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
         options = generation_options(generation_config, self.generation_config, **options)
-        return generate(self, input_ids, *inputs, **options)
+        return generate(self, options.pop("input_ids", inputs), *others, **options)
 
     def forward(
         self,
@@ -897,7 +899,10 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 # transformers has all public classes in one module. So `from chameleon import ChameleonProcessor`
 # works, too; processor.py and the others are imported at the first use of such a name.
 
+AutoConfig, AutoModel = ChameleonConfig, ChameleonModel
+AutoModelForImageTextToText = ChameleonForConditionalGeneration
 HOMES = {"ChameleonProcessor": "processor", "ChameleonImageProcessor": "processor",
+         "AutoProcessor": "processor", "AutoImageProcessor": "processor",
          "AutoTokenizer": "tokenizer", "BitsAndBytesConfig": "chameleon_extras.pretrained"}
 
 

@@ -509,10 +509,8 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
 def seeds_of(seed: int | list[int], rows: int) -> list[int]:
     """-> a seed for each row; ValueError if there is not one for each, or one is too large."""
     seeds = [seed + b for b in range(rows)] if isinstance(seed, int) else seed
-    if not isinstance(seeds, (list, tuple)):
-        raise ValueError(f"seed {seeds!r:.40} is no whole number, and no list of them")
-    if len(seeds) != rows:
-        raise ValueError(f"{len(seeds)} seeds for {rows} rows: give each row one")
+    if not isinstance(seeds, (list, tuple)) or len(seeds) != rows:
+        raise ValueError(f"seed must be a whole number or a list of {rows}, got {seed!r:.40}")
     if not all(isinstance(s, int) and abs(s) < 2**63 for s in seeds):
         raise ValueError("seeds are whole numbers below 2^63, and row b adds b: take a smaller one")
     return list(seeds)
@@ -619,6 +617,9 @@ def stream(
     RoPE. Each call leaves its columns in the cache. Rows must have no padding; a guided
     picture reads all anew. Changed weights need a new cache.
     """
+    if unknown := options.keys() - Options.__dataclass_fields__.keys():
+        known = ", ".join([*Options.__dataclass_fields__, *(stream.__kwdefaults__ or {})])
+        raise TypeError(f"generate has no option {min(unknown)!r}; it has {known}")
     o = Options(**options)
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError("input_ids must be a tensor (B, T) with T > 0, got "
@@ -687,8 +688,8 @@ def generate(
     if max_length is not None and options.get("max_new_tokens") is None and isinstance(
             input_ids, Tensor):  # `stream` refuses what is none
         if type(max_length) is not int or max_length <= input_ids.shape[-1]:
-            raise ValueError(f"max_length {max_length!r:.80} leaves no room behind the prompt's "
-                             f"{input_ids.shape[-1]} ids: raise it, or set max_new_tokens")
+            raise ValueError(f"max_length must be a whole number above {input_ids.shape[-1]}, the "
+                             f"ids of the prompt, got {max_length!r:.80}: or set max_new_tokens")
         options["max_new_tokens"] = max_length - input_ids.shape[-1]
     steps = stream(model, input_ids, attention_mask, pixel_values, **options)
     if streamer is not None:

@@ -165,7 +165,7 @@ class BatchFeature(dict):
         return self[name]
 
     def to(self, *args, device: torch.device | str | int | None = None,
-           dtype: torch.dtype | None = None) -> "BatchFeature":
+           dtype: torch.dtype | None = None, non_blocking: bool = False) -> "BatchFeature":
         """Moves and casts in place: .to("cuda"), .to(torch.bfloat16), .to("cuda", torch.bfloat16).
 
         Only float tensors are cast: bfloat16 has no 257, so ids would change.
@@ -177,7 +177,8 @@ class BatchFeature(dict):
                 device = arg
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
-                self[name] = value.to(device, dtype if value.is_floating_point() else None)
+                kind = dtype if value.is_floating_point() else None
+                self[name] = value.to(device, kind, non_blocking=non_blocking)
         return self
 
 
@@ -256,6 +257,15 @@ def special_token(name: str) -> property:
     return property(lambda tokenizer: tokenizer._names.get(getattr(tokenizer, f"{name}_id")), write)
 
 
+def fixed(name: str, value: object) -> property:
+    """An attribute of transformers' classes that has one value here. ValueError for another."""
+    def write(owner: object, other: object) -> None:
+        if other != value:
+            raise ValueError(f"{name} is always {value!r} here: leave it out")
+
+    return property(lambda owner: value, write)
+
+
 class Tokenizer:
     """The base class of both formats. A subclass supplies text_ids and text_bytes.
 
@@ -269,6 +279,9 @@ class Tokenizer:
     SAVED = ("eos_token", "unk_token", "sep_token", "pad_token")  # tokenizer_config.json has them
     SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "image_token")
     bos_token, eos_token, unk_token, sep_token, pad_token, image_token = map(special_token, SPECIAL)
+
+    truncation_side = fixed("truncation_side", "right")
+    add_bos_token, add_eos_token = fixed("add_bos_token", True), fixed("add_eos_token", False)
 
     def __init__(self, path: str | Path, vocab: dict[str, int], special_ids: Iterable[int]) -> None:
         self.path, self.vocab, self.vocabulary = Path(path), vocab, VocabularyMap(vocab)

@@ -89,7 +89,7 @@ def check_fields(config: object) -> None:
         _, words, holds = get_args(kind)
         if not (holds(value) or (optional and value is None)):
             wanted = words + " or left out" * optional
-            raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
+            raise ValueError(f"{name} must be {wanted}, got {' '.join(repr(value).split()):.80}")
 
 
 Config = TypeVar("Config", bound="PreTrainedConfig")

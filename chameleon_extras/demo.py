@@ -20,7 +20,7 @@ from torch import Tensor
 
 from chameleon_extras.chat import Conversation
 from chameleon_extras.explain import Names, Token, bits, glances
-from chameleon_extras.files import say
+from chameleon_extras.files import line_of, say
 from chameleon_extras.sheets import data_uri, enlarge, gray_grid, heat_on
 from generate import Piece, decode_pictures
 from processor import load_image, rgb_levels
@@ -72,8 +72,8 @@ class Visit:
             if self.messages[-1][0] == "user" and not self.stopped:
                 self.messages.append(("assistant", "(the answer has no words)"))
                 yield
-        except (ValueError, OSError) as error:
-            self.messages.append(("assistant", f"({error})"))
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            self.messages.append(("assistant", f"({line_of(error)})"))
             yield
 
     def show(self, piece: Piece, S: int) -> None:

@@ -31,9 +31,12 @@ ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
 
 # Of transformers' `generate`: values that change nothing here, and what a GenerationConfig holds
 # beside options.
-NEUTRAL = {"num_beams": 1} | dict.fromkeys((
+NEUTRAL = dict.fromkeys((
     "output_scores", "output_attentions", "output_hidden_states", "output_logits",
-    "return_dict_in_generate", "synced_gpus"), False)
+    "return_dict_in_generate", "synced_gpus", "early_stopping", "renormalize_logits"), False) | {
+    "num_beams": 1, "num_beam_groups": 1, "length_penalty": 1.0, "typical_p": 1.0,
+    "diversity_penalty": 0.0, "no_repeat_ngram_size": 0, "min_length": 0,
+    "logits_processor": [], "stopping_criteria": [], "cache_implementation": "dynamic"}
 IDLE = {"text": ("image_", "guidance_"), "image": ("max_", "min_")}  # beginnings of names
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
 NO_OPTIONS = ("bos_token_id", "transformers_version", "_from_model_config")
@@ -211,7 +214,7 @@ def load_pretrained(
     kind = kind_of_quantization(quantization_config) if quantization_config is not None else None
     dtype = as_dtype(torch_dtype if dtype is None else dtype)
     place = as_device(device if device_map is None else device_map)
-    folder = find_folder(folder, **hub)
+    name, folder = str(folder), find_folder(folder, **hub)
     if use_safetensors is not None and use_safetensors != any(folder.glob("*.safetensors")):
         raise ValueError(f"use_safetensors={use_safetensors}, but {folder} holds "
                          + ("none" if use_safetensors else "some, which are read first")
@@ -222,4 +225,5 @@ def load_pretrained(
                              "leave them out")
         return load_vqvae(cls, folder).to(place)
     model = load_checkpoint(cls, folder, dtype, place, quantize=kind)
+    model.name_or_path = name  # peft writes it into its adapters, which find their model by it
     return set_attention(model, attention) if attention else model

@@ -467,7 +467,7 @@ def test_absent_values_mean_what_the_documentation_says():
     (dict(vocabulary_map={"<image>": 160}), "vocabulary_map"),
     (dict(num_hidden_layers="3"), "num_hidden_layers"),
     (dict(vq_config=dict(base_channels=33)), "base_channels"),
-    (dict(vq_config="released"), "vq_config"),
+    (dict(vq_config="released"), "vq_config"), (dict(vq_config=torch.ones(2, 2)), "vq_config"),
     (dict(tie_word_embeddings="false"), "tie_word_embeddings must be true or false"),
     (dict(swin_norm=1), "swin_norm"),
     (dict(vocab_size=True), "vocab_size"),
@@ -488,8 +488,9 @@ def test_absent_values_mean_what_the_documentation_says():
     (dict(vocabulary_map={"a": "5"}), "vocabulary_map: a is '5'"),
 ])
 def test_an_impossible_config_names_its_field(change, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=name) as error:
         ChameleonConfig(**(SIZES | change))
+    assert "\n" not in str(error.value)
 
 
 def test_a_config_without_vocabulary_map_builds_and_reads_no_pictures():
@@ -596,6 +597,8 @@ def test_libraries_may_build_an_output_anew_from_its_items():
     output = MODEL(text_ids(1, 4), labels=text_ids(1, 4))
     again = type(output)({name: value for name, value in output.items()})  # as accelerate does
     assert list(again) == list(output) and all(again[name] is output[name] for name in output)
+    with pytest.raises(TypeError, match="torchrun"):  # as torch.nn.parallel.gather does
+        type(output)(map(torch.stack, [(output.loss, output.loss)]))
 
 
 def test_one_compiled_graph_serves_all_lengths_and_the_loss():

@@ -125,13 +125,19 @@ def test_two_visits_at_once_have_their_own_conversations(tiny):
     assert "red circle" in first.messages[-1][1] and "yellow star" in second.messages[-1][1]
 
 
-def test_what_is_no_picture_or_does_not_fit_is_a_message(tiny, tmp_path):
+def test_what_is_no_picture_or_does_not_fit_is_a_message(tiny, tmp_path, monkeypatch):
     broken, visit = tmp_path / "a.png", Visit(Conversation(*tiny))
     broken.write_text("no picture")
     assert "a.png' cannot be read" in ask(visit, "What?", [str(broken)], "Answer")[-1][1]
     assert "context holds 1024" in ask(visit, "What?", [STAR] * 13, "Answer")[-1][1]
     assert "2^63" in ask(visit, "Hello", [], "Answer", seed=2**63)[-1][1]
     assert visit.conversation.parts == []
+
+    def no_memory(*_, **__):
+        raise RuntimeError("can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr("chameleon_extras.chat.stream", no_memory)
+    assert "memory is not enough" in ask(visit, "Hello", [], "Answer")[-1][1]
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):

@@ -434,6 +434,7 @@ def folder(tmp_path_factory):
 def test_the_options_of_the_page(folder, options):
     model = ChameleonForConditionalGeneration.from_pretrained(folder, **options)
     assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    assert vars(model)["name_or_path"] == str(folder)  # peft reads it there
     assert model.model.vqmodel.quant_conv.weight.dtype == torch.float32
 
 
@@ -601,8 +602,10 @@ def test_an_answer_ends_with_a_stop_string():
 
 
 def test_options_that_do_not_exist_are_named_and_idle_ones_warned_about():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'num_beams'"):
+    with pytest.raises(TypeError, match="no option 'num_beams'; it has mode, .* seed"):
         MODEL.generate(PROMPT, num_beams=4)
+    with pytest.raises(TypeError, match="no option 'min_length'"):
+        generate(MODEL, PROMPT, min_length=4)
     with pytest.warns(UserWarning, match="without do_sample=True"):
         MODEL.generate(PROMPT, temperature=0.5, max_new_tokens=2)
     with pytest.warns(UserWarning, match="num_return_sequences gives equal rows"):
@@ -632,9 +635,12 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     model = small_model()
     model.generation_config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=[])
     nothing = dict(temperature=None, top_p=None, top_k=None, logits_processor=None,
-                   stopping_criteria=None, output_attentions=False, synced_gpus=False, num_beams=1)
+                   stopping_criteria=None, output_attentions=False, synced_gpus=False, num_beams=1,
+                   early_stopping=False, length_penalty=1.0, no_repeat_ngram_size=0)
     expected = MODEL.generate(PROMPT, max_new_tokens=3, eos_token_id=[])
     assert torch.equal(model.generate(PROMPT, **nothing), expected)
+    assert torch.equal(model.generate(inputs=PROMPT), model.generate(input_ids=PROMPT))
+    assert torch.equal(model.generate(inputs=PROMPT), expected)
     assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
     assert torch.equal(model.generate(PROMPT, generation_config=None), expected)
     other = transformers.GenerationConfig(max_new_tokens=30)  # the rest is the model's own
@@ -690,7 +696,8 @@ def test_a_config_keeps_keywords_that_are_no_fields(tmp_path):
 def test_every_documented_name_is_in_one_module():
     for name in ("ChameleonConfig", "ChameleonVQVAEConfig", "ChameleonVQVAE", "ChameleonModel",
                  "ChameleonForConditionalGeneration", "ChameleonProcessor", "BitsAndBytesConfig",
-                 "ChameleonImageProcessor", "AutoTokenizer"):
+                 "ChameleonImageProcessor", "AutoTokenizer", "AutoConfig", "AutoModel",
+                 "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor"):
         assert isinstance(getattr(chameleon, name), type), name
     with pytest.raises(AttributeError, match="no attribute 'ChameleonTokenizer'"):
         _ = chameleon.ChameleonTokenizer

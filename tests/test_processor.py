@@ -222,6 +222,13 @@ def test_an_unknown_keyword_is_named_with_and_without_pictures(bpe):
             processor_for(bpe)(**inputs, paddding=True)
 
 
+def test_turns_have_one_form(bpe):
+    processor = processor_for(bpe)
+    processor.chat_template = None
+    with pytest.raises(ValueError, match="chat_template is always None"):
+        processor.chat_template = "{{ messages }}"
+
+
 @pytest.mark.parametrize("arguments", [(0,), ("64",), (64, ""), (64, None)])
 def test_an_impossible_processor_cannot_be_built(bpe, arguments):
     one_line(lambda: ChameleonProcessor(ChameleonImageProcessor(), bpe, *arguments), "image_")

@@ -544,6 +544,14 @@ def test_what_is_no_id_has_no_name_and_no_text(either, wrong):
             read([wrong])
 
 
+@pytest.mark.parametrize("name, other", [
+    ("truncation_side", "left"), ("add_bos_token", False), ("add_eos_token", True)])
+def test_what_cannot_be_changed_is_refused(either, name, other):
+    setattr(either, name, getattr(either, name))
+    with pytest.raises(ValueError, match=f"{name} is always"):
+        setattr(either, name, other)
+
+
 @pytest.mark.parametrize("wrong", [5, None, b"a", ["a", 5]])
 def test_what_is_no_text_is_refused(either, wrong):
     with pytest.raises(ValueError, match="a text must be a string"):
