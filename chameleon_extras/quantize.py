@@ -57,12 +57,19 @@ IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the ca
 
 
 class PackedLinear(nn.Module):
-    """A layer whose scale, like its packed weights, keeps its dtype in .to(), .half(), .float().
-    ValueError for a state dict of plain weights.
+    """y = x W^T + b.   x (..., I) -> (..., O).   `product` is that of W: (rows, I) -> (rows, O)
+
+    The scale, like the packed weights, keeps its dtype in .to(), .half(), .float(). ValueError for
+    a state dict of plain weights.
     """
 
     IN_A_NUMBER = 1  # so many weights are stored in each number of `weight`
     scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x.reshape(-1, x.shape[-1]).contiguous())  # (rows, O)
+        y = y.view(*x.shape[:-1], y.shape[-1])  # (..., O)
+        return y if self.bias is None else y + self.bias
 
     def rows(self, index: Tensor) -> "PackedLinear":
         """A layer with only these outputs."""
@@ -92,7 +99,7 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(PackedLinear):
-    """y = scale * (x W^T) + b.   x (..., I) -> (..., O)"""
+    """y = scale * (x W^T) + b"""
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -114,23 +121,20 @@ class Int8Linear(PackedLinear):
         """The weight (O, I) that these numbers stand for, fp32."""
         return self.weight.float() * self.scale[:, None]
 
-    def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() <= FEW_ROWS * x.shape[-1]
-        flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
+    def product(self, x: Tensor) -> Tensor:
+        few = x.shape[0] <= FEW_ROWS
         # The kernel reads 16 numbers at once, and crashes where a row begins in between. (A
         # compiler cannot trace offsets; its own tensors are aligned.)
-        begin = 0 if torch.compiler.is_compiling() else flat.storage_offset()
-        straight = flat.shape[1] % 16 == 0 and begin % 16 == 0
+        begin = 0 if torch.compiler.is_compiling() else x.storage_offset()
+        straight = x.shape[1] % 16 == 0 and begin % 16 == 0
         ours = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
         if VECTORS and few and straight and ours:  # the kernel has no gradient
-            y = torch._weight_int8pack_mm(flat, self.weight, self.ones)  # (rows, O)
-            y = y.unflatten(0, x.shape[:-1])  # (..., O)
+            y = torch._weight_int8pack_mm(x, self.weight, self.ones)  # (rows, O)
         else:
             wide = x.float() if x.dtype == torch.float16 else x  # sums may exceed 65504
-            y = F.linear(wide, self.weight.to(wide.dtype))  # (..., O)
+            y = F.linear(wide, self.weight.to(wide.dtype))  # (rows, O)
         # In fp32: with a bf16 scale, torch.compile would pick a slow kernel on CUDA.
-        y = (y * self.scale).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        return (y * self.scale).to(x.dtype)
 
 
 class Int4Linear(PackedLinear):
@@ -183,16 +187,12 @@ class Int4Linear(PackedLinear):
         blocks = zip(self.weight.split(IN_CACHE), self.scale.split(IN_CACHE))
         return torch.cat([floats(*block) for block in blocks])  # (O, I)
 
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1]).contiguous()  # (rows, I)
-        if self.has_kernel(len(flat), x.dtype) and not flat.requires_grad:  # it has no gradient
-            self.prepare(len(flat), x.dtype)
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self._kernel[0], self.group,
-                                                           self._kernel[1])
-        else:
-            y = F.linear(flat, self.unpacked(x.dtype))
-        y = y.unflatten(0, x.shape[:-1])  # (..., O)
-        return y if self.bias is None else y + self.bias
+    def product(self, x: Tensor) -> Tensor:
+        if self.has_kernel(len(x), x.dtype) and not x.requires_grad:  # it has no gradient
+            self.prepare(len(x), x.dtype)
+            weight, scale = self._kernel
+            return torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, self.group, scale)
+        return F.linear(x, self.unpacked(x.dtype))
 
     def table(self) -> Tensor:
         """VALUES (16,) on the device of the weight"""
