@@ -310,10 +310,10 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype,
         raise ValueError("attention 'flash' takes no mask, and a compiled step has one: use 'auto'")
 
 
-def set_attention(model: ChameleonForConditionalGeneration,
-                  name: str) -> ChameleonForConditionalGeneration:
+def set_attention(model: ChameleonForConditionalGeneration, name: str,
+                  compiled: bool = False) -> ChameleonForConditionalGeneration:
     """Sets one of ATTENTIONS in all layers; returns the model."""
-    check_attention(name, model.device, model.dtype)
+    check_attention(name, model.device, model.dtype, compiled)
     for layer in model.base_model.layers:
         layer.self_attn.attend = ATTENTIONS[name]
     return model
@@ -563,8 +563,7 @@ class Decoder:
                  attention: str | None = "auto") -> None:
         self.model, self.compiled = model, compiled
         if attention:
-            check_attention(attention, model.device, model.dtype, compiled)
-            set_attention(model, attention)
+            set_attention(model, attention, compiled)
         self.cache = None  # of the last answer that began; `spare`: of one that has ended
         if len({layer.self_attn.layer for layer in model.base_model.layers}) < len(
                 model.base_model.layers):
