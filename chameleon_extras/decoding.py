@@ -565,8 +565,8 @@ class Decoder:
         if attention:
             set_attention(model, attention, compiled)
         self.cache = None  # of the last answer that began; `spare`: of one that has ended
-        if len({layer.self_attn.layer for layer in model.base_model.layers}) < len(
-                model.base_model.layers):
+        layers = model.base_model.layers
+        if len({layer.self_attn.layer for layer in layers}) < len(layers):
             raise ValueError("two layers have the same place in the cache: give each one's "
                              "self_attn.layer a number of its own, from 0 on")
         kind = kind_of(model)
@@ -589,7 +589,6 @@ class Decoder:
             # Before each call torch checks all its assumptions (guards); for all blocks that is a
             # tenth of a step. Here it checks shapes only. The rest holds, because a copy of the
             # code serves one model, and within it layers that are `alike`.
-            layers = model.model.layers
             copies = 1 if all(alike(layers[0], layer) for layer in layers) else len(layers)
             self.blocks = [compile_step(copy_of(block), model.device,
                                         torch.compiler.keep_tensor_guards_unsafe)
