@@ -143,19 +143,19 @@ def multiplied(a: Tensor, b: Tensor, form: str) -> Tensor:
 
 @cache
 def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: torch.dtype,
-            forms: tuple[str, ...] = FORMS, stored: torch.dtype | None = None) -> str:
+            stored: torch.dtype, forms: tuple[str, ...]) -> str:
     """The form in which tensors of these shapes are multiplied soonest here; 0.1 s, once.
 
-    `transposed`: b lies in memory with its last two dimensions exchanged; `stored`: its dtype, if
-    it is not a's. As in a model, there are so many b that they come from memory, and each is a view
-    of a longer buffer.
+    `dtype` is a's, `stored` is b's. `transposed`: b lies in memory with its last two dimensions
+    exchanged. As in a model, there are so many b that they come from memory, and each is a view of
+    a longer buffer.
     """
     if not torch.backends.mkldnn.is_available():
         forms = tuple(form for form in forms if form != "oneDNN")
     *batch, rows, columns = (*b[:-2], b[-1], b[-2]) if transposed else b
-    count = max(1, READ // (torch.Size(b).numel() * (stored or dtype).itemsize))
+    count = max(1, READ // (torch.Size(b).numel() * stored.itemsize))
     x = torch.ones(a, dtype=dtype)
-    many = [torch.ones(*batch, rows + 64, columns, dtype=stored or dtype)[..., :rows, :]
+    many = [torch.ones(*batch, rows + 64, columns, dtype=stored)[..., :rows, :]
             for _ in range(count)]
     many = [y.mT for y in many] if transposed else many
     seconds = {}
@@ -166,7 +166,7 @@ def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: tor
         took = max(CLOCK() - start, 1e-9)
         seconds[form] = min(took, seconds.get(form, took))
     size = sum(y.nbytes for y in many) / 1e9
-    MEASUREMENTS.append(f"{a} @ {b} of {str(stored or dtype).removeprefix('torch.')}, GB/s: "
+    MEASUREMENTS.append(f"{a} @ {b} of {str(stored).removeprefix('torch.')}, GB/s: "
                         + ", ".join(f"{form} {size / s:.1f}" for form, s in seconds.items()))
     return min(seconds, key=seconds.get)
 
@@ -181,7 +181,7 @@ def form_of(layer: nn.Module, rows: int, dtype: torch.dtype, compiled: bool) -> 
     if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() >= LARGE:
         forms = CANDIDATES.get((dtype, weight.dtype, compiled))
         if forms and rows <= FEW:
-            return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, forms, weight.dtype)
+            return fastest((rows, WIDTH), (WIDTH, OUTPUTS), True, dtype, weight.dtype, forms)
         fast = fast_bf16(weight.device) if dtype == torch.bfloat16 else fast_fp16()
         if dtype in HALF and rows >= MANY and not compiled and not fast:
             return "fp32"
@@ -212,7 +212,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     rounded = 1 << (L - 1).bit_length()  # a cache grows: so few lengths are measured
     sizes = [tuple(rounded if n == L else n for n in x.shape) for x in (a, b)]
-    return multiplied(a, b, fastest(*sizes, b.stride(-1) != 1, a.dtype))
+    return multiplied(a, b, fastest(*sizes, b.stride(-1) != 1, a.dtype, b.dtype, FORMS))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -481,9 +481,9 @@ def test_choosing_kernels_leaves_torch_as_it_was(monkeypatch):
 
 
 def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypatch):
-    sizes = (1, 2, 1, 8), (1, 2, 8, 64), True
+    sizes, dtypes = ((1, 2, 1, 8), (1, 2, 8, 64), True), (torch.bfloat16, torch.bfloat16)
     monkeypatch.setattr(decoding, "READ", 2**16)
-    assert decoding.fastest(*sizes, torch.bfloat16) in decoding.FORMS
+    assert decoding.fastest(*sizes, *dtypes, decoding.FORMS) in decoding.FORMS
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(1, 2, 3, 40, generator=g), torch.randn(1, 2, 40, 7, generator=g)
     for form in decoding.FORMS:
