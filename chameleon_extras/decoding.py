@@ -279,9 +279,8 @@ def only(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
         with sdpa_kernel(BACKENDS[name]):
             return sdpa_attention(q, k, v, mask, dropout)
     try:
-        with sdpa_kernel(BACKENDS[name]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch gives its reasons in a dozen lines
-            return sdpa_attention(q, k, v, mask, dropout)
+        with sdpa_kernel(BACKENDS[name]), warnings.catch_warnings(action="ignore"):
+            return sdpa_attention(q, k, v, mask, dropout)  # warnings: a dozen lines of reasons
     except RuntimeError as e:
         if "kernel" not in str(e).lower() and "backend" not in str(e).lower():
             raise
