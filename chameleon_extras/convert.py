@@ -127,12 +127,11 @@ def write_processor(source: Path, folder: Path) -> None:
     for name in TOKENIZER_AND_PROCESSOR:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if not any((folder / f"tokenizer.{kind}").is_file() for kind in ("model", "json")) and any(
-            (source / name).is_file() for name in TOKENIZER_FILES):
-        load_tokenizer(source).save_pretrained(folder)  # under the name that Meta gave it
-        write_release_tokenizer(folder)
-    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-        write_sentencepiece_tokenizer(folder)
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if files and not (folder / "tokenizer.json").is_file():
+        if not (folder / "tokenizer.model").is_file():  # it has the name that Meta gave it
+            load_tokenizer(source).save_pretrained(folder)
+        write_for_transformers(folder)
 
 
 # ---------------------------------------------------------------------------------------------
