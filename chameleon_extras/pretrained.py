@@ -125,11 +125,11 @@ def generation_options(*configs, **options: object) -> dict:
     if idle := [name for name, value in options.items()
                 if value is not None and name.startswith(IDLE.get(str(mode), "none"))]:
         warnings.warn(f"with mode={mode!r}, {', '.join(idle)} changes nothing", stacklevel=3)
-    for config in configs:
-        if config is not None and not hasattr(config, "to_diff_dict"):
+    for config in [config for config in configs if config is not None]:
+        if not hasattr(config, "to_diff_dict"):
             raise ValueError("generation_config must be a GenerationConfig, got a "
                              f"{type(config).__name__}: give options by name")
-        options = (config.to_diff_dict() if config is not None else {}) | options
+        options = config.to_diff_dict() | options
     if "cache" in options:
         options["past_key_values"] = options.pop("cache")  # transformers 5.24's name
     return {name: value for name, value in options.items()
