@@ -12,7 +12,6 @@ changed. The seeds are fixed, and far from those of training.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +29,9 @@ SEED = 10**9  # training draws its scenes from small seeds
 BATCH = 50
 
 # The turns of a conversation, each of text and pictures: a prompt, or prompt, answer, prompt. And
-# the right answer, or for a drawing a function that decides whether the Scene it shows is right.
+# the right answer, or for a drawing what it must show.
 Turns = list[list[str | Scene | Image.Image]]
-Item = tuple[Turns, str | Callable[[Scene], bool]]
+Item = tuple[Turns, str | language.Request]
 Sampler = Callable[[np.random.Generator, bool], Item]  # rng, held_out
 
 
@@ -89,7 +88,7 @@ def drawing_of(count: int) -> Sampler:
     def sample(rng: np.random.Generator, held_out: bool) -> Item:
         request = language.ask_drawing(rng, world.sample_scene(rng, count, held_out))
         text = world.pick(rng, language.DRAW_PROMPTS).format(request.text)
-        return [[text]], lambda seen: language.fulfils(seen, request)
+        return [[text]], request
 
     return sample
 
@@ -97,12 +96,9 @@ def drawing_of(count: int) -> Sampler:
 def edit(rng: np.random.Generator, held_out: bool) -> Item:
     """A picture of one thing and a request to change it."""
     before, after = world.sample_edit(rng, held_out)
-
-    def without_offset(scene: Scene) -> Scene:
-        return replace(scene, things=tuple(replace(t, dy=0.0, dx=0.0) for t in scene.things))
-
-    turn = prompt(rng, language.ask_edit(rng, before, after), (before,))
-    return [turn], lambda seen: without_offset(seen) == without_offset(after)
+    text, (thing,) = language.ask_edit(rng, before, after), after.things
+    named = {field: getattr(thing, field) for field in ("colour", "shape", "size", "place")}
+    return [prompt(rng, text, (before,))], language.Request(text, (named,), after.background)
 
 
 DRAWINGS = {"drawing of one thing": drawing_of(1), "drawing of two": drawing_of(2), "edit": edit}
@@ -176,13 +172,13 @@ def drawn_right(model, processor, row: str, questions: int, held_out: bool = Fal
     """Share of right drawings, 0..1. Of `tries` drawings, the most likely one counts."""
     right = 0
     found = batches(DRAWINGS, row, questions, held_out)
-    for seed, (conversations, checks) in zip(range(0, questions, BATCH), found):
+    for seed, (conversations, wanted) in zip(range(0, questions, BATCH), found):
         inputs = read(processor, conversations).to(model.device)
         tried = [draw(model, inputs, seed + n * questions, guidance) for n in range(tries)]
         codes, logp = map(torch.stack, zip(*tried))  # (tries, B, S), (tries, B)
-        best = codes[logp.argmax(0), torch.arange(len(checks))]  # (B, S)
-        images = decode_pictures(model, best)
-        right += sum(check(world.read_scene(image)) for image, check in zip(images, checks))
+        best = codes[logp.argmax(0), torch.arange(len(wanted))]  # (B, S)
+        seen = map(world.read_scene, decode_pictures(model, best))
+        right += sum(map(language.fulfils, seen, wanted))
     return right / questions
 
 
