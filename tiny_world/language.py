@@ -128,11 +128,9 @@ def phrase(rng: np.random.Generator, size: str = "", colour: str = "", shape: st
 
 def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
     """Words that fit this thing alone and do not name its field `hide`; None if there are none."""
-    ways = [("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour")]
-    if len(scene.things) == 1:
-        ways.append(())
     fitting = []
-    for fields in ways:
+    for fields in (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"),
+                   ("size", "colour"), ()):  # (): "object" fits alone if there is one thing
         named = {field: getattr(thing, field) for field in fields}
         if hide not in fields and sum(matches(t, **named) for t in scene.things) == 1:
             fitting.append(named)
@@ -199,10 +197,9 @@ def ask_background(rng: np.random.Generator, scene: Scene) -> Turn:
 
 def ask_count(rng: np.random.Generator, scene: Scene) -> Turn:
     groups = {}  # number -> the descriptions that fit so many things
-    for named in DESCRIPTIONS:
+    for named in DESCRIPTIONS + [{}] * 3:  # {}: "How many shapes are there?"
         number = sum(matches(thing, **named) for thing in scene.things)
         groups.setdefault(number, []).append(named)
-    groups.setdefault(len(scene.things), []).extend([{}] * 3)  # "How many shapes are there?"
     number = pick(rng, groups)
     words = phrase(rng, **pick(rng, groups[number])) + "s"
     return pick(rng, WORDINGS["count"]).format(words), f"{look(scene)} {NUMBERS[number]}."
