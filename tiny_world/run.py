@@ -54,23 +54,22 @@ class Run:
         if options.stage != "evaluate":
             if (self.state / "config.json").exists():
                 raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
+            if self.out.exists() and not self.out.is_dir():
+                raise ValueError(f"--out {self.out} is no folder: name another")
             known, owner = self.state / "out.txt", None  # the checkpoint that this state makes
             if known.is_file():
                 owner = (self.state / known.read_text(encoding="utf-8").strip()).resolve()
-            if self.out.exists() and not self.out.is_dir():
-                raise ValueError(f"--out {self.out} is no folder: name another")
-            found = [*self.out.glob("config.json"), *self.out.glob("model*.safetensors*")]
-            if found and owner != self.out.resolve():
-                raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
-                                 f"{self.state}: name another --out")
-            if owner and owner.is_dir() and owner != self.out.resolve():
-                raise ValueError(f"--state {self.state} belongs to {owner}: name another")
-            self.state.mkdir(parents=True, exist_ok=True)
-            if self.rank == 0 and owner != self.out.resolve():
-                way = self.out.resolve()
+            if owner != (way := self.out.resolve()):
+                if any(self.out.glob("config.json")) or any(self.out.glob("model*.safetensors*")):
+                    raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
+                                     f"{self.state}: name another --out")
+                if owner and owner.is_dir():
+                    raise ValueError(f"--state {self.state} belongs to {owner}: name another")
+                self.state.mkdir(parents=True, exist_ok=True)
                 with suppress(ValueError):  # there is no way between two drives of Windows
                     way = relpath(way, self.state.resolve())  # the two may be moved together
-                write_atomically(known, lambda part: part.write_text(f"{way}\n", encoding="utf-8"))
+                if self.rank == 0:
+                    write_atomically(known, lambda part: part.write_text(f"{way}\n", "utf-8"))
         self.began = self.saved = time.monotonic()
         self.curves: dict[str, float] = {}
         self.extra: Any = None  # what else of a stage has to be saved; has state_dict
