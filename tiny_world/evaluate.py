@@ -12,6 +12,7 @@ changed. The seeds are fixed, and far from those of training.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +41,19 @@ def prompt(rng: np.random.Generator, text: str, scenes: tuple[Scene, ...]) -> li
     return [text, *scenes] if rng.random() < 0.5 else [*scenes, text]
 
 
-def question(ask: Callable, sample: Callable) -> Sampler:
+def question(ask: Callable, sample: Callable, rng: np.random.Generator, held_out: bool) -> Item:
     """`sample` draws scenes until `ask` has a question about them."""
-
-    def item(rng: np.random.Generator, held_out: bool) -> Item:
-        turn = None
-        while not turn:
-            scenes = sample(rng, held_out)
-            turn = ask(rng, *scenes)
-        return [prompt(rng, turn[0], scenes)], turn[1]
-
-    return item
+    turn = None
+    while not turn:
+        scenes = sample(rng, held_out)
+        turn = ask(rng, *scenes)
+    return [prompt(rng, turn[0], scenes)], turn[1]
 
 
 def about_one(kind: str, count: int | None = None) -> Sampler:
     """Questions of one kind about a picture of `count` things, by default one to three."""
-    return question(language.QUESTIONS[kind],
-                    lambda rng, held_out: (world.sample_scene(rng, count, held_out),))
+    return partial(question, language.QUESTIONS[kind],
+                   lambda rng, held_out: (world.sample_scene(rng, count, held_out),))
 
 
 def second_turn(rng: np.random.Generator, held_out: bool) -> Item:
@@ -75,22 +72,17 @@ ROWS = {
     "caption of three": about_one("caption", 3),
     **{kind: about_one(kind) for kind in (
         "colour", "shape", "count", "background", "existence", "relation", "size", "place")},
-    "two pictures: in common": question(language.ask_common, world.sample_pair),
-    "two pictures: difference": question(language.ask_difference, world.sample_edit),
-    "two pictures: which": question(language.ask_which, world.sample_pair),
+    "two pictures: in common": partial(question, language.ask_common, world.sample_pair),
+    "two pictures: difference": partial(question, language.ask_difference, world.sample_edit),
+    "two pictures: which": partial(question, language.ask_which, world.sample_pair),
     "second turn": second_turn,
 }  # fmt: skip
 
 
-def drawing_of(count: int) -> Sampler:
-    """Requests to draw `count` things."""
-
-    def sample(rng: np.random.Generator, held_out: bool) -> Item:
-        request = language.ask_drawing(rng, world.sample_scene(rng, count, held_out))
-        text = world.pick(rng, language.DRAW_PROMPTS).format(request.text)
-        return [[text]], request
-
-    return sample
+def drawing(count: int, rng: np.random.Generator, held_out: bool) -> Item:
+    """A request to draw `count` things."""
+    request = language.ask_drawing(rng, world.sample_scene(rng, count, held_out))
+    return [[world.pick(rng, language.DRAW_PROMPTS).format(request.text)]], request
 
 
 def edit(rng: np.random.Generator, held_out: bool) -> Item:
@@ -101,7 +93,10 @@ def edit(rng: np.random.Generator, held_out: bool) -> Item:
     return [prompt(rng, text, (before,))], language.Request(text, (named,), after.background)
 
 
-DRAWINGS = {"drawing of one thing": drawing_of(1), "drawing of two": drawing_of(2), "edit": edit}
+DRAWINGS = {
+    "drawing of one thing": partial(drawing, 1), "drawing of two": partial(drawing, 2),
+    "edit": edit,
+}  # fmt: skip
 
 
 def load(folder: Path, device: str = "cpu"):
