@@ -161,23 +161,22 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     with autocast(pixels.device):
         z = vq.quant_conv(vq.encoder(pixels))  # (B, E, h, w)
     z = z.float()
-    codes, loss, curves = None, 0.0, {}
+    loss, curves, patches = 0.0, {}, ()
     if quantized:
         z_e, (z, codes, losses) = z, vq.quantize(z)  # z: straight-through
         loss = VQ.beta * losses.commitment
         curves["code_perplexity"] = losses.perplexity.item()
+        things = F.max_pool2d(thing, VQ.downsampling).flatten() > 0  # (B*S,)
+        level = ((pixels[:, 0, 0, 0] + 1) / 0.0078).round().long()  # (B,) 0..255
+        level = level.repeat_interleave(codes.shape[1])  # (B*S,)
+        patches = flatten_patches(z_e.detach()), codes.flatten(), things, level
     with autocast(pixels.device):
         reconstruction = vq.decoder(vq.post_quant_conv(z))  # (B, 3, H, W)
     error = reconstruction.float() - pixels
     loss = loss + (w * (error.abs() + error.square())).mean()
     curves["image_loss"] = loss.item()
     curves["psnr"] = 10 * math.log10(4 / error.detach().square().mean().item())  # peak: 2
-    if not quantized:
-        return loss, curves, ()
-    things = F.max_pool2d(thing, VQ.downsampling).flatten() > 0  # (B*S,)
-    level = ((pixels[:, 0, 0, 0] + 1) / 0.0078).round().long()  # (B,) 0..255
-    level = level.repeat_interleave(codes.shape[1])  # (B*S,)
-    return loss, curves, (flatten_patches(z_e.detach()), codes.flatten(), things, level)
+    return loss, curves, patches
 
 
 def codebook_sample(vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device,
