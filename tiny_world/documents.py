@@ -22,7 +22,6 @@ the codebook, E their width.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -603,14 +602,8 @@ class OwnData:
     def __init__(self, examples: list[Line], model: ChameleonForConditionalGeneration,
                  processor: ChameleonProcessor, seed: int) -> None:
         mark, self.pad = model.model.vocabulary.image_token_id, processor.tokenizer.pad_token_id
-        self.seed, self.documents = seed, []
-
-        @cache  # several lines may ask about one picture
-        def picture_ids(path: Path) -> Tensor:
-            pixels = processor.image_processor(load_image(path), return_tensors="pt")
-            return model.get_image_tokens(pixels.to(model.device)["pixel_values"])[0].cpu()  # (S,)
-
-        limit = model.config.max_position_embeddings
+        self.seed, self.documents, limit = seed, [], model.config.max_position_embeddings
+        known = {}  # path -> ids of the picture (S,); several lines may ask about one
         for where, prompt, paths, answer in examples:
             try:
                 batch = processor(text=prompt, answers=answer, images=paths or None)
@@ -619,7 +612,10 @@ class OwnData:
             ids, labels = batch["input_ids"][0], batch["labels"][0]  # (T,), (T,)
             weight = torch.where(labels == mark, IMAGE_WEIGHT, (labels != IGNORE).float())  # (T,)
             if paths:
-                ids[ids == mark] = torch.cat([picture_ids(path) for path in paths])
+                for path, pixels in zip(paths, batch["pixel_values"].to(model.device)):
+                    if path not in known:
+                        known[path] = model.get_image_tokens(pixels[None])[0].cpu()  # (S,)
+                ids[ids == mark] = torch.cat([known[path] for path in paths])
             if len(ids) > limit:
                 raise ValueError(f"{where}: {len(ids)} tokens, the model holds {limit}")
             self.documents.append(Document())
