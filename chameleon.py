@@ -235,7 +235,8 @@ class ChameleonOutput(Mapping):
         return dict(zip(self, values))[key] if isinstance(key, str) else values[key]
 
 
-torch.export.register_dataclass(ChameleonOutput)  # shows its tensors to torch.export and FSDP
+# Shows its tensors to torch.export and FSDP.
+torch.export.register_dataclass(ChameleonOutput, serialized_type_name="chameleon.ChameleonOutput")
 
 
 class ChameleonPreTrainedModel(PreTrainedModel):
@@ -290,6 +291,9 @@ class ChameleonPreTrainedModel(PreTrainedModel):
 
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its name since 5.24
+    activation_checkpointing_disable = gradient_checkpointing_disable
 
     def enable_input_require_grads(self) -> None:
         """Does nothing: here, adapters get their gradients without it, checkpointing or not."""

@@ -309,7 +309,9 @@ def train_decoder(stage: str, run: Run) -> None:
         model.gradient_checkpointing_enable()
     if options.compile:
         lengths = None if options.data else False  # None: dynamic after a second length is seen
-        for layer in model.model.layers:  # alike, so compiled once for all of them
+        # Alike, so compiled once for all of them. The last stays plain: compiled code of another
+        # layer would not call QueryNorm's hook.
+        for layer in model.model.layers[:-1]:
             layer.forward = torch.compile(layer.forward, dynamic=lengths)
     model.train()
     for step in run.progress(range(start, steps), stage):

@@ -567,10 +567,12 @@ def test_compiled_code_refuses_what_would_give_a_wrong_answer():
                                    MODEL(ids, pixels[:1]).logits)
 
 
-def test_an_output_can_be_exported():
+def test_an_output_can_be_exported(tmp_path):
     ids = torch.tensor([[0, 80, 81, 82]])
     with torch.no_grad():
-        exported = torch.export.export(MODEL, (ids,), {"use_cache": False}).module()
+        program = torch.export.export(MODEL, (ids,), {"use_cache": False})
+        torch.export.save(program, tmp_path / "model.pt2")
+        exported = torch.export.load(tmp_path / "model.pt2").module()
         output = exported(ids, use_cache=False)
     assert type(output) is type(MODEL(ids))
     torch.testing.assert_close(output.logits, MODEL(ids).logits)

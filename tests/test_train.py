@@ -5,6 +5,7 @@ import csv
 import json
 import shutil
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1050,6 +1051,19 @@ def test_a_state_belongs_to_the_out_that_it_was_used_for_last(tmp_path):
     use("b")
     with pytest.raises(ValueError, match=f"belongs to {tmp_path / 'b'}"):
         use("c")
+
+
+def test_compiled_layers_learn_as_plain_ones_and_the_curves_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "check_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = tuned(tmp_path, tmp_path / "compiled", "--steps", "1", "--compile")
+    plain = tuned(tmp_path, tmp_path / "plain", "--steps", "1")
+    for name, weight in plain.items():
+        torch.testing.assert_close(compiled[name], weight)
+    curves = [(tmp_path / f"{kind}.train" / "curves.csv").read_text().splitlines()
+              for kind in ("compiled", "plain")]
+    norms = [float(next(csv.DictReader(lines))["q_norm"]) for lines in curves]
+    assert norms[0] == pytest.approx(norms[1])
 
 
 def test_without_a_compiler_all_is_refused_before_its_first_stage(tmp_path, monkeypatch, capsys):
