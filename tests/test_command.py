@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from synthetic import png
 
 import generate as module
 from chameleon import ChameleonForConditionalGeneration
-from chameleon_extras import command, stats
+from chameleon_extras import chat, command, stats
+from chameleon_extras.decoding import ATTENTIONS
 from chameleon_extras.files import hold
 from chameleon_extras.quantize import quantize_model
 from generate import pieces
@@ -63,8 +65,10 @@ def test_quantized_weights_on_a_cpu_are_computed_in_bf16_unless_one_says_otherwi
             (untrained_folder, ("--quantize", "int8"), torch.bfloat16),
             (tmp_path / "packed", (), torch.bfloat16),
             (tmp_path / "packed", ("--dtype", "float32"), torch.float32)):
-        options = command.parse(["--model", str(folder), "--device", "cpu", *words])
-        assert command.load_model(options).dtype == dtype
+        options = ["--model", str(folder), "--device", "cpu", "--attention", "eager", *words]
+        model = command.load_model(command.parse(options))
+        assert model.dtype == dtype
+        assert model.model.layers[-1].self_attn.attend is ATTENTIONS["eager"]
 
 
 def test_a_picture_is_written_where_one_says(run, tmp_path):
@@ -87,6 +91,8 @@ def test_several_pictures_come_with_a_contact_sheet(run, tmp_path):
     # Picture n of a batch is the one that its own seed draws alone.
     run("--prompt", "Draw", "--mode", "image", "--out", "b.png", "--seed", "1")
     assert Image.open(tmp_path / "b.png").tobytes() == Image.open(tmp_path / "a-2.png").tobytes()
+    run("--prompt", "a", "--prompt", "Draw", "--mode", "image", "--out", "c.png")
+    assert Image.open(tmp_path / "c-2.png").tobytes() == Image.open(tmp_path / "a-2.png").tobytes()
 
 
 def test_a_picture_and_a_sheet_are_enlarged_by_a_whole_factor(run, tmp_path):
@@ -140,10 +146,11 @@ def test_a_document_holds_text_and_pictures_in_order(run, tmp_path):
     pictures = sorted((tmp_path / "d").glob("*.png"))
     assert len(pictures) == out.count(".png]") >= 1
     assert markdown.count("![picture") == page.count("data:image/png;base64") == len(pictures)
+    assert page.count("<p>") <= 2 * len(pictures) + 1  # text is in one piece
     assert "color-scheme" in page and "http" not in page  # dark mode safe, self-contained
 
 
-def test_the_seed_of_an_answer_and_warnings_are_lines_of_stderr(run):
+def test_the_seed_of_an_answer_and_warnings_are_lines_of_stderr(run, monkeypatch):
     told = []
     for seed in ("random", None):
         code, out, err = run("--prompt", "a", "--temperature", "9", "--quantize", "int8", "--dtype",
@@ -152,6 +159,10 @@ def test_the_seed_of_an_answer_and_warnings_are_lines_of_stderr(run):
         told.append((out, err))
     assert told[0][0] == told[1][0] and all(err.count("\n") == 2 - n for n, (_, err) in
                                             enumerate(told))
+    assert command.seed("random") != command.seed("random")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each process would draw another
+    with pytest.raises(ValueError, match="whole number below 2\\^63$"):
+        command.seed("random")
 
 
 def test_two_processes_never_write_one_document(run, tmp_path):
@@ -247,6 +258,8 @@ def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path, untrained_fold
 @pytest.mark.parametrize("file, change, message", [
     ("config.json", {"vocabulary_map": {}}, "lacks image tokens"),
     ("processor_config.json", {"image_seq_length": 15}, "image_seq_length of the processor is 15"),
+    ("config.json", {"vocabulary_map": {}, "vocab_size": 9}, "take both from one folder"),
+    ("config.json", {"vocabulary_map": {"<s>": 5}}, "<s> is 0 in the tokenizer and 5"),
     ("preprocessor_config.json", {"crop_size": {"height": 8, "width": 32}}, "are 2 x 8 codes"),
 ])
 def test_files_that_do_not_fit_each_other_are_refused_before_weights_are_read(
@@ -337,6 +350,18 @@ def test_ctrl_c_on_the_command_saves_the_partial_picture_and_exits_130(run, tmp_
     assert code == 130 and Image.open(tmp_path / "a.png").size == (16, 16)
 
 
+@pytest.mark.parametrize("after", [0, 3])
+def test_ctrl_c_ends_the_lines_of_text_and_writes_nothing_empty(run, tmp_path, monkeypatch, after):
+    stream = module.stream
+    monkeypatch.setattr(command, "stream", lambda *a, **o: interrupted(stream(*a, **o), after))
+    for words, lines in (("a",), 1), (("a", "--prompt", "abc"), 2 if after else 0):
+        code, out, _ = run("--prompt", *words)
+        assert code == 130 and out.count("\n") == lines
+    for mode in ("image", "interleaved"):
+        assert run("--prompt", "a", "--mode", mode)[0] == 130
+    assert len(list(tmp_path.iterdir())) == (3 if after else 1)  # red.png alone
+
+
 def test_partial_pictures_come_every_so_many_codes(untrained_folder):
     model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
     tokenizer = load_tokenizer(untrained_folder)
@@ -419,6 +444,8 @@ BAD = {
     "explain fast": (("--prompt", "a", "--explain", "--compile"), "leave --compile out"),
     "reconstruct by sampling": (("--reconstruct", "--image", "red.png", "--image-top-k", "5"),
                                 "leave --image-top-k out"),
+    "a scale below 0": (("--prompt", "a", "--mode", "image", "--scale", "-1"), "1 to 64"),
+    "two documents": (("--prompt", "a", "--prompt", "b", "--mode", "interleaved"), "one --prompt"),
     "reconstruct in int8": (("--reconstruct", "--image", "red.png", "--quantize", "int8"),
                             "leave --quantize out"),
     "guided text": (("--prompt", "a", "--guidance-text", "3"), "leave --guidance-text out"),
@@ -441,6 +468,36 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tm
     arguments, message = BAD[name]
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, ranks, refused", [
+    ("--demo --context last --guidance-text 3", 1, None), ("--explain --completion", 1, None),
+    ("--prompts a --completion", 1, None),
+    ("--chat --image-top-k 5 --seed 3 --compile --attention eager", 1, None),
+    ("--reconstruct --vqgan b", 2, None), ("--chat", 2, "is for one process: leave torchrun out"),
+    ("--chat --demo", 1, "--demo is a page: leave --chat out"),
+    ("--prompt a --batch 3", 1, "only --prompts has batches"),
+    ("--mode image --temperature 1", 1, "writes no text: leave --temperature out"),
+])
+def test_each_command_takes_the_options_that_it_reads(words, ranks, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    with pytest.raises(ValueError, match=refused) if refused else nullcontext():
+        command.check_unused(command.parse(words.split()))
+
+
+def test_the_options_reach_what_answers(run, monkeypatch):
+    given = dict(temperature=0.5, top_k=3, top_p=0.8, repetition_penalty=1.2, max_new_tokens=9,
+                 image_temperature=0.7, image_top_k=4, guidance_text=3.0, guidance_image=1.2)
+    words = [w for k, v in given.items() for w in ("--" + k.replace("_", "-"), str(v))]
+    seen, sampling = [], given | dict(do_sample=True, image_top_p=0.9)
+    monkeypatch.setattr(command, "check_compile", lambda _: seen.append("checked"))
+    monkeypatch.setattr(command, "Decoder", lambda model, *told: told)
+    monkeypatch.setattr(command, "stream", lambda *_, decoder, **o: seen.append((decoder,)) or [])
+    monkeypatch.setattr(chat, "chat", lambda t, *told: seen.append((t.decoder, t.whole, *told)))
+    for ask in (["--chat", "--context", "last", *words], ["--prompt", "a"]):
+        assert run(*ask, "--compile", "--attention", "eager", "--seed", "5")[0] == 0
+    how = (True, "eager")
+    assert seen == ["checked", (how, False, 5, sampling), "checked", (how,)]
 
 
 @pytest.mark.parametrize("mode, out, theirs, words", [
@@ -491,20 +548,21 @@ def test_pictures_without_a_name_get_one_each(run, tmp_path):
         assert (tmp_path / name).is_file()
 
 
-@pytest.mark.parametrize("mode, names", [("image", {"picture.png", "picture-2.png"}),
-                                         ("interleaved", {"document", "document-2"})])
+@pytest.mark.parametrize("mode, names, code", [
+    ("image", {"picture.png", "picture-2.png"}, 0), ("interleaved --out d", {"d"}, 2),
+    ("interleaved", {"document", "document-2"}, 0)])
 def test_another_process_that_writes_meanwhile_has_another_name(run, tmp_path, monkeypatch, mode,
-                                                                names):
+                                                                names, code):
     def meanwhile(*arguments):
         monkeypatch.setattr(command, "load_checkpoint", load)
         assert run(*words)[0] == 0
         return load(*arguments)
 
     load, before = command.load_checkpoint, {path.name for path in tmp_path.iterdir()}
-    words = ("--prompt", "a", "--mode", mode)
-    words += ("--max-new-tokens", "3") if mode == "interleaved" else ()
+    words = ("--prompt", "a", "--mode", *mode.split())
+    words += ("--max-new-tokens", "3") if mode != "image" else ()
     monkeypatch.setattr(command, "load_checkpoint", meanwhile)
-    assert run(*words)[0] == 0
+    assert run(*words)[0] == code
     assert {path.name for path in tmp_path.iterdir()} - before == names
 
 

@@ -30,7 +30,8 @@ from chameleon import (
     ChameleonProcessor,
     KVCache,
 )
-from chameleon_extras.decoding import set_attention
+from chameleon_extras import pretrained
+from chameleon_extras.decoding import ATTENTIONS, set_attention
 from chameleon_extras.quantize import NF4Linear
 from generate import generate, stream
 
@@ -368,6 +369,7 @@ def test_embeddings_are_resized_and_old_rows_stay():
     expected = model(ids).logits
     model.resize_token_embeddings(V + 5)
     assert model.lm_head.weight.shape[0] == model.config.vocab_size == V + 5
+    assert model.lm_head.out_features == model.get_input_embeddings().num_embeddings == V + 5
     assert torch.equal(model.lm_head.weight[:V], before)
     assert torch.equal(model(ids).logits[..., :V], expected)
     mean = before.mean(0)
@@ -383,7 +385,11 @@ def test_resizing_keeps_the_parameters_that_an_optimizer_holds():
         model = small_model().train()
         model.set_output_embeddings(torch.nn.Linear(64, V))  # with a bias
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.lm_head.weight.grad = torch.ones(V, 64)
+        mean = model.lm_head.bias.detach().mean()
         model.resize_token_embeddings(size)
+        torch.testing.assert_close(model.lm_head.bias[V:], mean.expand(size - V))
+        assert (model.lm_head.weight.grad is None) == (size != V)
         before = model.lm_head.weight.clone()
         model(torch.tensor([[0, 80, 81]]), labels=torch.tensor([[0, 80, 81]])).loss.backward()
         optimizer.step()
@@ -430,6 +436,7 @@ def folder(tmp_path_factory):
     dict(torch_dtype=torch.bfloat16), dict(torch_dtype="bfloat16"), dict(dtype="bfloat16"),
     dict(dtype=torch.bfloat16, device_map={"": "cpu"}, low_cpu_mem_usage=True),
     dict(dtype="bfloat16", device_map="cpu", attn_implementation="eager"),
+    dict(dtype="bfloat16", quantization_config=BitsAndBytesConfig()),  # of no bits
 ])
 def test_the_options_of_the_page(folder, options):
     model = ChameleonForConditionalGeneration.from_pretrained(folder, **options)
@@ -438,8 +445,23 @@ def test_the_options_of_the_page(folder, options):
     assert model.model.vqmodel.quant_conv.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name, ours", [("eager", "eager"), ("sdpa", "auto")])
+def test_attn_implementation_chooses_the_kernel(folder, name, ours):
+    loaded = ChameleonForConditionalGeneration.from_pretrained(folder, attn_implementation=name)
+    changed = set_attention(small_model(), "eager" if name == "sdpa" else "auto")
+    changed.set_attn_implementation(name)
+    for model in (loaded, changed):
+        assert model.model.layers[-1].self_attn.attend is ATTENTIONS[ours]
+
+
+def test_without_a_device_map_the_device_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(pretrained, "pick_device", str)
+    assert [*map(pretrained.as_device, (None, "auto", 0))] == ["cpu", "auto", "cuda:0"]
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(device_map=7), "cuda:7 cannot be used here"),
+    (dict(device="cuda:7"), "cuda:7 cannot be used here"),
     (dict(device_map={"a": "cpu", "b": "cuda"}), "several devices"),
     (dict(torch_dtype="float33"), "no dtype of torch"),
     (dict(attn_implementation="paged"), "none of eager, sdpa, flash_attention_2"),
@@ -451,6 +473,8 @@ def test_the_options_of_the_page(folder, options):
     (dict(quantization_config=dict(load_in_8bit="False")), "true or false"),
     (dict(quantization_config=dict(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])),
      "llm_int8_skip_modules is not offered"),
+    (dict(quantization_config=BitsAndBytesConfig(False, True, "nf4", None, True)), "double_quant"),
+    (dict(dtype="int32"), "no dtype of torch to compute in"),
     (dict(dtype="float8_e4m3fn"), "no dtype of torch to compute in"),
     (dict(use_safetensors=False), "holds some, which are read first"),
 ])
@@ -486,8 +510,12 @@ def test_a_config_of_another_kind_is_refused(folder, tmp_path):
     assert chameleon.ChameleonVQVAEConfig.from_pretrained(tmp_path) == config
     assert chameleon.ChameleonVQVAEConfig.from_pretrained(folder) == config
     assert chameleon.ChameleonVQVAEConfig.from_pretrained(folder, rope_theta=1.0) == config
+    assert ChameleonConfig.from_pretrained(folder.parent, subfolder=folder.name) == model.config
+    assert ChameleonConfig.from_pretrained(folder, rms_norm_eps=0.5).rms_norm_eps == 0.5
     with pytest.raises(ValueError, match="describes a chameleon_vqgan, not a chameleon"):
         ChameleonConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a VQ-VAE has no quantization_config and no attn"):
+        chameleon.ChameleonVQVAE.from_pretrained(tmp_path, attn_implementation="eager")
 
 
 def test_a_change_replaces_what_a_config_of_transformers_5_says(folder, tmp_path):
@@ -636,7 +664,8 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     model.generation_config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=[])
     nothing = dict(temperature=None, top_p=None, top_k=None, logits_processor=None,
                    stopping_criteria=None, output_attentions=False, synced_gpus=False, num_beams=1,
-                   early_stopping=False, length_penalty=1.0, no_repeat_ngram_size=0)
+                   early_stopping=False, length_penalty=1.0, no_repeat_ngram_size=0,
+                   output_scores=False, output_logits=False, return_dict_in_generate=False)
     expected = MODEL.generate(PROMPT, max_new_tokens=3, eos_token_id=[])
     assert torch.equal(model.generate(PROMPT, **nothing), expected)
     assert torch.equal(model.generate(inputs=PROMPT), model.generate(input_ids=PROMPT))

@@ -48,6 +48,8 @@ def test_no_weight_moves_farther_than_half_a_step(kind, groups, outputs, seed):
         step = twin.scale.float().abs().repeat_interleave(twin.group, dim=1)
         assert (error <= step * 1.032).all()  # rounding to bf16 moves 8 steps by at most 1/32 step
         assert (error <= step * 0.51).float().mean() > 0.9
+        far = weight.abs().unflatten(1, (-1, twin.group)).argmax(2, keepdim=True)  # lies on -8
+        assert (error / step).unflatten(1, (-1, twin.group)).gather(2, far).max() < 0.05
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,6 +77,11 @@ def test_a_cast_model_keeps_its_scales_and_what_it_saves_can_be_read(kind, dtype
     again = ChameleonForConditionalGeneration.from_pretrained(tmp_path).state_dict()
     assert before and all(torch.equal(again[name], scale) and again[name].dtype == scale.dtype
                           for name, scale in before.items())
+    layer = model.model.layers[0].mlp.up_proj
+    for place in ("cpu", "meta"):  # as from there to a GPU
+        layer.to(place, torch.float64)
+        assert layer.scale.device.type == place
+        assert kind == "int8" or layer.table().device.type == place
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,10 +116,12 @@ def test_a_row_may_begin_anywhere_in_memory(kind, inputs, begin):
         torch.testing.assert_close(twin(x), twin(x.clone()), atol=3e-2, rtol=3e-2)
 
 
-def test_widths_that_the_kernel_cannot_read_are_computed_without_it():
-    layer, twin, x = layer_and_twin("int8", 33, 48, 0, False, torch.bfloat16)
+@pytest.mark.parametrize("kind, inputs, outputs", [("int8", 33, 48), ("int4", 64, 50)])
+def test_widths_that_the_kernel_cannot_read_are_computed_without_it(kind, inputs, outputs):
+    _, twin, x = layer_and_twin(kind, inputs, outputs, 0, False, torch.bfloat16)
     with torch.no_grad():
-        torch.testing.assert_close(twin(x[:1, :1]), layer(x[:1, :1]), atol=3e-2, rtol=3e-2)
+        expected = x[:1, :1].float() @ twin.unpacked().T
+        torch.testing.assert_close(twin(x[:1, :1]).float(), expected, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("kind, bound", [("int8", 0.012), ("int4", 0.16), ("nf4", 0.12)])
@@ -149,7 +158,7 @@ def test_logits_stay_close(kind, tolerance):
     assert 0 < (after - before).norm() / before.norm() < tolerance
 
 
-@pytest.mark.parametrize("kind, share", [("int8", 0.52), ("int4", 0.30), ("nf4", 0.30)])
+@pytest.mark.parametrize("kind, share", [("int8", 0.52), ("int4", 0.27), ("nf4", 0.30)])
 def test_the_bytes_shrink_as_promised(kind, share):
     layer, twin, _ = layer_and_twin(kind, 1024, 256, 0, False, torch.bfloat16)
     stored = sum(t.nbytes for t in twin.state_dict().values())
