@@ -160,9 +160,9 @@ def resize_embeddings(model: ChameleonPreTrainedModel, new_num_tokens: int | Non
     model.config.vocab_size = table.num_embeddings = V
     if head is not None:
         head.out_features = V
-        if head.bias is not None:
-            bias = head.bias.data[:V]
-            head.bias.data = F.pad(bias, (0, V - len(bias)), value=float(bias.mean()))
+        if head.bias is not None and len(head.bias) != V:
+            old, mean = head.bias, float(head.bias.data.mean())
+            old.data, old.grad = F.pad(old.data, (0, V - len(old)), value=mean), None
     model.tie_weights()
     return table
 
