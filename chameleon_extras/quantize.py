@@ -278,9 +278,10 @@ def empty_twin(inputs: int, outputs: int, bias: bool, kind: str) -> nn.Module:
 
 def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
     """A weight (O, I) -> the tensors of its twin; memory on the way is that of ROWS_AT_ONCE."""
-    twin = empty_twin(weight.shape[1], len(weight), False, kind)
+    shapes = empty_twin(weight.shape[1], len(weight), False, kind).state_dict()
     # Allocated before the temporary tensors, which then leave no holes in the heap.
-    packed = twin.to_empty(device=weight.device).state_dict()
+    packed = {name: torch.empty(t.shape, dtype=t.dtype, device=weight.device)
+              for name, t in shapes.items()}
     for start in range(0, len(weight), ROWS_AT_ONCE):
         few = slice(start, start + ROWS_AT_ONCE)
         for name, tensor in KINDS[kind].pack(weight[few]).items():
