@@ -670,6 +670,8 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     assert torch.equal(model.generate(PROMPT, **nothing), expected)
     assert torch.equal(model.generate(inputs=PROMPT), model.generate(input_ids=PROMPT))
     assert torch.equal(model.generate(inputs=PROMPT), expected)
+    with pytest.raises(TypeError, match="multiple values"):
+        model.generate(PROMPT, input_ids=PROMPT)
     assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
     assert torch.equal(model.generate(PROMPT, generation_config=None), expected)
     other = transformers.GenerationConfig(max_new_tokens=30)  # the rest is the model's own
