@@ -820,14 +820,15 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
         return self.model.get_image_tokens(pixel_values)
 
-    def generate(self, input_ids=None, *others: Tensor | None, generation_config=None, inputs=None,
-                 **options) -> Tensor:
+    def generate(self, input_ids: Tensor | None = None, *others: Tensor | None,
+                 generation_config=None, inputs: Tensor | None = None, **options) -> Tensor:
         """As generate.py's. The ids may be named inputs or input_ids; takes a generation_config."""
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
         options = generation_options(generation_config, self.generation_config, **options)
-        return generate(self, input_ids if inputs is None else inputs, *others, **options)
+        ids = cast(Tensor, input_ids if inputs is None else inputs)
+        return generate(self, ids, *others, **options)
 
     def forward(
         self,
