@@ -292,7 +292,7 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     def gradient_checkpointing_disable(self) -> None:
         self.base_model.gradient_checkpointing = False
 
-    activation_checkpointing_enable = gradient_checkpointing_enable  # its name since 5.24
+    activation_checkpointing_enable = gradient_checkpointing_enable  # transformers' new name
     activation_checkpointing_disable = gradient_checkpointing_disable
 
     def enable_input_require_grads(self) -> None:

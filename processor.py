@@ -744,4 +744,5 @@ class ChameleonProcessor:
                    **{name: data[name] for name in own & data.keys()})
 
 
+# transformers' names for "the class that a folder needs"
 AutoProcessor, AutoImageProcessor = ChameleonProcessor, ChameleonImageProcessor

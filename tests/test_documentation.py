@@ -691,6 +691,10 @@ def test_head_and_cache_have_the_methods_of_the_page():
     head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
     model.set_output_embeddings(head)
     assert model.get_output_embeddings() is head
+    model.activation_checkpointing_enable(gradient_checkpointing_kwargs={})  # as Trainer does
+    assert model.is_gradient_checkpointing and model.enable_input_require_grads() is None
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
     cache = model(PROMPT).past_key_values
     assert cache.get_seq_length() == PROMPT.shape[1] and len(cache) == len(list(cache)) == 3
     for k, v in cache:
