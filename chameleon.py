@@ -817,8 +817,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
-        return self.model.get_image_tokens(pixel_values)
+    get_image_tokens = property(lambda self: self.model.get_image_tokens)
 
     def generate(self, input_ids: Tensor | None = None, *others: Tensor | None,
                  generation_config=None, inputs: Tensor | None = None, **options) -> Tensor:
@@ -827,6 +826,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         from generate import generate  # here, as generate.py imports this file
 
         options = generation_options(generation_config, self.generation_config, **options)
+        if input_ids is not None and inputs is not None:
+            raise ValueError("inputs and input_ids are names of one argument: give one of them")
         ids = cast(Tensor, input_ids if inputs is None else inputs)
         return generate(self, ids, *others, **options)
 
@@ -906,12 +907,11 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
 AutoConfig, AutoModel = ChameleonConfig, ChameleonModel
 AutoModelForImageTextToText = ChameleonForConditionalGeneration
-HOMES = {"ChameleonProcessor": "processor", "ChameleonImageProcessor": "processor",
-         "AutoProcessor": "processor", "AutoImageProcessor": "processor",
-         "AutoTokenizer": "tokenizer", "BitsAndBytesConfig": "chameleon_extras.pretrained"}
+HOMES = {"AutoTokenizer": "tokenizer", "BitsAndBytesConfig": "chameleon_extras.pretrained"}
 
 
 def __getattr__(name: str) -> object:
-    if name not in HOMES:
+    home = "processor" if "Processor" in name else HOMES.get(name)
+    if home is None:
         raise AttributeError(f"module 'chameleon' has no attribute {name!r}")
-    return getattr(import_module(HOMES[name]), name)
+    return getattr(import_module(home), name)

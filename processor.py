@@ -744,5 +744,6 @@ class ChameleonProcessor:
                    **{name: data[name] for name in own & data.keys()})
 
 
-# transformers' names for "the class that a folder needs"
+# transformers' names for "the class that a folder needs", and its names of other versions
 AutoProcessor, AutoImageProcessor = ChameleonProcessor, ChameleonImageProcessor
+ChameleonImageProcessorPil = ChameleonImageProcessorFast = ChameleonImageProcessor

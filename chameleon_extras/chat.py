@@ -142,17 +142,16 @@ class Terminal:
             raise ValueError("--chat reads lines from standard input, which is closed")
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")  # a turn with such bytes is refused
-        on_terminal = sys.stdin.isatty()
         while True:
             try:
-                line = input("> " if on_terminal else "")  # OSError ends the chat: stdout is full
+                line = input("> " if sys.stdin.isatty() else "")
                 if line.split()[:1] == ["/quit"]:
                     return
                 try:
                     self.answer(line)
-                except BrokenPipeError:  # nobody reads the answers any more
-                    raise
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    if isinstance(error, OSError) and error.errno and not error.filename:
+                        raise  # no file: stdout is full, or nobody reads it any more
                     say(line_of(error))  # the chat goes on
             except EOFError:
                 return

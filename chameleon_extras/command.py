@@ -487,7 +487,7 @@ def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, ste
     done = [None] * len(options.prompt) * options.count
     try:
         for piece in pieces(model, tokenizer, with_bar(steps, model)):
-            done[piece.row] = piece.image or done[piece.row]
+            done[piece.row] = piece.image
     finally:  # after Ctrl-C, too: what is drawn is saved
         ignore_stops()
         pictures = [picture for picture in done if picture is not None]

@@ -65,6 +65,7 @@ class PackedLinear(nn.Module):
 
     IN_A_NUMBER = 1  # so many weights are stored in each number of `weight`
     scale: Tensor
+    bias: nn.Parameter | None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x.reshape(-1, x.shape[-1]).contiguous())  # (rows, O)
@@ -74,7 +75,7 @@ class PackedLinear(nn.Module):
     def rows(self, index: Tensor) -> "PackedLinear":
         """A layer with only these outputs."""
         inputs = self.weight.shape[1] * self.IN_A_NUMBER
-        part = type(self)(inputs, len(index), self.bias is not None)
+        part = type(self)(inputs, len(index))
         part.weight, part.scale = self.weight[index], self.scale[index]
         part.bias = nn.Parameter(self.bias[index]) if self.bias is not None else None
         return part
@@ -101,14 +102,14 @@ class PackedLinear(nn.Module):
 class Int8Linear(PackedLinear):
     """y = scale * (x W^T) + b"""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(outputs, dtype=torch.float32))
         # The CPU kernel's own scale must be bf16. Ones leave the scaling to us, in fp32.
         ones = torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
         self.register_buffer("ones", ones, persistent=False)
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.register_parameter("bias", None)
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -149,13 +150,13 @@ class Int4Linear(PackedLinear):
     GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
     SCALE = torch.bfloat16  # as the CPU kernel wants it
 
-    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.group = group_size(inputs, self.GROUPS)
         self.register_buffer("weight", torch.zeros(outputs, inputs // 2, dtype=torch.uint8))
         shape = outputs, inputs // self.group
         self.register_buffer("scale", torch.ones(shape, dtype=self.SCALE))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.register_parameter("bias", None)
         # Made when first used: the weight in the order of the CPU's kernel, and `table`.
         self._kernel, self._known = None, None
 
@@ -270,15 +271,15 @@ def kind_of(model: nn.Module) -> str | None:
     return next((kind for kind, layer in KINDS.items() if layer in classes), None)
 
 
-def empty_twin(inputs: int, outputs: int, bias: bool, kind: str) -> nn.Module:
+def empty_twin(inputs: int, outputs: int, kind: str) -> nn.Module:
     """A quantized layer with shapes and no contents."""
     with torch.device("meta"):
-        return KINDS[kind](inputs, outputs, bias)
+        return KINDS[kind](inputs, outputs)
 
 
 def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
     """A weight (O, I) -> the tensors of its twin; memory on the way is that of ROWS_AT_ONCE."""
-    shapes = empty_twin(weight.shape[1], len(weight), False, kind).state_dict()
+    shapes = empty_twin(weight.shape[1], len(weight), kind).state_dict()
     # Allocated before the temporary tensors, which then leave no holes in the heap.
     packed = {name: torch.empty(t.shape, dtype=t.dtype, device=weight.device)
               for name, t in shapes.items()}
@@ -303,7 +304,7 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     layers = {name: module for name, module in model.named_modules()
               if isinstance(module, nn.Linear) and "vqmodel" not in name
               and (kind, name) != ("nf4", "lm_head")}
-    twins = {name: empty_twin(layer.in_features, layer.out_features, layer.bias is not None, kind)
+    twins = {name: empty_twin(layer.in_features, layer.out_features, kind)
              for name, layer in layers.items()}
     for name, twin in twins.items():
         twin.bias = layers[name].bias

@@ -672,6 +672,8 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     assert torch.equal(model.generate(inputs=PROMPT), expected)
     with pytest.raises(TypeError, match="multiple values"):
         model.generate(PROMPT, input_ids=PROMPT)
+    with pytest.raises(ValueError, match="names of one argument"):
+        model.generate(PROMPT, inputs=PROMPT + 1)
     assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
     assert torch.equal(model.generate(PROMPT, generation_config=None), expected)
     other = transformers.GenerationConfig(max_new_tokens=30)  # the rest is the model's own
@@ -732,7 +734,8 @@ def test_every_documented_name_is_in_one_module():
     for name in ("ChameleonConfig", "ChameleonVQVAEConfig", "ChameleonVQVAE", "ChameleonModel",
                  "ChameleonForConditionalGeneration", "ChameleonProcessor", "BitsAndBytesConfig",
                  "ChameleonImageProcessor", "AutoTokenizer", "AutoConfig", "AutoModel",
-                 "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor"):
+                 "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor",
+                 "ChameleonImageProcessorPil", "ChameleonImageProcessorFast"):
         assert isinstance(getattr(chameleon, name), type), name
     with pytest.raises(AttributeError, match="no attribute 'ChameleonTokenizer'"):
         _ = chameleon.ChameleonTokenizer
@@ -752,7 +755,7 @@ def test_nf4_is_bitsandbytes_bit_for_bit(dtype):
     weight = weight.to(dtype)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     expected = functional.dequantize_4bit(packed, state)
-    layer = NF4Linear(512, 96, bias=False)
+    layer = NF4Linear(512, 96)
     layer.weight, layer.scale = NF4Linear.pack(weight).values()
     assert torch.equal(layer.unpacked().to(dtype), expected)
 

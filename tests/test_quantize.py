@@ -88,7 +88,7 @@ def test_a_cast_model_keeps_its_scales_and_what_it_saves_can_be_read(kind, dtype
 def test_sums_in_float16_do_not_overflow(kind):
     weight = torch.nn.Linear(64, 48, bias=False)
     weight.weight.data.fill_(5.0)
-    layer = KINDS[kind](64, 48, bias=False)
+    layer = KINDS[kind](64, 48)
     for name, tensor in KINDS[kind].pack(weight.weight.data).items():
         setattr(layer, name, tensor)
     y = layer(torch.full((2, 64), 100.0, dtype=torch.float16))  # 127 * 100 * 64 is above 65504
@@ -193,7 +193,7 @@ def test_weights_that_are_no_numbers_are_not_packed(kind, value):
 
 def test_rows_of_zeros_survive():
     for layer in (Int8Linear, Int4Linear):
-        twin = layer(32, 4, False)
+        twin = layer(32, 4)
         for name, tensor in layer.pack(torch.zeros(4, 32)).items():
             setattr(twin, name, tensor)
         assert torch.equal(twin(torch.randn(2, 32)), torch.zeros(2, 4))
