@@ -1,11 +1,14 @@
 """A conversation: what the model reads of it, and what a person sees on a terminal."""
 
+import io
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from chameleon import ChameleonForConditionalGeneration, ChameleonProcessor
 from chameleon_extras import chat
 from chameleon_extras.chat import Conversation
 from chameleon_extras.command import TINY
+from chameleon_extras.files import stoppable
 
 pty = pytest.importorskip("pty")  # not on Windows
 ROOT = Path(module.__file__).parent
@@ -105,7 +109,9 @@ def test_tiny_by_any_name_shows_a_turn_the_last_pictures(options, whole, monkeyp
 
 def test_padding_that_was_sampled_is_no_part_of_a_turn(tiny):
     talk, tokenizer = Conversation(*tiny), tiny[1].tokenizer
-    assert talk.finished([900, tokenizer.pad_token_id, 901]) == [900, 901, tokenizer.sep_token_id]
+    end = tokenizer.sep_token_id
+    for made in ([900, tokenizer.pad_token_id, 901], [900, 901, end]):
+        assert talk.finished(made) == [900, 901, end]
 
 
 def test_a_turn_that_does_not_fit_is_one_line_and_no_turn(tiny):
@@ -342,3 +348,101 @@ def test_the_last_picture_again_is_the_same_picture(lines, tmp_path):
         lines("/image last")
     lines("/save story")
     assert len({file.read_bytes() for file in (tmp_path / "story").glob("*.png")}) == 1
+
+
+@pytest.fixture
+def silent(lines, monkeypatch):
+    """As `lines`, but no answer has a word; no weights are used for it."""
+    monkeypatch.setattr(chat, "stream", lambda model, *_, **__: iter([
+        torch.tensor([model.config.eos_token_id])]))
+    return lines
+
+
+def test_reset_forgets_all_that_was_said_and_shown(silent):
+    silent(f"/image {SHAPES}")
+    silent("What is this?")
+    silent(f"/image {STAR}")
+    talk = silent.terminal.conversation
+    new, cache = Conversation(talk.model, talk.processor, whole=False), talk.cache
+    silent("/reset")
+    assert silent.terminal.waiting == [] and talk.cache is not cache
+    for name in ("ids", "start", "pictures", "seen", "parts"):
+        assert getattr(talk, name) == getattr(new, name)
+    assert "no picture yet" in silent("/image last")[1]
+    assert "a conversation" in silent("/save story")[1]
+
+
+def test_pictures_alone_are_a_turn_and_so_is_a_line_about_a_path(silent):
+    parts = silent.terminal.conversation.parts
+    for line in ("", "/draw", "/both"):
+        silent(f"/image {SHAPES} {STAR}")
+        silent(line)
+        assert silent.terminal.conversation.seen is not None and silent.terminal.waiting == []
+    silent("/usr/bin is what?")
+    silent(" ")
+    silent(f"/image {SHAPES}")
+    seed = silent.terminal.seed
+    assert "2 <image>" in silent("What are these?<image><image>")[1]  # refused: nothing is lost
+    assert len(silent.terminal.waiting) == 1 and silent.terminal.seed == seed
+    assert [part for part in parts if isinstance(part, str)] == ["> "] * 3 + ["> /usr/bin is what?"]
+
+
+def test_a_picture_may_have_blanks_in_its_name_or_lie_at_home(silent, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for name, colour in (("my picture.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / name)
+    assert silent("/image my picture.png")[1] == "1 picture(s) for the next turn\n"
+    assert silent('/image "my picture.png" ~/b.png')[1] == "3 picture(s) for the next turn\n"
+    silent("What do you see?")
+    silent("/image last")
+    assert silent.terminal.waiting[0].getpixel((0, 0)) == (0, 0, 255)
+    silent("/save ~/story")
+    assert (tmp_path / "story" / "document.html").is_file()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "1.png").write_text("mine")
+    assert silent("/save mine")[1].count("\n") == 1
+    assert (tmp_path / "mine" / "1.png").read_text() == "mine"
+
+
+def test_a_drawing_is_the_last_picture_and_a_new_question_sees_its_own_alone(tiny, monkeypatch):
+    talk, names = Conversation(*tiny, whole=False), tiny[1].tokenizer.vocabulary
+    drawing = [names.begin_image_id, *[int(names.code_to_id[5])] * 81, names.end_image_id]
+    prompts = []
+
+    def first_drawn(model, ids, **_):
+        prompts.append(ids[0].tolist())
+        return (torch.tensor([i]) for i in (drawing if len(prompts) == 1 else [900]))
+
+    monkeypatch.setattr(chat, "stream", first_drawn)
+    said(talk.ask("", [Image.open(STAR)]))
+    assert talk.seen.size == (36, 36) and talk.pictures == drawing  # not the star
+    for _ in range(2):
+        said(talk.ask("What is this?", []))
+    said(talk.ask("What is this?", [Image.open(STAR)]))
+    said(talk.ask("Draw a star.", [], mode="image"))
+    assert talk.room() == (1024, 1024)
+    assert [prompt.count(names.begin_image_id) for prompt in prompts] == [1, 1, 1, 1, 0]
+    assert all(prompt[1 : 1 + len(drawing)] == drawing for prompt in prompts[1:3])
+
+
+def test_ctrl_c_ends_an_answer_and_other_signals_the_program(monkeypatch):
+    ran = []
+    monkeypatch.setattr(chat.Terminal, "run", lambda self: ran.extend(
+        signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with stoppable():
+            chat.chat(types.SimpleNamespace(whole=True), 0, {})
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+    assert ran == [signal.default_int_handler, signal.SIG_DFL]
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(lines, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \xff\n/help\n"), "utf-8"))
+    lines.terminal.run()
+    out, err = capsys.readouterr()
+    assert "not valid unicode" in err and err.count("\n") == 1 and out == chat.HELP + "\n"

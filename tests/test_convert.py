@@ -279,8 +279,43 @@ def test_numbers_and_special_ids_of_the_release_are_those_of_its_files(root):
     change_model(root, norm_eps=1e-6, rope_theta=5e5)
     config, vocab = release.open_release(root / "models" / "30b")[0], load_tokenizer(root).vocab
     assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 5e5)
+    assert config.model_parallel_size == 4
     assert [config.bos_token_id, config.pad_token_id, config.eos_token_id] == [
         vocab[name] for name in ("<s>", "<pad>", "</s>")]
+
+
+def test_what_the_params_leave_out_is_as_meta_has_it(releases, tmp_path):
+    """One shard is consolidated.00.pth, too; vocab_size -1 is that of the tokenizer."""
+    root = shutil.copytree(releases["7b"], tmp_path / "release")
+    folder = root / "models" / "7b"
+    for name in ("consolidate_params.json", "config.json"):
+        (folder / name).unlink()
+    expected = release.open_release(releases["7b"] / "models" / "7b")
+    (folder / "consolidated.pth").rename(folder / "consolidated.00.pth")
+    (folder / "params.json").write_text(json.dumps(dict(
+        dim=D, n_layers=LAYERS, n_heads=4, swin_norm=True, vocab_size=-1,
+        model=dict(swin_norm=False))))  # what describes the model itself holds
+    config, tensors = release.open_release(folder)
+    assert config == expected[0] and tensors.keys() == expected[1].keys()
+    (root / "tokenizer" / "vqgan.yaml").unlink()
+    assert release.vq_config(folder, release.open_vqgan(root / "tokenizer" / "vqgan.ckpt")
+                             ).resolution == 512
+
+
+def test_shards_that_no_params_count_are_those_that_are_there(root):
+    folder = root / "models" / "30b"
+    expected = release.open_release(folder)[0]
+    (folder / "consolidate_params.json").unlink()
+    model = json.loads((folder / "params.json").read_text())["model"]
+    (folder / "params.json").write_text(json.dumps(model))
+    assert release.open_release(folder)[0] == expected
+
+
+def test_a_release_is_found_from_inside_and_with_its_tokenizer_in_it(root, monkeypatch):
+    monkeypatch.chdir(root / "models" / "30b")
+    assert release.tokenizer_folder(Path(".")).samefile(root / "tokenizer")
+    (root / "tokenizer").rename(root / "models" / "30b" / "tokenizer")
+    assert load(Path(".")).config.num_attention_heads == SMALL["30b"]["heads"]
 
 
 def test_every_shard_has_its_own_qk_norm(releases, converted):
@@ -307,6 +342,7 @@ def test_transformers_tokenizer_of_a_converted_folder_gives_our_ids(releases, co
     again = load_tokenizer(converted["7b"])
     assert again.image_token_id == ours.image_token_id == theirs.convert_tokens_to_ids("<image>")
     assert again.vocab.items() - ours.vocab.items() == {("<image>", ours.image_token_id)}
+    assert len(theirs) == ours.vocab_size
 
 
 def test_transformers_processor_of_a_converted_folder_gives_our_inputs(releases, converted):
@@ -507,7 +543,8 @@ def test_vqgan_lets_a_checkpoint_without_decoder_draw(tmp_path, kind):
         assert all(torch.equal(t, vq[f"model.vqmodel.{n}"])
                    for n, t in model.model.vqmodel.named_parameters())
         assert torch.equal(model.model.vqmodel.decode(codes), whole.model.vqmodel.decode(codes))
-    module.convert(tmp_path / "hf", tmp_path / "new", file)
+    words = [str(tmp_path / "hf"), str(tmp_path / "new"), "--vqgan", str(file)]
+    assert module.main(words) == 0
     again = load(tmp_path / "new")
     with torch.no_grad():
         assert torch.equal(model.model.vqmodel.decode(codes), again.model.vqmodel.decode(codes))
@@ -565,8 +602,8 @@ def change_model(root: Path, **values):
     change(path, model=json.loads(path.read_text())["model"] | values)
 
 
-def change_shard(root: Path, edit):
-    path = root / "models" / "30b" / "consolidated.01.pth"
+def change_shard(root: Path, edit, name: str = "consolidated.01.pth"):
+    path = root / "models" / "30b" / name
     shard = torch.load(path)
     edit(shard)
     torch.save(shard, path)
@@ -619,6 +656,8 @@ BROKEN = {
                        "a shard lacks norm.weight, which params.json implies"),
     "unknown tensor": (lambda r: change_shard(r, lambda s: s.update(lora=torch.ones(1))),
                        "1 of the tensors, as lora"),
+    "a number": (lambda r: change_shard(r, lambda s: s.update({
+        "tok_embeddings.weight": torch.tensor(1.0)}), "consolidated.00.pth"), "is a single number"),
     "misshapen": (lambda r: change_shard(r, lambda s: s.update({"norm.weight": torch.ones(3)})),
                   "norm.weight of .* does not fit"),
     "evil pickle": (lambda r: torch.save(Evil(r.parent / "evil"),
@@ -712,10 +751,31 @@ def test_a_tokenizer_under_metas_name_is_converted_too(tmp_path, bpe):
 def test_files_of_ones_own_beside_the_weights_are_copied_and_a_template_kept(tmp_path):
     source, target = shutil.copytree(ROOT / "tiny", tmp_path / "a"), tmp_path / "b"
     target.mkdir()
-    own = ["generation_config.json", "chat_template.jinja", "tokenizer.json"]
+    own = ["generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json",
+           "special_tokens_map.json", "added_tokens.json"]
     assert all((source / name).write_text("{} ") for name in own)
     (source / "tokenizer_config.json").write_text('{"chat_template": "mine"}')
     module.write_processor(source, target)
     assert all((target / name).read_text() == "{} " for name in own)
     module.write_for_transformers(target)
     assert json.loads((target / "tokenizer_config.json").read_text())["chat_template"] == "mine"
+
+
+def test_a_tokenizer_without_a_config_gets_one_that_names_its_tokens(
+        sentencepiece_folder, tmp_path):
+    shutil.copyfile(sentencepiece_folder / "tokenizer.model", tmp_path / "tokenizer.model")
+    module.write_for_transformers(tmp_path)
+    values = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert values == json.loads((ROOT / "tiny" / "tokenizer_config.json").read_text())
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for name in ("bos", "eos", "pad", "unk", "sep"):
+        assert getattr(theirs, f"{name}_token_id") == getattr(ours, f"{name}_token_id")
+    ids = [*ours.text_ids("a <s>"), ours.vocab["IMGIMGAZ"], ours.sep_token_id]
+    assert theirs.decode(ids, skip_special_tokens=True) == "a <s>"
+
+
+def test_a_tokenizer_without_a_list_of_added_tokens_is_written_too(bpe, bpe_folder, tmp_path):
+    values = json.loads((bpe_folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"added_tokens": None}))
+    module.write_for_transformers(tmp_path)
+    assert load_tokenizer(tmp_path).vocab == bpe.vocab

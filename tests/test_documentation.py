@@ -825,7 +825,7 @@ def test_parts_of_another_kind_are_no_processor(bpe_folder):
     ours = AutoTokenizer.from_pretrained(ROOT / "tiny")
     pictures = chameleon.ChameleonImageProcessor()
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(bpe_folder / "tokenizer.json"))
-    for parts in ((pictures, theirs), (ours, pictures)):
+    for parts in ((pictures, theirs), (ours, pictures), (None, ours)):
         with pytest.raises(ValueError, match="takes a ChameleonImageProcessor and a tokenizer"):
             ChameleonProcessor(*parts)
 

@@ -187,6 +187,55 @@ def test_large_grids_and_long_texts_are_cut_on_a_terminal(shown, processor, mode
     assert len(lines) == 42 and "more)" in lines[21]
 
 
+def test_a_large_grid_is_cut_in_its_numbers_and_whole_in_its_shades(shown, monkeypatch):
+    monkeypatch.setattr(explain, "GRID", 3)
+    lines = explain.picture_lines(shown, 0, shown.codes[0])[2:-1]  # 4 x 4
+    rows = [" ".join(f"{code:4}" for code in row[:3].tolist()) for row in shown.codes[0][:3]]
+    assert lines[:3] == [f"{row} ..." for row in rows]
+    assert lines[3:] == [f"|{shade}|" for shade in explain.shades(heat(shown, 0))]
+    assert explain.shades(torch.zeros(1, 2)) == ["    "]
+
+
+def test_names_are_one_line_and_none_breaks_the_page(model, processor):
+    names = explain.Names(processor.tokenizer)
+    assert names.name(10**6) == "(no token)"
+    shown = walk(model, processor.tokenizer, processor(text='a\n"b"')["input_ids"])
+    assert [token.name for token in shown.tokens].count("\\n") == 1
+    shown.best[0] = (1, "<s>", 0.5)
+    drawn = page(shown, "walk")
+    assert drawn.count('title="&quot;: entropy') == 2 and "<s>" not in drawn and closed(drawn)
+
+
+def test_the_mask_and_the_attention_are_drawn_the_right_way_round(shown):
+    signs = [line.split()[-5:] for line in explain.mask_lines(shown)[2:]]
+    assert signs == [["█"] * n + ["◣"] + ["·"] * (4 - n) for n in range(5)]
+    T, drawn = len(shown.tokens), page(shown, "walk")
+    points = re.search('points="0,0 (.*) 0,240"', drawn)[1].split()
+    assert points == [f"{t * (240 / T):.1f},{t * (240 / T):.1f}" for t in range(1, T + 1)]
+    seen = explain.enlarge(shown.images[1], 320)
+    assert explain.data_uri(explain.heat_on(seen, heat(shown, 1))) in drawn
+
+
+def test_a_picture_costs_the_mean_of_its_codes(shown):
+    _, start, end = shown.segments[1]
+    surprise, entropy = (sum(x) / (end - start) for x in list(zip(*shown.tokens[start:end]))[3:])
+    line = rf"picture 1: its codes +{surprise:.2f} +{entropy:.2f}   mean of"
+    assert surprise != entropy and re.search(line, report(shown))
+
+
+def test_a_model_in_bf16_is_walked_in_full_precision(untrained_folder, processor, inputs):
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder, dtype="bfloat16")
+    shown = walk(model, processor.tokenizer, inputs["input_ids"], inputs["pixel_values"])
+    assert shown.probs.dtype == shown.attention.dtype == torch.float32
+    assert shown.probs.double().sum() == pytest.approx(1, abs=1e-5)
+    ids = model.model.replace_image_placeholders(inputs["input_ids"], inputs["pixel_values"])
+    with torch.no_grad():
+        logp = model(ids, mask_image_logits=False).logits[0, :-1].float().log_softmax(-1)
+    for token, row in zip(shown.tokens[1:], logp):
+        assert token.surprise == pytest.approx(-row[token.id].item() / 0.6931472, abs=1e-3)
+    assert explain.glances(model, processor.tokenizer, ids, 1)[1].dtype == torch.float32
+
+
 def test_the_command_prints_the_walk_and_writes_the_page(run, tmp_path):
     code, out, err = run("--explain", "--prompt", "Hi<image>", "--image", "red.png", "--out",
                          "walk.html")

@@ -246,7 +246,7 @@ def test_an_odd_pickle_is_one_line(untrained_folder, ask, capsys, tmp_path, cont
 
 
 def test_a_plain_pickle_is_refused_unread(tmp_path):
-    (tmp_path / "a.ckpt").write_bytes(b"\x80\x02" + b"N0" * 50_000_000 + b".")
+    (tmp_path / "a.ckpt").write_bytes(b"\x80\x02" + b"N" * 30_000_000 + b".")
     start = time.monotonic()
     with pytest.raises(ValueError, match="more than tensors"):
         load_pickle(tmp_path / "a.ckpt")

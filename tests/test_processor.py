@@ -91,6 +91,8 @@ def test_text_and_images_are_told_apart_in_either_order(bpe):
                   processor([prompt], [[image]]), processor(np.asarray(image), prompt),
                   processor(torch.from_numpy(np.array(image)), prompt)):
         assert all(torch.equal(batch[name], want[name]) for name in want)
+    stack = np.stack([np.asarray(image)] * 2)
+    assert len(processor(["<image><image>"], [[stack]]).pixel_values) == 2
     assert processor("only text", None).keys() == processor(None, "only text").keys()
     for call in (lambda: processor(prompt, prompt, image), lambda: processor(image, image, prompt)):
         with pytest.raises((TypeError, ValueError)):
@@ -229,7 +231,8 @@ def test_turns_have_one_form(bpe):
         processor.chat_template = "{{ messages }}"
 
 
-@pytest.mark.parametrize("arguments", [(0,), ("64",), (64, ""), (64, None)])
+@pytest.mark.parametrize("arguments", [(0,), ("64",), (64, ""), (64, None),
+                                       (2**16 + 1,)])
 def test_an_impossible_processor_cannot_be_built(bpe, arguments):
     one_line(lambda: ChameleonProcessor(ChameleonImageProcessor(), bpe, *arguments), "image_")
 
@@ -260,6 +263,7 @@ def test_a_saved_processor_is_the_same_processor(either, tmp_path):
     processor.save_pretrained(tmp_path)
     again = ChameleonProcessor.from_pretrained(tmp_path)
     assert (again.image_seq_length, again.image_token) == (5, "[pic]")
+    assert again.image_token_id == either.image_token_id
     want, got = (p("a[pic]<image>", picture(77)) for p in (processor, again))
     assert all(torch.equal(got[name], want[name]) for name in want)
     ids = got.input_ids[0].tolist()
@@ -339,6 +343,45 @@ def test_the_padding_side_is_saved_and_read(tmp_path, bpe):
 def test_an_answer_that_truncation_would_cut_off_whole_is_refused(bpe):
     both = dict(text="a b c d e f", answers="yes", truncation=True)
     one_line(lambda: processor_for(bpe)(**both, max_length=3), "leaves nothing of an answer")
+    some = both | dict(text=["a", both["text"]], answers=["yes"] * 2, padding=True)
+    one_line(lambda: processor_for(bpe)(**some, max_length=4), "leaves nothing of an answer")
     assert (processor_for(bpe)(**both, max_length=99).labels != -100).any()
     padded = processor_for(bpe)(**both | dict(truncation=False), padding="max_length", max_length=3)
     assert (padded.labels != -100).any()  # padding cuts nothing
+
+
+def test_a_conversation_without_a_message_and_a_message_without_text_are_named(bpe):
+    processor = processor_for(bpe)
+    for wrong in ([], [[]], [[{"role": "user", "content": "a"}], []]):
+        one_line(lambda wrong=wrong: processor.apply_chat_template(wrong, padding=True),
+                 "conversation is")
+    for part in ({"type": "text", "text": 3}, {"type": "video", "path": "a.png"}):
+        turn = {"role": "user", "content": [part]}
+        one_line(lambda turn=turn: processor.apply_chat_template([turn]), "a part of a message is")
+
+
+def test_options_of_batches_and_of_pictures_pass_the_processor(bpe):
+    processor = processor_for(bpe)
+    batch = processor(["a", "b c d"], padding=True, pad_to_multiple_of=8,
+                      return_attention_mask=False)
+    assert batch["input_ids"].shape[1] % 8 == 0 and "attention_mask" not in batch
+    picture = np.zeros((3, 9, 7), np.uint8)
+    shown = processor("<image>", picture, input_data_format="channels_first",
+                      data_format="channels_last")
+    assert shown["pixel_values"].shape == (1, 8, 8, 3)
+    ids = [bpe.bos_token_id, *bpe.text_ids("Hi"), bpe.eos_token_id]
+    assert processor.post_process_image_text_to_text([ids], skip_special_tokens=False) == [
+        "<s>Hi</s>"]
+
+
+def test_an_answer_needs_an_end(bpe, monkeypatch):
+    monkeypatch.setattr(bpe, "eos_token_id", None)
+    one_line(lambda: processor_for(bpe)("a", answers="b"), "no </s> to end an answer")
+
+
+def test_options_of_the_hub_reach_every_part_of_a_processor(untrained_folder, monkeypatch):
+    given = []
+    monkeypatch.setattr("chameleon_extras.files.find_folder", lambda name, **options: (
+        given.append(options), untrained_folder)[1])
+    processor = ChameleonProcessor.from_pretrained("org/small", revision="a", image_seq_length=3)
+    assert processor.image_seq_length == 3 and given[0] == {"revision": "a"}

@@ -1,6 +1,7 @@
 """Many prompts from a file: the answers, where a stopped run goes on, and files that are wrong."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -92,6 +93,8 @@ def test_a_stopped_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     ("a.jsonl", '{"prompt": "a", "images": "b.png"}', "line 1: 'images' must be"),
     ("a.jsonl", '{"prompt": "a", "images": ["b.png"]}', "line 1: picture 'b.png'"),
     ("a.jsonl", '{"prompt": "<image>"}', "line 1: 1 <image> but 0 picture"),
+    ("a.jsonl", '{"prompt": "<image>a", "images": ["red.png", "red.png"]}',
+     "line 1: 1 <image> but 2 picture"),
     ("a.txt", "a\nWhat is this?<image>", "line 2: 1 <image> but 0 picture"),
     ("a.txt", "a\n" + "b" * 3000, "line 2: the prompt has"),
     ("a.txt", "\n\n", "is empty"),
@@ -108,6 +111,7 @@ def test_a_wrong_file_is_one_line_before_the_weights_are_read(
 
 @pytest.mark.parametrize("options, message", [
     (("--batch", "0"), "1 to 1024"),
+    (("--seed", str(2**63 - 1), "--batch", "1"), "row b adds b: take a smaller one"),
     (("--mode", "image"), "in text: leave --mode out"),
     (("--out", "missing/a.jsonl"), "the folder missing of a.jsonl does not exist"),
     (("--out", "other.jsonl"), "line 1 is not prompt 1"),
@@ -130,7 +134,7 @@ def test_two_never_write_one_file(run, tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    b"my note", b'{"prompt": "other", "ans', b'{"prompt": "\xc3',
+    b"my note", b"[1]\n", b'{"prompt": "other", "ans', b'{"prompt": "\xc3',
     b'{"prompt": "a", "answer": "cut\nmy note'])
 def test_a_file_of_something_else_stays_as_it_is(run, tmp_path, content):
     (tmp_path / "note.txt").write_bytes(content)
@@ -157,3 +161,55 @@ def test_a_line_survives_any_encoding(encoding):
     assert json.loads(text.decode(encoding)) == {
         "prompt": line.prompt, "images": line.images, "answer": "yes"}
     assert "\xe9" in prompts.written(line._replace(prompt="\xe9", images=[]), "yes", encoding)
+
+
+def test_prompt_n_draws_with_the_seed_plus_n_wherever_it_stands(run, tmp_path):
+    hot = ("--temperature", "3", "--seed")
+    (tmp_path / "two.txt").write_text("a\na\n")
+    (tmp_path / "one.txt").write_text("a\n")
+    first, second = run("two.txt", *hot, "5")[1].splitlines()
+    assert first != second == run("one.txt", *hot, "6")[1].strip()
+
+
+def test_without_a_length_a_batch_has_room_for_whole_answers(run, monkeypatch):
+    sizes = []
+
+    def stopped(model, **inputs):
+        sizes.append(len(inputs["input_ids"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prompts, "generate", stopped)
+    code, _, err = run.func("--prompts", "asked.txt")  # the context is no longer than an answer
+    assert code == 130 and "--batch 1: behind one" in err and sizes == [1]
+
+
+def test_the_options_reach_the_decoder_and_what_is_answered_is_not_asked_again(run, monkeypatch):
+    told = []
+    monkeypatch.setattr("chameleon_extras.command.check_compile", lambda _: None)
+    monkeypatch.setattr(prompts, "Decoder", lambda model, *how: told.append(how))
+    assert run("asked.txt", "--compile", "--attention", "eager", "--out", "a.jsonl")[0] == 0
+    assert told == [(True, "eager")]
+    monkeypatch.setattr(prompts, "load_model", None)
+    assert run("asked.txt", "--out", "a.jsonl")[0] == 0
+
+
+def test_a_run_goes_on_wherever_its_last_line_was_cut_and_loses_nothing_else(tmp_path):
+    asked, out = [prompts.Line("", "a", []), prompts.Line("", "\xe9", ["b.png"])], tmp_path / "out"
+    lines = [(prompts.written(line, "an answer \u2605") + "\n").encode() for line in asked]
+    whole, ends = b"".join(lines), [len(lines[0]) - 1, len(lines[0] + lines[1]) - 1]
+    for cut in range(len(whole) + 1):
+        out.write_bytes(whole[:cut])
+        done = prompts.answered(out, asked)
+        assert done == sum(cut >= end for end in ends)
+        assert out.read_bytes() == b"".join(lines[:done])
+    out.write_bytes(whole + b"my note")
+    with pytest.raises(ValueError, match="line 3 is not prompt 3"):
+        prompts.answered(out, asked)
+    assert out.read_bytes() == whole + b"my note"
+
+
+def test_a_tokenizer_that_pads_on_the_right_changes_no_answer(run, untrained_folder, tmp_path):
+    folder = shutil.copytree(untrained_folder, tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(read_json(file) | {"padding_side": "right"}))
+    assert run("asked.txt", model=folder)[:2] == run("asked.txt")[:2]
