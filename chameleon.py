@@ -65,6 +65,7 @@ from vqvae import (
 )
 
 QK_NORM_EPS = 1e-5  # fixed in the release, whatever rms_norm_eps says
+IDS = (torch.int64, torch.int32)  # dtypes of ids
 
 
 # ---------------------------------------------------------------------------------------------
@@ -305,9 +306,9 @@ class ChameleonPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, name: str) -> None:
         """Chooses one of the names of `from_pretrained`'s attn_implementation for all layers."""
         # Which kernel is fastest depends on the device: that is no part of the model.
-        from chameleon_extras.pretrained import choose_attention
+        from chameleon_extras.pretrained import attention_of, set_attention
 
-        choose_attention(self, name)
+        set_attention(self, attention_of(name))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -684,8 +685,8 @@ class ChameleonModel(ChameleonPreTrainedModel):
         placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
         synchronizations, so a single token is not checked.
         """
-        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-            raise ValueError("input_ids must be a tensor (B, T), as the processor returns it")
+        if getattr(input_ids, "dtype", None) not in IDS or input_ids.ndim != 2:
+            raise ValueError("input_ids must be int64 of shape (B, T), as the processor gives them")
         placeholder, V = self.vocabulary.image_token_id, self.config.vocab_size
         checks = not input_ids.is_meta and (input_ids.shape[1] > 1 or pixel_values is not None)
         if checks and not torch.compiler.is_compiling() and (
@@ -714,7 +715,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if (mark := self.vocabulary.image_token_id) is not None:
             place = self.embed_tokens(torch.tensor([mark], device=inputs_embeds.device))  # (1, D)
             here = (inputs_embeds == place).all(-1)  # (B, T)
-        ids = here * (mark or 0)  # (B, T), 0 elsewhere, which is not used
+        ids = torch.where(here, mark or 0, int(mark == 0))  # (B, T); other places are not used
         ids = self.replace_image_placeholders(ids, pixel_values)  # (B, T)
         if pixel_values is None:
             return inputs_embeds
@@ -807,6 +808,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     as those of ChameleonModel; `from_pretrained` reads a checkpoint.
     """
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # peft asks which, if any
+
     def __init__(self, config: ChameleonConfig, with_vq_decoder: bool = True) -> None:
         super().__init__(config)
         self.model = ChameleonModel(config, with_vq_decoder)
@@ -819,17 +822,13 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
     get_image_tokens = property(lambda self: self.model.get_image_tokens)
 
-    def generate(self, input_ids: Tensor | None = None, *others: Tensor | None,
-                 generation_config=None, inputs: Tensor | None = None, **options) -> Tensor:
-        """As generate.py's. The ids may be named inputs or input_ids; takes a generation_config."""
+    def generate(self, *inputs: Tensor, generation_config=None, **options) -> Tensor:
+        """As generate.py's, and with a generation_config. Named ids are input_ids or inputs."""
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
         options = generation_options(generation_config, self.generation_config, **options)
-        if input_ids is not None and inputs is not None:
-            raise ValueError("inputs and input_ids are names of one argument: give one of them")
-        ids = cast(Tensor, input_ids if inputs is None else inputs)
-        return generate(self, ids, *others, **options)
+        return generate(self, *inputs, **options)
 
     def forward(
         self,
@@ -869,8 +868,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         body = self.model(
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds,
             use_cache, output_attentions, output_hidden_states, True, cache_position, cache)
-        last = isinstance(logits_to_keep, int)
-        kept = slice(-logits_to_keep, None) if last else logits_to_keep  # 0: slice(0, None), all
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(body.last_hidden_state[:, kept])  # (B, T or those kept, V)
         if mask_image_logits:
             lowest = torch.finfo(logits.dtype).min

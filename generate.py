@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
+from chameleon import IDS, ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from processor import ChameleonImageProcessor
 from tokenizer import StreamDecoder, Tokenizer, VocabularyMap, check_ids
 from vqvae import Flag, check_fields, real, whole
@@ -535,9 +535,9 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     Without an attention_mask, padding is recognized by its id, as in transformers.
     """
     lowest, highest, V = int(input_ids.min()), int(input_ids.max()), model.config.vocab_size
-    if input_ids.is_floating_point() or lowest < 0 or highest >= V:
-        raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are whole "
-                         f"numbers from 0 to {V - 1}: take the tokenizer of its own folder")
+    if lowest < 0 or highest >= V:
+        raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are 0 to "
+                         f"{V - 1}: take the tokenizer of its own folder")
     if attention_mask is None:
         known = pad is not None and pad not in stops
         attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
@@ -621,9 +621,9 @@ def stream(
         known = ", ".join([*Options.__dataclass_fields__, *(stream.__kwdefaults__ or {})])
         raise TypeError(f"generate has no option {min(unknown)!r}; it has {known}")
     o = Options(**options)
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError("input_ids must be a tensor (B, T) with T > 0, got "
-                         f"{type(input_ids).__name__} {getattr(input_ids, 'shape', '')}")
+    if getattr(input_ids, "dtype", None) not in IDS or input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids must be int64 of shape (B, T), not {type(input_ids).__name__} "
+                         f"{getattr(input_ids, 'dtype', '')} {getattr(input_ids, 'shape', '')}")
     if not o.do_sample and o.mode != "image" and (
             o.temperature not in (0, 1) or o.top_k or o.top_p < 1
             or (o.num_return_sequences > 1 and o.mode == "text")):

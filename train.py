@@ -457,7 +457,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"])
     add("--out", type=Path, required=True, help="checkpoint folder to write, or to evaluate")
-    add("--state", type=Path, help="what to resume from, and curves.csv (default: OUT.train)")
+    add("--state", type=Path, help="folder of saved states and curves.csv (default: OUT.train)")
     add("--steps", type=int, help="of each stage; a small number makes a smoke run")
     add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
     add("--model", type=Path, default=TINY, help="--data: checkpoint to start from (default: tiny)")
@@ -475,7 +475,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--no-qk-norm", action="store_true", help="see what QK-norm is good for")
     add("--no-z-loss", action="store_true", help="see what the z-loss is good for")
     add("--dropout", type=float, default=DROPOUT, help="after attention and feed-forward")
-    add("--questions", type=int, help="of each kind in evaluate (default: 200, at most --steps)")
+    add("--questions", type=int, help="of each kind in evaluate (default: 200, or --steps if less)")
     options = parser.parse_args(arguments)
     if options.data and options.stage != "sft":
         parser.error("--data belongs to the stage sft")

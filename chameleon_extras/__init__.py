@@ -1,1 +1,1 @@
-"""What surrounds the model and never changes it. The first line of each file says what it does."""
+"""What surrounds the model and is no part of it. Each file says at its top who needs it."""

@@ -6,14 +6,14 @@
 
 Who needs it: whoever wants to talk to a model, and whoever builds a user interface of their own.
 
-The ids of the whole conversation go into each call of `stream`, with the cache of the call before,
-so a turn reads only its own tokens. A drawn picture is context like any other. The paper trains on
-turns that alternate (section 3), so each turn ends with the end-of-turn id.
+With `whole`, the ids of all turns go into each call of `stream`, with the cache of the call before.
+So a turn reads only its own tokens, unless it is guided. A drawn picture is context, too. The paper
+trains on turns that alternate (section 3), so each turn ends with the end-of-turn id.
 
 Without `whole`, a turn sees no turn before it; a question without a picture of its own sees the
 last pictures. tiny/ is used like this, because it has learned from conversations of two or three
-turns: of 100 questions about a picture it answers all right to the letter, 94 in a second turn, 88
-in a third and 73 in a fourth.
+turns: of 100 questions it answers 94 right to the letter in a second turn, 88 in a third and 73 in
+a fourth.
 """
 
 import os
@@ -78,7 +78,6 @@ class Conversation:
         if not self.whole:  # a drawing sees the pictures of its own turn alone
             before = before[:1] + (self.pictures if mode == "text" and not pictures else [])
         prompt, made, said = before + turn, [], []
-        room_behind(self.model.config, len(prompt), mode)
         steps = stream(self.model, torch.tensor([prompt], device=self.model.device), mode=mode,
                        past_key_values=self.cache, decoder=self.decoder, **options)
         self.parts.append("> " + text.replace("<image>", ""))

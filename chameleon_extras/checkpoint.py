@@ -1,4 +1,4 @@
-"""Weights on disk: reads and writes the Hugging Face layout, with at most one copy in memory.
+"""Weights on disk: reads and writes the Hugging Face layout, through memory-mapped files.
 
     folder/config.json -----------------> ChameleonConfig --> model on the "meta" device
     folder/model.safetensors -----------> headers: names and shapes --compare--+
@@ -8,9 +8,9 @@
 
 Who needs it: `from_pretrained` and `save_pretrained` of the model, generate.py, convert.py.
 
-Meta tensors have a shape but no storage, so a 7B model is built at once. All errors in the files
-are found before a single weight is read. The memory-mapped tensors then become the parameters
-(assign=True), so memory never holds the checkpoint twice.
+Meta tensors have a shape but no storage, so a 7B model is built at once. Wrong names, shapes and
+dtypes are found before the weights are read, inf and nan after. The memory-mapped tensors become
+the parameters (assign=True). Only a change of dtype makes new tensors beside the file's pages.
 
 With `quantize="int8"`, each matrix is packed right after it is read, and its pages are freed. So
 memory holds the quantized model and one matrix. A quantized model can be saved, too. Its folder has
@@ -18,8 +18,8 @@ the same layout, with the field "quantized_weights" in config.json and these ten
 layer (quantize.py explains them):
 
     NAME.weight  (O, I) int8              NAME.scale  (O,) fp32          "quantized_weights": "int8"
-    NAME.weight  (O, I/2) uint8, two in   NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
-                 a byte, the first high   NAME.scale  (O, I/64) fp32     "quantized_weights": "nf4"
+    NAME.weight  (O, I/2) uint8, first    NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
+                 of two in the high half  NAME.scale  (O, I/64) fp32     "quantized_weights": "nf4"
 
 Its files are called model.int8.safetensors, so that no other reader takes them for plain weights.
 
@@ -69,8 +69,8 @@ def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
         raise ValueError(f"{folder} holds an adapter: PeftModel.from_pretrained(model, folder) "
                          "loads it; to load the model alone, move adapter_config.json out")
     if not folder.is_dir():
-        raise ValueError(f"no model folder {folder}: give a folder that holds config.json "
-                         "(a checkpoint of the Hugging Face hub has to be downloaded first)")
+        raise ValueError(f"no model folder {folder}: give a folder that holds config.json, or a "
+                         "hub id with its owner, such as facebook/chameleon-7b")
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: it is neither a Hugging Face model folder "
                          "nor Meta's release (models/7b beside tokenizer/); after transformers' "
@@ -119,8 +119,8 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
 
 
 def read_folder(folder: Path, kind: str | None, *arguments) -> dict[str, Stored]:
-    """All tensors of a folder, `arguments` are those of `open_tensors`. ValueError for one in two
-    files.
+    """All tensors of a folder; `arguments` are those of `open_tensors`. ValueError if a name is in
+    two files.
     """
     tensors = {}
     for path in checkpoint_files(folder, kind):
@@ -161,7 +161,8 @@ def open_checkpoint(folder: Path, device: str | torch.device, vqgan: Path | None
 
 
 def check_layers(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored]) -> None:
-    """ValueError, before any layer is built, if weights and config differ in their number."""
+    """ValueError, before any layer is built, if weights and config differ in the number of layers.
+    """
     layers = [int(match[1]) for name in tensors
               if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
     found, said = max(layers, default=-1) + 1, config.num_hidden_layers
@@ -216,7 +217,7 @@ def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stor
         raise ValueError(f"{folder} holds weights quantized elsewhere, which are not read: take "
                          "the plain ones, with --quantize or a quantization_config")
     if VQ_PREFIX + "quantize.embedding.weight" in wanted.keys() - found.keys():
-        problems.insert(0, "the VQ-VAE is missing, --vqgan takes it from another file")
+        problems.insert(0, "the VQ-VAE is missing: --vqgan of generate.py or convert takes another")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{folder}: the weights do not fit the config: "
@@ -244,7 +245,7 @@ class WithoutInit(TorchFunctionMode):
 
 def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None,
                quantize: str | None = None) -> tuple[nn.Module, dict[str, Stored]]:
-    """-> model on the "meta" device, and on disk exactly the tensors that it needs. For the class
+    """-> model on the "meta" device, and exactly those tensors on disk that it needs. For the class
     ChameleonModel, the model is a ChameleonForConditionalGeneration whose lm_head is None.
 
     With `quantize`, one of KINDS, its linear layers are quantized ones, whose tensors are packed
@@ -422,4 +423,4 @@ def load_vqvae(cls: type, folder: Path) -> ChameleonVQVAE:
     state = {name: tensor.read().float() for name, tensor in tensors.items()}
     check_numbers(folder, state)
     model.load_state_dict(state, assign=True)
-    return model.eval()
+    return model

@@ -79,7 +79,7 @@ READ_BY = {
     "reconstruct": ({"model", "vqgan", "device", "image", "out"},
                     "--reconstruct only sends pictures through the VQ-VAE"),
 }
-RECONSTRUCTED = 512  # pixels of a picture's longer side on the sheet of --reconstruct
+RECONSTRUCTED = 512  # pixels of a picture's longer side on the sheet of --reconstruct, at most
 DRAWN = 144  # on a contact sheet, smaller pictures are enlarged to at most so many pixels
 ASKS_TO_DRAW = re.compile(r"\s*(please\s+|can you\s+)*(draw|paint|sketch)\b", re.IGNORECASE)
 
@@ -128,8 +128,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what comes out").add_argument
     add("--mode", default="text", choices=MODES, help="text (the default), a picture, or both")
     add("--out", type=Path, metavar="PATH",
-        help="file for a picture, replaced if it is there (with --count, only the sheet is); "
-        "folder for an interleaved document")
+        help="file for a picture, replaced if it is there (with --count, none of the pictures "
+        "beside it may be there); folder for an interleaved document")
     add("--count", type=int, default=1, metavar="N",
         help=f"so many pictures of each prompt, and a sheet of all (default 1; 1 to {MAX_COUNT})")
     add("--scale", type=int, default=0, metavar="N",
@@ -174,7 +174,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true",
         help="faster steps, after some seconds of compiling: for long answers and large models")
     add("--attention", default="auto", choices=ATTENTIONS,
-        help="the kernel: eager is the readable one, sdpa is torch's choice, the others force one")
+        help="auto: the fastest known kernel; eager: the readable one; sdpa: torch's choice; the "
+        "others: that kernel alone")
     options = parser.parse_args(arguments)
     options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
     return options
@@ -281,9 +282,9 @@ def check_folder(folder: Path) -> None:
 
 
 def choose_name(options: argparse.Namespace) -> None:
-    """Turns picture.png into the first of picture-2.png, picture-3.png ... that replaces no file.
-    The file at a given --out is replaced, but not the pictures beside a sheet. Called when there
-    is something to write: other processes may write, too.
+    """Turns picture.png into picture-2.png, picture-3.png ... until no file would be replaced. The
+    file at a given --out is replaced, but not the pictures beside a sheet. Called just before a
+    file or folder is made: other processes may write, too.
     """
     path = options.out
     for n in count(2):

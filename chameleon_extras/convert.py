@@ -12,9 +12,9 @@ transformers' AutoProcessor to read a folder. release.py lists the layouts.
 
 Meta's text_tokenizer.json is byte-level BPE. transformers reads it after two changes: the name of
 <image>, and <s> in front of a text. To read a sentencepiece model, transformers needs the protobuf
-package. So this command writes a tokenizer.json that gives the same ids. It is a BPE whose merges
-are all ways to join two pieces to a third, the piece with the best score first, with bytes for
-everything that has no piece.
+package. So this command writes a tokenizer.json, a BPE, that gives the same ids. Its merges are all
+pairs of pieces that join to a third piece; those of the piece with the best score come first.
+Characters without a piece become bytes.
 
 One rule cannot be expressed there. In transformers, the name of a control token in a text, such as
 "<s>", becomes that token. In tokenizer.py a text never becomes a control token.
@@ -54,7 +54,7 @@ SPACE = SentencePieceTokenizer.SPACE
 
 
 def write_tokenizer(folder: Path, data: dict) -> None:
-    """Writes tokenizer.json, whose contents are `data` and <s> in front; tokenizer_config.json."""
+    """Writes tokenizer.json, which is `data` and puts <s> in front, and tokenizer_config.json."""
     begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     bos = {"id": "<s>", "ids": [data["model"]["vocab"]["<s>"]], "tokens": ["<s>"]}
     data["post_processor"] = {  # puts <s> in front, as Meta's code does
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vqgan", type=Path, metavar="FILE",
                         help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
     parser.add_argument("--shard-size", default="5GB", metavar="SIZE",
-                        help="largest file, and so the memory that is needed (default: 5GB)")
+                        help="a file's tensors, and so the memory, unless one is larger (5GB)")
     parser.add_argument("--quantize", choices=KINDS, help="write weights in 8 or 4 bits")
     options = parser.parse_args(arguments)
 

@@ -76,13 +76,13 @@ from chameleon import (
     sdpa_attention,
 )
 from chameleon_extras.files import fast_bf16
-from chameleon_extras.quantize import Int4Linear, Int8Linear, kind_of
-from vqvae import ChameleonVQVAE, setting
+from chameleon_extras.quantize import Int4Linear, Int8Linear, is_linear, kind_of
+from vqvae import ChameleonVQVAE, PreTrainedModel, setting
 
-FEW = 4  # rows of x whose product with a matrix is a loop; at 6 the library is faster in bf16
+FEW = 4  # up to so many rows of x, a product is a loop; at 6 the library is faster in bf16
 VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
 VIEW = 256  # such a view has a multiple of so many columns
-UNREAD = 8  # columns behind the last that a view may have
+UNREAD = 8  # columns at the end of a cache that no view reads
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LONGEST = 4096  # terms of one sum in a compiled loop on a CPU
 ONE_THREAD = RLock()  # compiled code, whose guards torch checks, is called by one at a time
@@ -106,7 +106,7 @@ CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the fo
     (torch.bfloat16, torch.int8, True): ("loop", "int8pack"),
     (torch.float32, torch.float32, True): ("loop", "torch"),
 }
-MEASURED = 512  # columns of a cache from which on a measurement pays
+MEASURED = 512  # a measurement pays if a cache has at least so many columns
 LARGE = 2**19  # numbers in a matrix; smaller ones stay in the CPU's caches, no use to measure
 HALF = (torch.bfloat16, torch.float16)  # the dtypes of 16 bits
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
@@ -144,7 +144,7 @@ def multiplied(a: Tensor, b: Tensor, form: str) -> Tensor:
 @cache
 def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: torch.dtype,
             stored: torch.dtype, forms: tuple[str, ...]) -> str:
-    """The form in which tensors of these shapes are multiplied soonest here; 0.1 s, once.
+    """The form in which tensors of these shapes are multiplied soonest here, measured once.
 
     `dtype` is a's, `stored` is b's. `transposed`: b lies in memory with its last two dimensions
     exchanged. As in a model, there are so many b that they come from memory, and each is a view of
@@ -174,8 +174,8 @@ def fastest(a: tuple[int, ...], b: tuple[int, ...], transposed: bool, dtype: tor
 def form_of(layer: nn.Module, rows: int, dtype: torch.dtype, compiled: bool) -> str:
     """In which form a linear layer is computed for so many rows of this dtype.
 
-    One answer for all matrices of a kind, remembered for the process. Where nothing is measured, a
-    compiled step has the loop and a plain one leaves the choice to torch, which asks oneDNN first.
+    One answer for all matrices of a kind, remembered for the process. Not measured: a compiled step
+    has the loop, many rows in slow 16 bits have fp32, and for the rest torch asks oneDNN first.
     """
     weight = getattr(layer, "weight", None)  # a head of your own may have none, or a method
     if isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.numel() >= LARGE:
@@ -256,8 +256,8 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                    dropout: float) -> tuple[Tensor, None]:
     """The form for one query; for many the fused kernel that torch picks.
 
-    On CUDA that is flash for a prompt without a mask. Padding and guidance need one, which flash
-    does not take: torch then picks cuDNN's or the memory-efficient kernel.
+    On CUDA in 16 bits, that is flash for a prompt without a mask. Padding and guidance need a mask,
+    which flash does not take: torch then picks cuDNN's or the memory-efficient kernel.
     """
     if q.shape[2] > 1:
         return sdpa_attention(q, k, v, mask, dropout)
@@ -309,8 +309,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype,
         raise ValueError("attention 'flash' takes no mask, and a compiled step has one: use 'auto'")
 
 
-def set_attention(model: ChameleonForConditionalGeneration, name: str,
-                  compiled: bool = False) -> ChameleonForConditionalGeneration:
+def set_attention(model: PreTrainedModel, name: str, compiled: bool = False) -> PreTrainedModel:
     """Sets one of ATTENTIONS in all layers; returns the model."""
     check_attention(name, model.device, model.dtype, compiled)
     for layer in model.base_model.layers:
@@ -327,8 +326,8 @@ def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
 
     torch.compile joins the sums of all rows into one loop, which reads each weight once, as it is
     stored. On a CPU the loop computes four outputs at once, one of each quarter: it loads x once
-    for all four, and no sum waits for another. A sum of more than LONGEST terms is split, because
-    torch.compile would add up a longer one more exactly, at a third of the speed.
+    for all four, and no sum waits for another. A sum of more than LONGEST terms is split: for it,
+    torch.compile would choose a more exact way of adding, at a third of the speed.
 
     On a GPU, and on a CPU without AVX-512, four int8 weights are read as one int32. It is as wide
     as one number of x in fp32, so 16 bytes hold as many numbers of either. Single weights would be
@@ -380,8 +379,7 @@ def four_bit_sums(layer: Int4Linear, rows: Tensor) -> Tensor:
 
 @cache
 def compiled_row_sums(rows: int, dtype: torch.dtype) -> Callable:
-    """`row_sums` on its own, to be measured; one for each kind, as torch counts what it compiles.
-    """
+    """`row_sums` alone, to be measured. A copy for each kind: torch limits compilations of one."""
     return compile_step(copy_of(row_sums), torch.device("cpu"))
 
 
@@ -418,7 +416,7 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
     if isinstance(module, Int4Linear):
         module.prepare(rows, dtype)
         return RowProduct(module) if module.weight.device.type == "cuda" else module
-    if isinstance(module, (nn.Linear, Int8Linear)):
+    if is_linear(module) or isinstance(module, Int8Linear):
         loop = form_of(module, rows, dtype, compiled=True) == "loop"
         return RowProduct(module) if loop else module
     twin = copy.copy(module)
@@ -554,8 +552,8 @@ class Decoder:
 
     Works on the model's own weights and changes none; only its choice of attention is set, unless
     `attention` is None.
-    `compiled` takes seconds once for each number of rows, on a CPU for each 256 columns of cache,
-    too. One decoder keeps the last answer's cache and its CUDA graphs for the next of that shape.
+    `compiled` takes seconds once for each number of rows, on a CPU also for each length of cache.
+    One decoder keeps the last answer's cache and its CUDA graphs for the next of that shape.
     """
 
     def __init__(self, model: ChameleonForConditionalGeneration, compiled: bool = False,
@@ -583,10 +581,13 @@ class Decoder:
             if any(hasattr(module, "base_layer") for module in model.modules()):  # peft's
                 raise ValueError("compile=True reads plain layers: call merge_and_unload() of the "
                                  "adapter before")
+            if odd := {type(p).__name__ for p in model.parameters()} - {"Parameter"}:  # torchao's
+                raise ValueError(f"compile=True reads plain weights, and these are {min(odd)}: "
+                                 "leave it out, or load with a quantization_config instead")
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for all blocks that is a
-            # tenth of a step. Here it checks shapes only. The rest holds, because a copy of the
+            # tenth of a step. Here it checks tensors only. The rest holds, because a copy of the
             # code serves one model, and within it layers that are `alike`.
             copies = 1 if all(alike(layers[0], layer) for layer in layers) else len(layers)
             self.blocks = [compile_step(copy_of(block), model.device,
@@ -737,7 +738,7 @@ class Decoder:
 
 
 def parts(model: ChameleonForConditionalGeneration) -> list:
-    """What a compiled decoder was made of: if one of them is another, it is out of date."""
+    """What a compiled decoder was made of. If one of these has changed, it is out of date."""
     places = [getattr(t, "_local_tensor", t).data_ptr() for t in model.state_dict().values()]
     hooks = [hook for module in model.modules() for hook in hooks_of(module)]
     values = [values_of(module) for module in model.base_model.layers.modules()]
@@ -751,7 +752,7 @@ def values_of(module: nn.Module, *left_out: str) -> tuple:
 
 
 def same(one: Sequence, other: Sequence) -> bool:
-    """Do two lists hold the same objects? Numbers, texts, devices and tuples may be equal ones."""
+    """Do two lists hold the same objects? Equal numbers, texts, devices and tuples count as one."""
     def equal(a: object, b: object) -> bool:
         if isinstance(a, tuple) and isinstance(b, tuple):
             return same(a, b)

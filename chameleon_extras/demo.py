@@ -102,7 +102,7 @@ def large(picture: Image.Image) -> Image.Image:
 
 
 def row(conversation: Conversation) -> str:
-    """The ids that the model has read and written, as HTML. A code is a small mark: it has many."""
+    """The ids that the model has read and written, as HTML. Codes are many, so they are small."""
     names, chips, count = Names(conversation.processor.tokenizer), [], dict.fromkeys(KINDS, 0)
     for i in conversation.ids:
         kind, name = names.kind(i), html.escape(names.name(i))

@@ -13,8 +13,8 @@ Two numbers stand beside each token, in bits. The model gives both before it see
     entropy   -sum_i p_i log2 p_i     how many bits the model expects the token to cost
     surprise  -log2 p(the token)      how many bits the token does cost
 
-On text that the model has written, the two agree on average. A prompt surprises it more, because
-alignment never trains on prompts (section 3 of the paper). Codes of a picture are hard to predict.
+On text sampled at temperature 1 the two agree on average; greedy text surprises less. A prompt
+surprises more, because alignment never trains on prompts (section 3). Codes are hard to predict.
 """
 
 import html
@@ -56,7 +56,7 @@ WATCHED = {
 
 
 class Token(NamedTuple):
-    """One token of the prompt."""
+    """One token of a prompt or of an answer."""
 
     id: int
     name: str  # its text, with · for a space, or the name of a control token or code

@@ -9,7 +9,7 @@ Rank r of N holds
     H/N query heads and Hkv/N key/value heads: their rows of q, k, v_proj and of QK-norm,
                                              their columns of o_proj, their part of the KV cache
     F/N units of the feed-forward:           its rows of gate and up_proj, its columns of down_proj
-    V/N of the vocabulary:                   its rows of embed_tokens and lm_head
+    V/N of the vocabulary:                   its rows of embed_tokens and (not in nf4) lm_head
     and all of the rest:                     norms over D, the VQ-VAE
 
     x (B,T,D) --> own heads --> o_proj: a partial sum ----------all-reduce--> y (B,T,D)
@@ -83,7 +83,7 @@ def own_columns(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     weight = layer.weight.chunk(N, dim=1)[rank].clone()  # O rows of I/N numbers; 4 bits: I/N/2
-    part = type(layer)(weight.shape[1] * layer.IN_A_NUMBER, len(weight), bias=False)
+    part = type(layer)(weight.shape[1] * layer.IN_A_NUMBER, len(weight))
     part.weight = weight
     by_group = layer.scale.ndim == 2
     part.scale = layer.scale.chunk(N, dim=1)[rank].clone() if by_group else layer.scale

@@ -46,11 +46,11 @@ Config, Model = TypeVar("Config"), TypeVar("Model")
 
 @dataclass
 class BitsAndBytesConfig:
-    """As transformers' class of that name; another name is a TypeError.
+    """As transformers' class of that name. Its other arguments are refused by a TypeError.
 
     load_in_8bit   one scale for each output row, as `--quantize int8`
-                   DIFFERS: bitsandbytes computes rows with large activations in fp16 (LLM.int8),
-                   and leaves the head as it is
+                   DIFFERS: bitsandbytes computes input features with large activations in fp16
+                   (LLM.int8, arXiv 2208.07339), and leaves the head as it is
     load_in_4bit   bnb_4bit_quant_type "nf4": the same numbers as bitsandbytes, bit for bit
     """
 
@@ -117,9 +117,9 @@ def attention_of(name: str) -> str:
 
 
 def generation_options(*configs, **options: object) -> dict:
-    """Options of transformers' `model.generate` -> those of ours. The values of a GenerationConfig
-    hold where neither an option nor a config before it is given; some configs may be None. NEUTRAL
-    values and None change nothing and are left out.
+    """Options of transformers' `model.generate` -> those of ours. A value of a GenerationConfig
+    counts if neither an option nor an earlier config has one. Configs may be None. NEUTRAL values
+    and None change nothing and are left out.
     """
     mode = options.get("mode", "text")
     if idle := [name for name, value in options.items()
@@ -130,16 +130,14 @@ def generation_options(*configs, **options: object) -> dict:
             raise ValueError("generation_config must be a GenerationConfig, got a "
                              f"{type(config).__name__}: give options by name")
         options = config.to_diff_dict() | options
-    if "cache" in options:
-        options["past_key_values"] = options.pop("cache")  # transformers 5.24's name
+    for theirs, ours in (("cache", "past_key_values"), ("inputs", "input_ids")):
+        if (value := options.pop(theirs, None)) is not None:
+            if options.get(ours) is not None:
+                raise ValueError(f"{theirs} and {ours} are names of one argument: give one")
+            options[ours] = value
     return {name: value for name, value in options.items()
             if value is not None and name not in NO_OPTIONS and (
                 name not in NEUTRAL or value != NEUTRAL[name])}
-
-
-def choose_attention(model: nn.Module, name: str) -> None:
-    """As attn_implementation of `from_pretrained`."""
-    set_attention(model, attention_of(name))
 
 
 def resize_embeddings(model: ChameleonPreTrainedModel, new_num_tokens: int | None,
@@ -196,7 +194,7 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
 def load_pretrained(
     cls: type[Model], folder: str | PathLike, dtype: torch.dtype | str | None = None,
     torch_dtype: torch.dtype | str | None = None, device_map=None, device=None,
-    low_cpu_mem_usage: bool = True,  # accepted: memory never holds the checkpoint twice
+    low_cpu_mem_usage: bool = True,  # accepted: the file is memory-mapped in any case
     attn_implementation: str | None = None, quantization_config: object = None,
     use_safetensors: bool | None = None,  # None: they are read first
     **hub: object,

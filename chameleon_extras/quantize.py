@@ -31,12 +31,13 @@ change.
 
 "nf4" has 16 values at unequal distances, see NF4Linear.
 
-Weights packed as they come from the disk (checkpoint.py), by the command of convert.py, or in
-memory (`quantize_model`) have the same bits.
+Weights have the same bits whether they are packed while they are read (checkpoint.py), by
+convert.py, or in memory (`quantize_model`), if memory holds them in the dtype of the file.
 """
 
 import sys
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 import torch.nn as nn
@@ -57,7 +58,7 @@ IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the ca
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b.   x (..., I) -> (..., O).   `product` is that of W: (rows, I) -> (rows, O)
+    """y = x W^T + b.   x (..., I) -> (..., O).   `product` is x W^T: (rows, I) -> (rows, O)
 
     The scale, like the packed weights, keeps its dtype in .to(), .half(), .float(). ValueError for
     a state dict of plain weights.
@@ -141,8 +142,8 @@ class Int8Linear(PackedLinear):
 class Int4Linear(PackedLinear):
     """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs.
 
-    For few rows of x, the CPU's kernel wants them in an order of its own: a second copy of the same
-    size, in memory only. In all other cases each call unpacks them.
+    For few rows of x, the CPU's kernel reads a second copy of the weights, in an order of its own
+    and of the same size, in memory only. In all other cases each call unpacks the weights.
     """
 
     IN_A_NUMBER = 2
@@ -228,9 +229,9 @@ class NF4Linear(Int4Linear):
 
         w_oi = NF4[q_oi] * scale_og        scale_og: the largest magnitude of the group's 64 weights
 
-    Weights of a row are about normally distributed. The 16 values are quantiles of that
-    distribution, so that each of them is used about as often. Equals bitsandbytes' "nf4" bit for
-    bit. The head stays as it is, as in transformers. There is no kernel for it: the weights are
+    Weights of a row are about normally distributed. The 16 values come from quantiles of that
+    distribution, so they are dense where most weights are. Equals bitsandbytes' "nf4" bit for bit.
+    The head stays as it is, as in transformers. There is no kernel for it: the weights are
     unpacked in each call, which saves memory and no time, but for a compiled step on CUDA.
     """
 
@@ -293,6 +294,11 @@ def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
     return packed
 
 
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Is it x W^T + b, and no more? A subclass with its own `forward`, such as LoRA, is not."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     """Puts twins, empty (on the meta device), in place of the decoder's linear layers and, but for
     nf4, of its head -> {name: the layer that was there}.
@@ -302,7 +308,7 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
     layers = {name: module for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) and "vqmodel" not in name
+              if is_linear(module) and "vqmodel" not in name
               and (kind, name) != ("nf4", "lm_head")}
     twins = {name: empty_twin(layer.in_features, layer.out_features, kind)
              for name, layer in layers.items()}

@@ -190,8 +190,10 @@ def test_labels_that_count_for_nothing_give_no_loss():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (lambda ids: dict(input_ids=ids[0]), "must be a tensor \\(B, T\\)"),
-    (lambda ids: dict(input_ids=ids.tolist()), "must be a tensor \\(B, T\\)"),
+    (lambda ids: dict(input_ids=ids[0]), "must be int64 of shape \\(B, T\\)"),
+    (lambda ids: dict(input_ids=ids.tolist()), "must be int64 of shape \\(B, T\\)"),
+    (lambda ids: dict(input_ids=ids.to(torch.uint16)), "must be int64 of shape"),
+    (lambda ids: dict(input_ids=ids.to(torch.int16)), "must be int64 of shape"),
     (lambda ids: dict(input_ids=ids + 10**6), "the ids of this model are 0 to"),
     (lambda ids: dict(input_ids=ids, labels=ids * 0 + MODEL.model.vocabulary.image_token_id),
      "hold <image>"),
@@ -201,6 +203,19 @@ def test_labels_that_count_for_nothing_give_no_loss():
 def test_what_forward_cannot_take_is_one_clear_line(arguments, message):
     with pytest.raises(ValueError, match=message):
         MODEL(**arguments(text_ids(1, 5)))
+
+
+def test_a_placeholder_whose_id_is_0_is_found_among_embeddings():
+    names = scrambled_vocabulary()
+    names["<s>"], names["<image>"] = names["<image>"], names["<s>"]
+    model = small_model(vocabulary_map=names)
+    for ids, pictures in ([[73, 80, 81]], {}), (
+            [[73, 71, *[0] * S, 70, 80]], dict(pixel_values=torch.rand(1, 3, 32, 32))):
+        ids = torch.tensor(ids)
+        with torch.no_grad():
+            expected = model(ids, **pictures).logits
+            logits = model(inputs_embeds=model.get_input_embeddings()(ids), **pictures).logits
+        assert torch.equal(logits, expected)
 
 
 def test_gradient_checkpointing_takes_no_cache():

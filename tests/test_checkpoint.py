@@ -208,7 +208,7 @@ BROKEN = {
     "of bitsandbytes": (change_tensor(lambda t: t.update({f"{NORM}.absmax": torch.ones(2)})),
                         "quantized elsewhere"),
     "no VQ-VAE": (change_tensor(lambda t: [t.pop(n) for n in list(t) if n.startswith(VQ_NAMES)]),
-                  "the VQ-VAE is missing, --vqgan takes it from another file"),
+                  "the VQ-VAE is missing: --vqgan of"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "empty config": (lambda f: (f / "config.json").write_text(""), "config.json: broken JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "broken JSON: an obj"),

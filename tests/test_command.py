@@ -567,6 +567,8 @@ def test_another_process_that_writes_meanwhile_has_another_name(run, tmp_path, m
 
 
 def test_a_second_ctrl_c_loses_no_picture(run, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def stopped(steps):
         yield from itertools.islice(steps, 9)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -582,7 +584,7 @@ def test_a_second_ctrl_c_loses_no_picture(run, tmp_path, monkeypatch):
     code, _, err = run("--prompt", "Draw", "--mode", "image", "--count", "4", "--seed", "7")
     assert code == 130 and "picture.png: 4 picture(s), seed 7" in err
     assert len(list(tmp_path.glob("picture*.png"))) == 5 and not list(tmp_path.glob("*.part"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_several_files_after_one_option_and_a_prompt_from_stdin(run, monkeypatch):

@@ -751,6 +751,13 @@ def test_compiling_without_pythons_headers_is_one_clear_line(monkeypatch, tmp_pa
         check_compile(torch.device("cpu"))
 
 
+class MoreThanLinear(torch.nn.Linear):
+    """As LoRA by hand: a subclass that computes more than its product."""
+
+    def forward(self, x):
+        return 5 * torch.sin(super().forward(x))
+
+
 def test_a_hook_acts_in_compiled_steps_too(traced):
     """One that comes later makes the compiled code out of date. A layer may differ in a part, too.
     """
@@ -761,7 +768,7 @@ def test_a_hook_acts_in_compiled_steps_too(traced):
     for n, layer in enumerate(model.model.layers):  # each layer has its own
         layer.mlp.down_proj.register_forward_hook(lambda module, x, y, n=n: y * (3 * n - 1))
     answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
-    for part in ("mlp", "act", "pre-hook", "forward"):
+    for part in ("mlp", "act", "pre-hook", "forward", "class"):
         model = small_model(**two)
         layer = model.model.layers[1]
         if part == "mlp":
@@ -770,17 +777,29 @@ def test_a_hook_acts_in_compiled_steps_too(traced):
             layer.mlp.act = torch.sin
         elif part == "pre-hook":
             layer.mlp.down_proj.register_forward_pre_hook(lambda module, x: (-3 * x[0],))
+        elif part == "class":
+            layer.mlp.up_proj.__class__ = MoreThanLinear
         else:
             up = layer.mlp.up_proj
             up.forward = lambda x, up=up: -2 * torch.nn.functional.linear(x, up.weight)
         answers += [model.generate(ids, compile=c, **options) for c in (False, True)]
     assert all(torch.equal(*pair) for pair in zip(answers[1::2], answers[2::2]))
-    assert len({str(answer) for answer in answers}) == 6
+    assert len({str(answer) for answer in answers}) == 7
     first, second = small_model(**two).model.layers
     assert decoding.alike(first, second)
     weight = second.mlp.up_proj.weight
     weight.data = weight.data.T.contiguous().T  # the compiled code relies on the strides
     assert not decoding.alike(first, second)
+
+
+def test_weights_that_are_no_plain_tensor_are_not_compiled():
+    """torchao's quantized weights are a subclass of Tensor."""
+    model, own = small_model(), type("Int8Tensor", (torch.Tensor,), {})
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(own))
+    with pytest.raises(ValueError, match="these are Int8Tensor: leave it out"):
+        model.generate(torch.tensor([[0, 80]]), compile=True)
+    assert model.generate(torch.tensor([[0, 80]]), max_new_tokens=1).shape == (1, 3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

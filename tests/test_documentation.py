@@ -672,8 +672,10 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     assert torch.equal(model.generate(inputs=PROMPT), expected)
     with pytest.raises(TypeError, match="multiple values"):
         model.generate(PROMPT, input_ids=PROMPT)
-    with pytest.raises(ValueError, match="names of one argument"):
+    with pytest.raises(TypeError, match="multiple values"):
         model.generate(PROMPT, inputs=PROMPT + 1)
+    with pytest.raises(ValueError, match="names of one argument"):
+        model.generate(input_ids=PROMPT, inputs=PROMPT + 1)
     assert model.generate(PROMPT, max_new_tokens=2).shape[1] == PROMPT.shape[1] + 2
     assert torch.equal(model.generate(PROMPT, generation_config=None), expected)
     other = transformers.GenerationConfig(max_new_tokens=30)  # the rest is the model's own
@@ -999,6 +1001,19 @@ def test_a_lora_model_learns_and_writes_before_and_after_merging(task):
     merged = lora.merge_and_unload()
     assert torch.equal(merged.generate(**inputs, max_new_tokens=6), ids)
     assert not torch.equal(ids, plain) and not merged.model.embed_tokens._forward_hooks
+
+
+def test_tokens_that_peft_trains_are_those_of_a_tied_head_too():
+    peft = pytest.importorskip("peft")
+    model = small_model(tie_word_embeddings=True)
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"],
+                                                      trainable_token_indices=[80, 81]))
+    for name, weight in lora.named_parameters():
+        if "trainable_tokens_delta" in name:
+            weight.data *= 1.5
+    with torch.no_grad():
+        before = lora(input_ids=PROMPT).logits
+        assert torch.allclose(lora.merge_and_unload()(PROMPT).logits, before, atol=1e-5)
 
 
 def test_names_of_transformers_5(untrained_folder):

@@ -92,7 +92,6 @@ def test_curves_of_several_runs_are_one_figure(tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (("--curves", "a=b.csv", "a=c.csv"), "the same label"),
-    (("--draw", " "), "--draw"), (("--seed", str(2**63)), "below 2^63"),
 ])
 def test_what_cannot_be_drawn_is_one_line_and_writes_nothing(tmp_path, capsys, options, words):
     assert figures.main(["tiny", "--out", str(tmp_path / "new"), *options]) == 2

@@ -191,6 +191,14 @@ def test_weights_that_are_no_numbers_are_not_packed(kind, value):
         pack(weight, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_linear_layer_that_computes_more_stays_as_it_is(kind):
+    """A packed layer would compute only the product."""
+    more = type("More", (torch.nn.Linear,), {"forward": lambda self, x: x})
+    model = quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 64), more(64, 64)), kind)
+    assert type(model[0]) is KINDS[kind] and type(model[1]) is more
+
+
 def test_rows_of_zeros_survive():
     for layer in (Int8Linear, Int4Linear):
         twin = layer(32, 4)

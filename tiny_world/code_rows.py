@@ -6,7 +6,7 @@
 
 Who needs it: whoever asks why the tiny checkpoint names compositions that it has never seen.
 
-In a plain table a code is only a number: nothing says that codes 57 and 111 are both purple. The
+In a plain table a code is only a number: nothing says that two codes are both purple. The
 model learns the meaning of each code from the pictures in which it occurs. If no picture shows a
 purple star, it learns that no purple code belongs to a star. Code vectors of similar patches are
 close to each other. Rows that a small network computes from these vectors are close, too. So what

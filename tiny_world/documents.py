@@ -85,8 +85,8 @@ class Pictures:
             codes = np.fromfile(cache, np.int16).reshape(len(scenes), -1)  # (N, S)
         except (OSError, ValueError):  # missing, damaged, or of other pictures
             codes = np.empty((0, 0))
-        # Codes of other pictures or of another VQ-VAE must not be used. The first and the last
-        # pictures show it: the last are twins, which differ where the first do not.
+        # Codes of other pictures or of another VQ-VAE must not be used. So the first and the last
+        # are compared: another `count` may give the same first pictures, but other twins.
         ends = encode_scenes(vq, scenes[:10] + scenes[-10:])  # (20, S)
         if not np.array_equal([*codes[:10], *codes[-10:]], ends):
             # One array from the start: many small results between large temporary tensors would
@@ -259,7 +259,7 @@ class Corpus:
         return self.one_of(self.pictures.singles)
 
     def busy_scene(self) -> Scene:
-        """A scene, less often of one thing: there answers depend little on the question."""
+        """A scene, less often of one thing, whose answers depend little on the question."""
         scene = self.scene()
         while len(scene.things) == 1 and self.chance(0.5):
             scene = self.scene()
@@ -373,7 +373,7 @@ class Corpus:
 
         The model learns to describe a picture early. To look up one thing in that description
         takes about ten million tokens more. Text is the cheap way to learn it: a picture costs as
-        many tokens as six of these branches. In a third of these documents each branch has the
+        many tokens as five of these branches. In a third of these documents each branch has the
         order of a real answer: question, description, conclusion.
         """
         rng, turns = self.rng, []
@@ -596,7 +596,7 @@ def read_examples(folder: Path) -> list[Line]:
 class OwnData:
     """The user's examples as documents, and the batches of step 0, 1, 2, ... made of them.
 
-    ValueError names the line whose document is longer than the model's context.
+    ValueError names a line that is too long for the model's context, or that cannot be read.
     """
 
     def __init__(self, examples: list[Line], model: ChameleonForConditionalGeneration,

@@ -2,7 +2,7 @@
 
     seed -> scene -> picture --processor--> ids --generate, greedy--> text ?= the one right answer
 
-Who needs it: `train.py evaluate`, which prints the table of the README.
+Who needs it: `train.py evaluate`, which prints the table of tiny/README.md.
 
 A text is right if it equals the answer to the letter. A drawing is right if the rule-based reader
 finds every named colour, shape, size, place and background, and no other thing. Everything is

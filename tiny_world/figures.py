@@ -1,4 +1,4 @@
-"""Draws the figures of README.md and tiny/README.md from a checkpoint and from logged curves.
+"""Draws figures of README.md and tiny/README.md from a checkpoint and from logged curves.
 
     python -m tiny_world.figures tiny                         the figures of a checkpoint
     python -m tiny_world.figures tiny --curves tiny.train/curves.csv
@@ -38,13 +38,14 @@ from chameleon_extras.sheets import (
     save_picture,
     there_and_back,
 )
-from generate import decode_pictures, generate, pieces, seeds_of, stream
+from generate import decode_pictures, generate, pieces, stream
 from processor import ChameleonImageProcessor, load_image
 from tiny_world import language, world
 from tiny_world.evaluate import SEED, load
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("figures")  # not examples/figures: a first try must not replace the READMEs' figures
+REQUEST = "Draw a large yellow star above a small blue square."  # for growing.png
 WIDTH, ROW = 920, 44  # of stream.svg, in pixels: its width, and the height of a line of tokens
 STYLE = """
 text{font:12px monospace;fill:#1f2328}.id{font-size:9px;fill:#59636e}.note{fill:#59636e}
@@ -123,11 +124,11 @@ def reconstructions(model, count: int = 4) -> Image.Image:
     return there_and_back(model, pixels, 240, columns=6)[0]
 
 
-def growing(model, processor, prompt: str, pictures: int = 9, seed: int = 0) -> Image.Image:
+def growing(model, processor, prompt: str, pictures: int = 9) -> Image.Image:
     """One drawing in several stages; codes that are not drawn yet are filled with the first."""
     S = model.config.vq_config.codes_per_image
     inputs = processor(text=prompt, return_tensors="pt")
-    steps = stream(model, **inputs, mode="image", image_top_p=0.9, seed=seed)
+    steps = stream(model, **inputs, mode="image", image_top_p=0.9)
     every = max(1, S // pictures)
     shown = [piece.image for piece in pieces(model, processor.tokenizer, steps, every)]
     return contact_sheet([enlarge(picture, 120) for picture in shown], columns=len(shown))
@@ -233,17 +234,13 @@ def draw_all(options: argparse.Namespace) -> None:
         if len(runs) < len(options.curves):
             raise ValueError("two curves have the same label: write LABEL=FILE")
         return draw_curves(runs, options.out / "curves.svg")
-    seeds_of(options.seed, 1)
-    if not options.draw.strip() or "<image>" in options.draw:
-        raise ValueError("--draw needs a text without <image>")
     model, processor = load(options.model)
     options.out.mkdir(parents=True, exist_ok=True)
     question = "What do you see in this image?<image>"
     svg = token_stream(model, processor, question, load_image(ROOT / "examples" / "shapes.png"))
     write_atomically(options.out / "stream.svg", lambda part: part.write_text(svg, "utf-8"))
-    steps = growing(model, processor, options.draw, seed=options.seed)
-    for name, picture in {"codes": reconstructions(model), "growing": steps,
-                          "drawings": drawings(model, processor)}.items():
+    for name, picture in {"codes": reconstructions(model), "drawings": drawings(model, processor),
+                          "growing": growing(model, processor, REQUEST)}.items():
         save_picture(picture, options.out / f"{name}.png")
 
 
@@ -254,9 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder (default: figures)")
     parser.add_argument("--curves", nargs="+", metavar="[LABEL=]FILE",
                         help="draw the curves of these files and nothing else")
-    parser.add_argument("--draw", default="Draw a large yellow star above a small blue square.",
-                        help="request for growing.png")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing in growing.png")
     options = parser.parse_args(arguments)
     return exit_code("figures", lambda: draw_all(options))
 

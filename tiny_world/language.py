@@ -19,7 +19,7 @@ from tiny_world.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, ch
 Turn = tuple[str, str]  # question, answer
 
 # What can be counted, looked for or said to be absent: a colour, a shape, or both. HELD_OUT pairs
-# are left out: from many a "there is no purple star" the model would learn that there is none.
+# are left out: from "there is no purple star" the model would learn that there is none.
 DESCRIPTIONS = [{"colour": colour} for colour in COLOURS] + [{"shape": shape} for shape in SHAPES]
 DESCRIPTIONS += [{"colour": colour, "shape": shape} for colour in COLOURS for shape in SHAPES
                  if (colour, shape) not in HELD_OUT]  # fmt: skip
@@ -139,7 +139,7 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 
 # ---------------------------------------------------------------------------------------------
 # Questions about one picture: (rng, scene) -> (question, answer), or None if the scene has no
-# such question. Where an answer could be guessed, the answer is drawn first.
+# such question. Where an answer could be guessed, it is chosen before the question.
 #
 # Where a thing has to be found or compared, the answer describes the scene before it concludes. A
 # model of this size does not learn a bare "Yes." or "No.". It can look up what it has written, and

@@ -7,8 +7,9 @@ Who needs it: whoever resumes a training run or trains on several GPUs:
 
     torchrun --nproc-per-node 2 train.py pretrain ...
 
-FSDP2 (arXiv 2304.11277) stores a slice of every matrix on each rank. All ranks draw the same batch,
-and each takes its own rows of it. So two processes together compute what one alone would compute.
+FSDP2 (arXiv 2304.11277) stores a slice of every matrix of the decoder on each rank. All ranks draw
+the same batch, and each takes its own rows of it. So two processes together compute what one alone
+would compute.
 """
 
 import argparse
@@ -41,7 +42,7 @@ class Run:
     """One training run on one rank.
 
     `out` is the checkpoint folder. `state` holds what is needed to resume, curves.csv, and in
-    out.txt which checkpoint is made from it. Only rank 0 writes.
+    out.txt which checkpoint is made from it. Rank 0 writes all but the other ranks' codes.
     """
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
@@ -145,8 +146,8 @@ class Run:
             dcp.set_state_dict(model, optimizers, model_state_dict=states[0],
                                optim_state_dict=states[1], options=how)
         except (RuntimeError, ValueError, KeyError):
-            raise ValueError(f"{path} was saved with other options: give those, or name another "
-                             "--out") from None
+            raise ValueError(f"{path} was saved with other options: give those, or remove it to "
+                             "begin the stage anew") from None
         if not optimizers:
             self.say(f"{stage}: its weights of step {step} are used")
         return data
@@ -163,8 +164,8 @@ class Run:
         changed = [f"{name} {before[name]}, not {value}" for name, value in self.made_by.items()
                    if before.get(name, value) != value]
         if changed:
-            raise ValueError(f"{self.file(stage)} was made with {'; '.join(changed)}: remove "
-                             f"{self.state} to begin anew, or name another --out")
+            raise ValueError(f"{self.file(stage)} was made with {'; '.join(changed)}: remove this "
+                             "file to begin the stage anew, or give the options as before")
         rng.bit_generator.state = data["rng"]
         torch.set_rng_state(data["torch_rng"])
         if self.extra is not None:
@@ -176,8 +177,8 @@ class Run:
     def check_gradient(stage: str, step: int, norm: Tensor | float) -> None:
         """ValueError for the norm of a gradient that would spoil the weights."""
         if not math.isfinite(float(gathered(norm))):
-            raise ValueError(f"{stage}: the gradient of step {step} is inf or nan: lower "
-                             "--learning-rate; the last save is as it was")
+            raise ValueError(f"{stage}: the gradient of step {step} is inf or nan: remove its .pt "
+                             "in --state, if it is there, and set a lower --learning-rate")
 
     def log(self, stage: str, step: int, curves: dict[str, float]) -> None:
         self.curves = curves

@@ -61,7 +61,7 @@ def initialize(vq: ChameleonVQVAE) -> None:
 
 
 def foreground(pixels: Tensor) -> Tensor:
-    """pixels (B, 3, H, W) -> (B, 1, H, W), 1 on things. The corner pixel is always background."""
+    """pixels (B, 3, H, W) -> (B, 1, H, W), 1 on things. The corner pixel is taken as background."""
     difference = (pixels - pixels[:, :, :1, :1]).abs().amax(1, keepdim=True)  # (B, 1, H, W)
     return (difference > 0.05).float()
 

@@ -4,7 +4,7 @@
                 picture -> read_scene -> Scene        judges reconstructions and drawings
 
     Thing    one coloured shape: colour, shape, size, place, and a small random offset
-    Scene    a plain background with one to three things in reading order
+    Scene    a plain background with things in reading order, for the decoder one to three
 
 Who needs it: whoever trains or evaluates the tiny checkpoint. language.py holds its English.
 All random draws come from the numpy Generator that the caller passes, so a seed is a data set.
@@ -42,7 +42,7 @@ PLACES = {
 SIDE = 36  # pixels: each place is 12 x 12, exactly 3 x 3 patches of a VQ-VAE that divides by 4
 HELD_OUT = frozenset({("purple", "star"), ("green", "triangle")})
 JITTER = 1 / 48  # largest random offset of a thing from its place, in picture widths
-# The outer radius of each shape relative to the circle's, so that all four look equally large.
+# Radius (of a square: half its side) relative to the circle's, so that all are about equally wide.
 REACH = {"circle": 1.0, "square": 0.90, "triangle": 1.22, "star": 1.2}
 BLOB = 0.25  # above this squared error per covered pixel, the reader recognizes no shape
 
