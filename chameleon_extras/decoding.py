@@ -109,6 +109,7 @@ CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the fo
 MEASURED = 512  # a measurement pays if a cache has at least so many columns
 LARGE = 2**19  # numbers in a matrix; smaller ones stay in the CPU's caches, no use to measure
 HALF = (torch.bfloat16, torch.float16)  # the dtypes of 16 bits
+PLAIN = (Tensor, nn.Parameter)  # other classes, such as torchao's, multiply in their own way
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
 MANY_CODES = 256  # of a picture from which on bf16 pays; smaller ones are fp32 on every machine
@@ -199,8 +200,9 @@ class InFp32(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and args[1].dtype in HALF and args[1].numel() >= LARGE:
-            return F.linear(*(x if x is None else x.float() for x in args)).to(args[1].dtype)
+        weight = args[1] if function is F.linear and len(args) > 1 and not kwargs else None
+        if type(weight) in PLAIN and weight.dtype in HALF and weight.numel() >= LARGE:
+            return F.linear(*(x if x is None else x.float() for x in args)).to(weight.dtype)
         return function(*args, **(kwargs or {}))
 
 
@@ -581,8 +583,8 @@ class Decoder:
             if any(hasattr(module, "base_layer") for module in model.modules()):  # peft's
                 raise ValueError("compile=True reads plain layers: call merge_and_unload() of the "
                                  "adapter before")
-            if odd := {type(p).__name__ for p in model.parameters()} - {"Parameter"}:  # torchao's
-                raise ValueError(f"compile=True reads plain weights, and these are {min(odd)}: "
+            if odd := [type(p).__name__ for p in model.parameters() if type(p) not in PLAIN]:
+                raise ValueError(f"compile=True reads plain weights, and these are {odd[0]}: "
                                  "leave it out, or load with a quantization_config instead")
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)

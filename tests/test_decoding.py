@@ -583,7 +583,12 @@ def test_products_in_fp32_are_rounded_once(quantized, dtype, monkeypatch):
         plain = layer(x)  # small: left as it is
         monkeypatch.setattr(decoding, "LARGE", 0)
         converted = layer(x)
-    assert dtypes == [{dtype}, {torch.float32}] and converted.dtype == dtype
+        if not quantized:  # what InFp32 does not know runs as it is
+            linear, bias = torch.nn.functional.linear, layer.bias + 9
+            named = linear(x, layer.weight, bias=bias)
+            assert torch.equal(named, linear(input=x, weight=layer.weight, bias=bias))
+            torch.testing.assert_close(named - 9, plain, rtol=2**-4, atol=2**-4)
+    assert dtypes[:2] == [{dtype}, {torch.float32}] and converted.dtype == dtype
     weight = layer.unpacked() if quantized else layer.weight.float()
     exact = x.float() @ weight.T + layer.bias.float()
     torch.testing.assert_close(converted.float(), exact, rtol=2**-7, atol=2**-9)
