@@ -5,7 +5,7 @@ from small import K, V, small_model
 from torch.nn.utils.parametrize import is_parametrized
 
 from chameleon import ChameleonForConditionalGeneration
-from tiny_world.code_rows import CodeRows, add_code_rows, bake, standardize
+from tiny_world.code_rows import LORA, CodeRows, add_code_rows, add_learned, bake, standardize
 
 
 def with_code_rows() -> ChameleonForConditionalGeneration:
@@ -74,3 +74,19 @@ def test_plain_tables_say_the_same_and_load_without_the_map(tmp_path):
         model.save_pretrained(tmp_path)
         plain = ChameleonForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
         assert torch.equal(plain(ids, mask_image_logits=False).logits, wanted)
+
+
+def test_rows_that_learn_are_fp32_whatever_the_rest_is_and_lora_reaches_every_matrix():
+    model = small_model().bfloat16()
+    before = model.lm_head.weight.detach().clone()
+    assert add_learned(model, "image-head") is None
+    (rows,) = (p for p in model.parameters() if p.requires_grad)
+    assert rows.dtype == torch.float32 and torch.equal(model.lm_head.weight, before)
+    layer = model.model.layers[0]
+    matrices = {name.split(".")[-1] for name, part in layer.named_modules()
+                if isinstance(part, torch.nn.Linear)}
+    assert matrices == set(LORA["target_modules"])
+
+
+def test_a_codebook_of_equal_vectors_is_measured_too():
+    assert not standardize(torch.ones(9, 4)).any()

@@ -140,6 +140,24 @@ def test_what_is_no_picture_or_does_not_fit_is_a_message(tiny, tmp_path, monkeyp
     assert "memory is not enough" in ask(visit, "Hello", [], "Answer")[-1][1]
 
 
+@pytest.mark.parametrize("error", [OSError("no such device"), MemoryError()])
+def test_what_stops_an_answer_is_a_message(tiny, monkeypatch, error):
+    def stopped(*_, **__):
+        raise error
+
+    monkeypatch.setattr("chameleon_extras.chat.stream", stopped)
+    visit = Visit(Conversation(*tiny))
+    said = ask(visit, "Hello", [], "Answer")[-1][1]
+    assert visit.messages[-1][0] == "assistant" and re.fullmatch(r"\(.+\)", said)
+
+
+def test_a_walk_needs_no_decoder_and_a_photograph_is_shown_small(tiny, monkeypatch):
+    monkeypatch.setattr(tiny[0].model.vqmodel, "decoder", None)
+    codes = tiny[0].model.vocabulary.code_to_id[:81][None]
+    assert demo.decoded(tiny[0], codes).getcolors() == [(216 * 216, (128, 128, 128))]
+    assert large(Image.new("RGB", (4000, 2000))).size == (432, 216)
+
+
 def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr("chameleon_extras.command.load_model", None)

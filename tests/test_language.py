@@ -148,6 +148,86 @@ def words_of(scene: Scene) -> set[str]:
     return {scene.background} | {w for t in scene.things for w in (t.colour, t.shape)}
 
 
+def test_a_drawing_that_shows_more_is_wrong_and_the_order_is_free():
+    request = language.Request("", ({"colour": "blue"}, {"colour": "red"}), background="white")
+    assert language.fulfils(TWO, request)
+    assert not language.fulfils(Scene("black", TWO.things), request)
+    third = Thing("green", "star", "small", (2, 2))
+    assert not language.fulfils(Scene("white", (*TWO.things, third)), request)
+
+
+def fits(name: str, thing: Thing) -> bool:
+    """Does "small red shape" name this thing?"""
+    known = {"shape", "object", thing.size, thing.colour, thing.shape}
+    return set(name.split()) <= known
+
+
+def test_every_statement_is_true():
+    """Read back by other means than those that made it."""
+    generator, kinds = rng(14), set()
+    words = {"above": (0, -1), "below": (0, 1),  # the axis, and the first one's side on it
+             "to the left of": (1, -1), "to the right of": (1, 1)}
+    for scene in scenes(1000, seed=14):
+        said = language.state(generator, scene).removesuffix(".")
+        if said in ("There is one shape", "There are two shapes", "There are three shapes"):
+            kinds.add("count")
+            assert ["one", "two", "three"].index(said.split()[2]) == len(scene.things) - 1
+        elif said.startswith("The background is "):
+            kinds.add("background")
+            assert said.endswith(scene.background)
+        elif said.startswith("There is no "):
+            kinds.add("absence")
+            assert not any(fits(said.removeprefix("There is no "), t) for t in scene.things)
+        elif relation := next((w for w in words if f" is {w} the " in said), None):
+            kinds.add("relation")
+            names = said.removeprefix("The ").split(f" is {relation} the ")
+            (a,), (b,) = ([t for t in scene.things if fits(name, t)] for name in names)
+            axis, sign = words[relation]
+            assert (a.place[axis] - b.place[axis]) * sign > 0
+        elif said.startswith("A "):
+            kinds.add("place")
+            assert said in {f"A {t} is {world.PLACES[t.place]}" for t in scene.things}
+        else:  # a thing, which is named without one of its fields
+            kinds.add("thing")
+            name, whole = said.removeprefix("The ").split(" is a ")
+            (thing,) = (t for t in scene.things if fits(name, t))
+            assert whole == str(thing)
+    assert len(kinds) == 6
+
+
+def test_what_is_asked_for_is_named_once_and_never_in_the_question():
+    generator, orders = rng(15), set()
+    for scene in scenes(600, seed=15):
+        for kind in ("colour", "shape", "size", "place"):
+            turn = QUESTIONS[kind](generator, scene)
+            if turn and kind != "place":
+                name = turn[1].split(" The ")[-1].split(" is ")[0]
+                (thing,) = (t for t in scene.things if fits(name, t))
+                assert getattr(thing, kind) not in name.split()
+        turn = language.ask_relation(generator, scene)
+        if turn and turn[0].startswith("What is"):
+            assert len(scene.things) == 2  # of three, two may be there
+        if turn and " or " in turn[0]:
+            answer = turn[1].rsplit(". ", 1)[-1].removesuffix(".").lower()
+            either = turn[0].split(" or ")[0]
+            orders.add((answer, either.endswith((answer, f"{answer} of"))))
+    assert len(orders) == 8  # each answer, named first or second
+
+
+def test_every_number_is_counted_and_every_kind_of_wish_is_named():
+    generator, numbers, named = rng(16), [], []
+    for scene in scenes(600, seed=16, count=3):
+        numbers.append(language.ask_count(generator, scene)[1].rsplit(". ", 1)[-1])
+    for scene in scenes(600, seed=17, count=1):
+        request = language.ask_drawing(generator, scene)
+        named += ["background"] * bool(request.background) + list(request.things[0])
+        assert request.text.endswith("background") == bool(request.background)
+    for number in language.NUMBERS:
+        assert numbers.count(f"{number}.") > 60
+    for field, share in dict(colour=1, shape=1, size=0.5, place=0.3, background=0.5).items():
+        assert abs(named.count(field) / 600 - share) < 0.08, field
+
+
 def test_pairs_share_what_they_say():
     generator, found = rng(9), set()
     for n in range(300):

@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from small import SIZES, VQ, ended, start_two
 
 from chameleon import ChameleonConfig
-from chameleon_extras.parallel import check_ranks, ranks
+from chameleon_extras.parallel import check_ranks, join, ranks
 
 TESTS = Path(__file__).resolve().parent
 
@@ -96,6 +97,14 @@ def test_a_number_of_processes_that_does_not_divide_is_one_clear_line(changes, N
         check_ranks(ChameleonConfig(**SIZES | changes, vq_config=VQ), N)
 
 
+def test_a_process_without_a_device_of_its_own_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in dict(LOCAL_RANK="2", WORLD_SIZE="3").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="3 processes for 2 CUDA devices: start one for each"):
+        join(torch.device("cuda"))
+
+
 def test_one_process_is_not_parallel(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert ranks() == 1
@@ -104,6 +113,7 @@ def test_one_process_is_not_parallel(monkeypatch):
 @pytest.mark.parametrize("changes, kind, message", [
     (dict(hidden_size=256, intermediate_size=192), "int4",
      "2 processes cannot share 192 inputs in 4-bit groups"),
+    (dict(hidden_size=256, intermediate_size=192), "nf4", "192 inputs in 4-bit groups of 64"),
     (dict(hidden_size=128), "int4", "128 inputs in 4-bit groups of 128: take --quantize int8"),
 ])
 def test_weights_that_cannot_be_cut_are_refused_before_they_are_read(changes, kind, message):

@@ -3,8 +3,10 @@
 import argparse
 import csv
 import json
+import re
 import shutil
 import types
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small import SIZES, V, ended, randomize, scrambled_vocabulary, start_two
+from small import SIZES, V, ended, left_padded, randomize, scrambled_vocabulary, start_two
 from small import VQ as SMALL_VQ
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -186,6 +188,81 @@ def test_codes_alike_are_the_nearest_of_the_codebook(tmp_path):
         assert set(pictures.alike[code]) == set(distance.topk(4, largest=False).indices.tolist())
 
 
+def test_words_of_a_document_are_about_the_pictures_in_it(corpus, monkeypatch):
+    """Each word is replaced by the numbers of the scenes that it is made from."""
+    number = {scene: n for n, scene in enumerate(corpus.pictures.scenes())}
+    codes, made, kinds = corpus.writer.codes, [], set()
+    edits = [tuple(number[scene] for scene in pair) for pair in corpus.pictures.edits]
+    owner = {codes[scene].tobytes(): n for scene, n in number.items()}
+
+    def number_of(part):  # of a Scene or a Picture
+        return owner[(part.codes if isinstance(part, documents.Picture) else codes[part]).tobytes()]
+
+    def named(kind):
+        return lambda *given, **_: f"#{kind} " + " ".join(
+            str(number.get(x, -1)) for x in given if isinstance(x, world.Scene))
+
+    def keep(*parts):
+        made.append([part if isinstance(part, str) else number_of(part) for part in parts])
+        return Document([5])
+
+    twice = {kind: lambda *given, kind=kind, **_: (named(kind)(*given),) * 2 for kind in (
+        "ask", "ask_difference", "ask_which", "ask_common", "ask_both")}
+    monkeypatch.setattr(documents.language, "QUESTIONS", dict.fromkeys(
+        documents.ASKED, twice.pop("ask")))
+    for name, words in (twice | {kind: named(kind) for kind in (
+            "caption", "look", "state", "ask_edit")}).items():
+        monkeypatch.setattr(documents.language, name, words)
+    monkeypatch.setattr(documents.language, "ask_drawing", lambda _, scene: (
+        documents.language.Request(named("draw")(scene), ())))
+    monkeypatch.setattr(corpus, "shares", (0.0, 0.0))
+    writer = types.SimpleNamespace(
+        codes=corpus.writer.codes, completion=keep,
+        chat=lambda *turns: keep(*(part for turn in turns for side in turn for part in side)),
+        branches=lambda shared, turns, image, room: (
+            weights.append(image) or keep(*shared, *(text for turn in turns for text in turn))))
+    monkeypatch.setattr(corpus, "writer", writer)
+    for draw, weight in ((corpus.sft, 0.0), (corpus.pretrain, documents.IMAGE_WEIGHT)):
+        weights = []
+        for _ in range(300):
+            draw(256)
+        assert set(weights) == {weight}  # a given picture is not in the loss of an answer
+    for parts in made:
+        pictures = [part for part in parts if isinstance(part, int)]
+        for place, part in enumerate(parts):
+            for kind, scenes in re.findall(r"#(\w+) ([\d ]+)", str(part)):
+                about = [int(n) for n in scenes.split()]
+                after = [part for part in parts[place:] if isinstance(part, int)]
+                if not pictures:
+                    assert kind in ("caption", "look", "state")
+                elif kind in ("draw", "caption"):  # of the picture that follows, or that was last
+                    assert about == (after or pictures)[:1], parts
+                elif len(about) == 2:
+                    assert about == pictures, parts
+                else:
+                    assert about == pictures[:1], parts
+                assert kind != "ask_edit" or tuple(about) in edits
+                kinds.add((kind, len(pictures)))
+    assert len(kinds) > 15
+    firsts = {parts[2].split()[0] for parts in made if list(map(type, parts[:3])) == [int, int, str]
+              and len(parts) > 4}  # in branches; what comes last may not fit
+    assert len(firsts) == 4
+
+
+def test_the_weights_of_plain_documents_by_hand(corpus, tokenizer):
+    scene = corpus.pictures.singles[0]
+    S, some = len(corpus.writer.codes[scene]), documents.IMAGE_WEIGHT
+    words = [1.0] * len(tokenizer.text_ids("A star."))
+    whole = corpus.writer.completion("A star.", scene)  # of <s> nothing foretells
+    assert whole.weight == [0.0, *words, 1.0, *[some] * S, 1.0, 1.0]
+    assert whole.ids[-1] == tokenizer.eos_token_id
+    for shared in (scene, "A star."):
+        for image in (0.0, some):
+            document = corpus.writer.branches((shared,), [("Why?", "So.")], image, 200)
+            begun = document.branch.count(0)
+            assert document.weight[:begun] == [0.0, *[image] * (begun - 1)]
+
+
 def test_slips_in_drawings_and_blur_in_prompts_and_nothing_else(corpus, tokenizer):
     rows, slips, blurs = Rows(tokenizer.pad_token_id), 0, 0
     for _ in range(10):
@@ -276,6 +353,38 @@ def test_conclusions_are_practised_without_the_sentence_that_nobody_could_know(c
         first = weight.index(next(w for w in weight if w))  # the first token that counts
         assert tokenizer.decode(ids[turn:first], True) == given + "."
         assert tokenizer.decode(ids[first:-1], True).strip() == concluded and all(weight[first:])
+
+
+def test_a_shared_description_is_not_said_again_and_an_own_one_is_of_an_own_scene(
+        corpus, tokenizer, monkeypatch):
+    def difference(rng, *scenes):
+        before, after = ((s.background, *vars(s.things[0]).values()) for s in scenes)
+        changed.append(sum(a != b for a, b in zip(before, after)))
+        return ask(rng, *scenes)
+
+    changed, ask = [], documents.language.ask_difference
+    monkeypatch.setattr(documents.language, "ask_difference", difference)
+    monkeypatch.setattr(corpus, "rng", rng(1))
+    turn, shared = tokenizer.vocabulary.end_of_turn_id, 0
+    for document in (corpus.practice(384) for _ in range(25)):
+        begun, answers = document.branch.count(0), []
+        for n in range(1, max(document.branch) + 1):
+            ids = [i for i, branch in zip(document.ids, document.branch) if branch == n]
+            answers.append(tokenizer.decode(ids[ids.index(turn) + 1 :], True))
+        seen = tokenizer.decode(document.ids[1:begun], True).strip()
+        if seen:
+            assert not any(seen in answer for answer in answers)
+        else:
+            assert len({answer.split(". ")[0] for answer in answers}) > 1
+        shared += bool(seen)
+    assert 5 < shared < 25 and changed and set(changed) == {1}  # an edit changes one thing
+
+
+def test_statements_begin_with_caption_and_description(corpus):
+    scene = corpus.pictures.singles[0]
+    said = corpus.statements(scene, 4)
+    assert said[:2] == [documents.language.caption(scene), documents.language.look(scene)]
+    assert len(said) == 4 and not set(said[:2]) & set(said[2:])
 
 
 @pytest.mark.parametrize("shares", [(0.0, 0.0), (0.3, 0.2), (1.0, 0.0), (0.0, 1.0)])
@@ -491,6 +600,39 @@ def test_the_learning_rate_warms_up_and_never_grows_again(stage):
     assert rates[top:] == sorted(rates[top:], reverse=True)
 
 
+@pytest.mark.parametrize("stage, step, wanted", [
+    ("pretrain", 0, 0.01), ("pretrain", 500, 0.98 * 0.3**0.5 + 0.02), ("vqvae", 500, 0.51),
+    ("sft", 500, 1.0), ("sft", 750, 0.51), ("sft", 1000, 0.02), ("pretrain", 1000, 0.314)])
+def test_the_learning_rate_by_hand(stage, step, wanted):
+    assert train.rate(stage, step, 1000) == pytest.approx(wanted)
+
+
+def test_the_curves_tell_text_from_pictures(small_model):
+    codes = small_model.model.vocabulary.code_to_id
+    ids = torch.cat((torch.arange(80, 84), codes[:3], torch.tensor([90])))[None]  # (1, 8)
+    batch = dict(ids=ids, read=ids, weight=torch.tensor([[0.0, 0.0, 1, 1, 1, 1, 1, 0]]),
+                 mask=torch.ones(1, 8, 8, dtype=torch.bool), position=torch.arange(8)[None])
+    with torch.no_grad():
+        curves = train.decoder_loss(small_model, batch, 0.0)[1]
+        with autocast(ids.device):
+            logits = small_model(ids, mask_image_logits=False).logits[0, :-1].float()
+    nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    assert curves["text_loss"] == pytest.approx(float(nll[1:3].mean()), rel=1e-3)
+    assert curves["image_loss"] == pytest.approx(float(nll[3:6].mean()), rel=1e-3)
+
+
+def test_what_a_layer_adds_begins_small_and_is_dropped_at_both_ends(tokenizer):
+    options = train.parse(["pretrain", "--out", "x", "--dropout", "0.5"])
+    model = train.build_model(tokenizer, ChameleonVQVAE(vqvae_stage.VQ), options)
+    train.add_parts(model, options)
+    for layer in model.model.layers:
+        adding = (layer.self_attn.o_proj, layer.mlp.down_proj)
+        for part in (layer.self_attn.q_proj, layer.mlp.up_proj, *adding):
+            size = 0.02 / (12**0.5 if part in adding else 1)
+            assert part.weight.std().item() == pytest.approx(size, rel=0.1)
+            assert len(part._forward_hooks) == (part in adding)
+
+
 @pytest.mark.parametrize("swin_norm", [False, True])
 def test_the_query_norm_is_that_of_the_projection_in_the_forward_pass(swin_norm):
     sizes = SIZES | dict(vq_config=SMALL_VQ, vocabulary_map=scrambled_vocabulary())
@@ -559,6 +701,119 @@ def test_duplicates_of_a_background_are_given_to_things():
     codebook.revive(retire=False)  # code 1; code 0 is used more often and stays
     assert torch.allclose(codebook.e[0], z[0], atol=1e-5)
     assert (codebook.e[1] - z[thing[:K]]).abs().sum(1).min() < 1e-5
+
+
+def test_a_network_begins_as_a_nearly_linear_one():
+    torch.manual_seed(0)
+    vq = ChameleonVQVAE(vqvae_stage.VQ).eval()
+    vqvae_stage.initialize(vq)
+    a, b = torch.from_numpy(world.render_pixels([world.sample_scene(rng(n), 3) for n in (1, 2)]))
+    with torch.no_grad():
+        one, two, middle = vq.quant_conv(vq.encoder(torch.stack((a, b, (a + b) / 2))))
+        assert ((one + two) / 2 - middle).norm() < 0.3 * (one - two).norm()
+        block = vq.encoder.mid.block_1
+        x = torch.randn(1, 64, 9, 9)
+        assert torch.equal(block(x), x)  # residual branches begin at zero
+
+
+def test_a_codebook_starts_among_the_vectors_and_no_code_is_left_elsewhere():
+    vq, codebook = small_codebook()
+    vectors = torch.randn(20, 32) + 9
+    codebook.start(vectors.repeat(30, 1), torch.ones(600))
+    assert torch.cdist(codebook.e, vectors).min(1).values.max() < 0.1
+    assert len(vq.quantize.nearest(vectors).unique()) == 20
+    assert torch.equal(codebook.sum, codebook.e) and codebook.count.unique() == 1
+
+
+def test_one_moving_average_by_hand():
+    """A vector of background weighs PLAIN, and is no new home for a dead code."""
+    _, codebook = small_codebook()
+    d, before = codebook.DECAY, codebook.sum.clone()
+    z, thing = torch.randn(2, 32), torch.tensor([True, False])
+    codebook.update(z, torch.tensor([3, 4]), thing, torch.tensor([7, 255]))
+    for n, (code, w) in enumerate(((3, 1 - d), (4, (1 - d) * codebook.PLAIN))):
+        assert codebook.count[code] == pytest.approx(d + w)
+        torch.testing.assert_close(codebook.sum[code], d * before[code] + w * z[n])
+        torch.testing.assert_close(codebook.e[code], codebook.sum[code] / codebook.count[code])
+    assert codebook.uses.nonzero().flatten().tolist() == [3, 4]
+    assert codebook.plain.nonzero().tolist() == [[255, 4]] and torch.equal(codebook.pool, z[:1])
+    many = torch.arange(2005.0)[:, None].expand(-1, 32)
+    zero = torch.zeros(2005, dtype=torch.long)
+    codebook.update(many, zero, zero == 0, zero)
+    assert torch.equal(codebook.pool, many[-2000:])  # the latest
+
+
+@pytest.mark.parametrize("retire", [False, True])
+def test_unused_codes_move_to_things_and_retired_ones_out_of_reach(retire):
+    vq, codebook = small_codebook()
+    z = torch.randn(codebook.K, 32)
+    with torch.no_grad():
+        codebook.e.copy_(z)
+        codebook.sum.copy_(z)
+    codes = torch.cat([torch.arange(codebook.K - 1), torch.tensor([0, 0, 1])])  # never the last
+    thing = torch.cat([torch.arange(codebook.K - 1) > 1, torch.zeros(3, dtype=torch.bool)])
+    codebook.update(z[codes], codes, thing, torch.full((len(codes),), 255))
+    codebook.revive(retire)
+    assert not codebook.uses.any() and not codebook.plain.any()
+    if retire:  # the duplicate alone; an average more leaves it there
+        codebook.update(z[2:3], torch.tensor([2]), torch.tensor([True]), torch.tensor([255]))
+        assert codebook.e[1].min() > 99 and torch.allclose(codebook.e[-1], z[-1])
+        assert 1 not in vq.quantize.nearest(z)
+    else:
+        moved = torch.cdist(codebook.e[[1, -1]], z[2:-1]).min(1).values
+        assert moved.max() < 0.1
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_loss_of_the_vqvae_by_hand(quantized):
+    pixels = torch.full((2, 3, 36, 36), 255 * 0.0078 - 1)  # white
+    pixels[0, :, 10, 20] = -1  # a thing of one pixel
+    error = torch.zeros_like(pixels)
+    error[0, :, 10, 22], error[0, :, 10, 23] = 0.5, -0.2  # two pixels from it, and three
+    z, codes = torch.randn(2, 32, 9, 9), torch.arange(162).view(2, 81)
+    losses = types.SimpleNamespace(commitment=torch.tensor(0.8), perplexity=torch.tensor(7.0))
+    vq = types.SimpleNamespace(
+        encoder=lambda pixels: z, quant_conv=lambda z: z, quantize=lambda z: (z + 1, codes, losses),
+        post_quant_conv=lambda z: z, decoder=lambda z: pixels + error)
+    loss, curves, patches = vqvae_stage.vqvae_loss(vq, pixels, quantized)
+    weights = 2 * 36 * 36 + 5 * 25
+    wanted = (6 * (0.5 + 0.25) + (0.2 + 0.04)) / weights
+    assert float(loss) == pytest.approx(wanted + quantized * vqvae_stage.VQ.beta * 0.8, rel=1e-3)
+    assert curves["psnr"] == pytest.approx(
+        10 * np.log10(4 / ((0.25 + 0.04) / (2 * 36 * 36))), abs=1e-3)
+    if quantized:
+        vectors, chosen, thing, level = patches
+        assert torch.equal(vectors[9 * 2 + 5], z[0, :, 2, 5])
+        assert torch.equal(vectors[-1], z[1, :, 8, 8])
+        assert chosen.tolist() == list(range(162)) and set(level.tolist()) == {255}
+        assert thing.nonzero().tolist() == [[9 * 2 + 5]]
+
+
+def test_the_codebook_waits_for_the_network_and_rests_at_the_end(tmp_path, monkeypatch):
+    """Of 20 steps: from the third on, to the 18th, the last two of which retire duplicates."""
+    called, updated = [], []
+
+    def loss(vq, pixels, quantized):
+        called.append(quantized)
+        return vq.quant_conv.weight.square().sum(), {}, (len(called) - 1,) * quantized
+
+    monkeypatch.setattr(vqvae_stage, "vqvae_loss", loss)
+    monkeypatch.setattr(vqvae_stage, "codebook_sample", lambda *_: (len(called), 0))
+    monkeypatch.setattr(world, "render_pixels", lambda scenes: np.zeros(1))
+    monkeypatch.setattr(Run, "save", lambda *_: None)
+    monkeypatch.setattr(evaluate, "survival", lambda *_: 1.0)
+    book, rates = vqvae_stage.Codebook, []
+    monkeypatch.setattr(book, "EVERY", 1)
+    monkeypatch.setattr(book, "start", lambda self, step, _: updated.append(("start", step)))
+    monkeypatch.setattr(book, "update", lambda self, step: updated.append(step))
+    monkeypatch.setattr(book, "revive", lambda self, retire: updated.append(retire))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: rates.append(
+        self.param_groups[0]["lr"]))
+    assert train.main(["vqvae", "--steps", "20", "--out", str(tmp_path / "o")]) == 0
+    assert called == [False] * 2 + [True] * 18
+    assert updated[0] == ("start", 2) and updated[1::2] == list(range(2, 18))
+    assert updated[2::2] == [False] * 14 + [True] * 2
+    assert rates == [1e-3 * train.rate("vqvae", step, 20) for step in range(20)]
 
 
 def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
@@ -814,6 +1069,24 @@ def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once
     assert seen[:5] != seen[5:]
 
 
+def test_files_of_examples_are_read_in_the_order_of_their_names(tmp_path, monkeypatch):
+    names = [f"{letter}.jsonl" for letter in "bca"]
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"prompt": name, "answer": "x"}))
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([self / name for name in names]))
+    assert [line.prompt for line in documents.read_examples(tmp_path)] == sorted(names)
+
+
+def test_a_line_may_fill_the_context_but_no_more(tmp_path, tiny, monkeypatch):
+    model, processor = tiny
+    examples = documents.read_examples(own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}))
+    length = len(documents.OwnData(examples, model, processor, seed=0).documents[0].ids)
+    for limit in (length, length - 1):
+        monkeypatch.setattr(model.config, "max_position_embeddings", limit)
+        with pytest.raises(ValueError, match="line 1") if limit < length else nullcontext():
+            documents.OwnData(examples, model, processor, seed=0)
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -863,6 +1136,62 @@ def tuned(folder: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
     assert train.main(["sft", "--data", str(own_folder(folder, *ZEBRAS)), "--model", str(TINY),
                        "--out", str(out), *options]) == 0
     return evaluate.load(out)[0].state_dict()
+
+
+def test_a_step_learns_its_own_gradient_and_no_more_than_the_limit(tmp_path, monkeypatch):
+    """Its norm is 0.5, 0.5 again, and 1 where it would be 9."""
+    sizes, norms, factors = iter((0.5, 0.5, 9.0)), [], []
+
+    def loss(model, batch, z_weight):
+        factors.append(z_weight)
+        weight = model.lm_head.parametrizations.weight[0].rows
+        return next(sizes) * weight.sum() / weight.numel() ** 0.5, {}
+
+    def step(self):
+        norms.append(float(self.param_groups[0]["params"][0].grad.norm()))
+
+    monkeypatch.setattr(train, "decoder_loss", loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(train, "QueryNorm", lambda model: lambda: 0.0)
+    tuned(tmp_path, tmp_path / "out", "--steps", "3", "--train", "image-head", "--no-z-loss")
+    assert norms == pytest.approx([0.5, 0.5, 1.0], rel=1e-3) and factors == [0.0] * 3
+
+
+def test_each_line_is_learned_in_each_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "OWN_ROWS", 4)
+    folder = own_folder(tmp_path, *[{"prompt": "Hi", "answer": "Hello"}] * 3)
+    options = train.parse(["sft", "--data", str(folder), "--out", str(tmp_path / "o")])
+    assert train.own_data(train.Run(options))[2] == 3  # 9 lines, 4 a step
+    options.epochs = 1
+    assert train.own_data(train.Run(options))[2] == 1
+
+
+def test_every_stage_begins_with_the_seed_and_the_processor_is_left_as_it_was(tmp_path,
+                                                                             monkeypatch):
+    drawn = []
+    for stage in train.STAGES:
+        monkeypatch.setitem(train.STAGES, stage, lambda run: drawn.append(float(torch.rand(()))))
+    assert train.main(["all", "--out", str(tmp_path / "a"), "--seed", "3"]) == 0
+    torch.manual_seed(3)
+    assert drawn == [float(torch.rand(()))] * len(train.STAGES)
+    assert float(torch.tensor([1e-39]) * 1) > 0  # small numbers are numbers again
+
+
+def test_the_end_of_pretraining_reads_every_second_batch_as_sft(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "trained_tokenizer", lambda run: tokenizer)
+    monkeypatch.setattr(train, "trained_vqvae", lambda run: ChameleonVQVAE(vqvae_stage.VQ))
+    monkeypatch.setattr(Pictures, "encode", lambda self, *_: self)
+    for name in ("sft", "pretrain"):
+        monkeypatch.setattr(Corpus, name, lambda self, room, name=name: drawn.append(name) or (
+            Document([5] * 256, [1.0] * 256, [0] * 256, list(range(256)), [5] * 256)))
+    options = train.parse(["pretrain", "--steps", "20", "--out", str(tmp_path / "o")])
+    batch_of, kinds = train.toy_world("pretrain", Run(options), rng())[-1], []
+    for step in range(20):
+        drawn = []
+        batch_of(step)
+        kinds += {*drawn}
+        assert len(drawn) == train.ROWS
+    assert [step for step, kind in enumerate(kinds) if kind == "sft"] == [17, 19]
 
 
 def test_a_vqvae_that_bf16_cannot_hold_is_written_as_it_was(tmp_path):
@@ -1222,6 +1551,86 @@ def test_the_shipped_checkpoint_still_answers(tiny, row, held_out, questions):
 def test_the_shipped_checkpoint_still_draws(tiny, row, held_out, questions):
     floor = DRAWN[row][held_out] - (1 / 25 if questions == 25 else 0)
     assert evaluate.drawn_right(*tiny, row, questions, held_out) >= floor
+
+
+def test_half_of_the_table_shows_held_out_pairs_and_the_other_half_none(monkeypatch):
+    generator, shown = rng(), []
+    for name, sample in (evaluate.ROWS | evaluate.DRAWINGS).items():
+        for held_out in [False, True] * 8:
+            turns, wanted = sample(generator, held_out)
+            things = [t for turn in turns for part in turn if not isinstance(part, str)
+                      for t in part.things]
+            pairs = [(t.colour, t.shape) for t in things]
+            if not pairs:  # what is to be drawn
+                pairs = [(fields["colour"], fields["shape"]) for fields in wanted.things]
+            assert bool(world.HELD_OUT & set(pairs)) == held_out, name
+            if name == "edit":
+                assert wanted.background and len(wanted.things[0]) == 4
+    monkeypatch.setattr(world, "render_pixels", lambda scenes: 1 / 0 if shown.append(scenes) else 0)
+    for held_out in (False, True):
+        with pytest.raises(TypeError):  # it stops where pictures would be rendered
+            evaluate.survival(None, 9, held_out)
+        assert all(held_out == any((t.colour, t.shape) in world.HELD_OUT for t in scene.things)
+                   for scene in shown.pop())
+
+
+def test_a_share_is_that_of_the_answers_that_are_right_to_the_letter(monkeypatch):
+    def almost(model, processor, conversations):
+        right = [wanted.pop(0) for _ in conversations]
+        return [text if n % 3 else text[:-1] for n, text in enumerate(right)]
+
+    wanted = [text for _, batch in evaluate.batches(evaluate.ROWS, "place", 60, False)
+              for text in batch]
+    monkeypatch.setattr(evaluate, "answer", almost)
+    assert evaluate.accuracy(None, None, "place", 60) == (33 + 6) / 60  # of 50, and of 10
+
+
+def test_the_likelihood_of_a_drawing_is_that_of_its_codes(small_model):
+    prompts = [[0, 80, 90, 72], [0, 85, 72]]
+    codes, logp = evaluate.draw(small_model, left_padded(prompts), 3, 1.0)  # (2, S), (2,)
+    begin = small_model.model.vocabulary.begin_image_id
+    for prompt, own, likely in zip(prompts, codes, logp):  # each alone, without padding
+        ids = torch.tensor([[*prompt, begin, *own]])
+        with torch.inference_mode():
+            logits = small_model(ids, mask_image_logits=False).logits[0, len(prompt) : -1]
+        each = logits.log_softmax(-1)[torch.arange(len(own)), own]
+        assert len(own) == 64 and float(likely) == pytest.approx(float(each.sum()), rel=1e-4)
+
+
+def test_of_several_drawings_the_most_likely_counts(monkeypatch):
+    seeds = []
+
+    def draw(model, inputs, seed, guidance):
+        seeds.append((seed, guidance))
+        return torch.full((2, 4), len(seeds)), torch.tensor([-1.0 * len(seeds), 1.0 * len(seeds)])
+
+    monkeypatch.setattr(evaluate, "draw", draw)
+    monkeypatch.setattr(evaluate, "read", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(evaluate, "decode_pictures", lambda _, best: best[:, 0].tolist())
+    monkeypatch.setattr(world, "read_scene", lambda picture: picture)
+    monkeypatch.setattr(evaluate.language, "fulfils", lambda seen, _: counted.append(seen) or True)
+    model, counted = types.SimpleNamespace(device="cpu"), []
+    assert evaluate.drawn_right(model, None, "edit", 2, guidance=1.5, tries=3) == 1
+    assert counted == [1, 3] and len({seed for seed, _ in seeds}) == 3
+    assert {guidance for _, guidance in seeds} == {1.5}
+
+
+def test_the_table_has_the_ordinary_shares_first_and_the_guided_are_the_best_of_4(monkeypatch,
+                                                                                  capsys):
+    def measure(*given, held_out, **options):
+        asked.append((given[-1], options))
+        return 0.25 if held_out else 0.75
+
+    asked, model = [], types.SimpleNamespace(model=types.SimpleNamespace(vqmodel=None))
+    monkeypatch.setattr(evaluate, "load", lambda *_: (model, None))
+    for name in ("survival", "accuracy", "drawn_right"):
+        monkeypatch.setattr(evaluate, name, measure)
+    evaluate.table(TINY, 10)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 1 + len(evaluate.ROWS) + 2 * len(evaluate.DRAWINGS)
+    assert all(row.endswith(" | 75.0% | 25.0% |") for row in rows)
+    guided = [one for one in asked if one[1]]
+    assert guided == [(3, dict(guidance=1.5, tries=4))] * 2 * len(evaluate.DRAWINGS)
 
 
 def test_the_shipped_codes_keep_colour_and_shape(tiny):

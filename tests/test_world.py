@@ -64,6 +64,33 @@ def test_held_out_compositions_appear_only_when_asked_for():
         assert pairs([a]) | pairs([c]) <= HELD_OUT
 
 
+def test_a_scene_holds_one_held_out_pair_and_nothing_twice():
+    for scene in scenes(300, count=3, held_out=True) + scenes(300, seed=1, held_out=None):
+        pairs = [(t.colour, t.shape) for t in scene.things]
+        assert len(set(pairs)) == len(pairs)
+    for count in (1, 2, 3):
+        for scene in scenes(100, count=count, held_out=True):
+            assert sum((t.colour, t.shape) in HELD_OUT for t in scene.things) == 1
+
+
+def test_scenes_pairs_and_edits_of_each_kind_are_as_frequent_as_they_should_be():
+    generator, kinds = rng(2), []
+    for scene in scenes(1000, seed=2):
+        (thing, *_) = scene.things
+        kinds += [len(scene.things), ("up", thing.dy < 0), ("left", thing.dx < 0)]
+        first, second = world.sample_pair(generator)
+        a, b = first.things[0], second.things[0]
+        kinds += [("shared", a.colour == b.colour, a.shape == b.shape)]
+        kinds += [world.changed(*world.sample_edit(generator))]
+        assert max(abs(thing.dy), abs(thing.dx)) <= world.JITTER
+    wanted = {1: 0.35, 2: 0.4, 3: 0.25, ("up", True): 0.5, ("left", True): 0.5}
+    wanted |= {("shared", colour, shape): 0.25 for colour in (True, False)
+               for shape in (True, False)}
+    wanted |= dict.fromkeys(("colour", "shape", "size", "place", "background"), 0.2)
+    for kind, share in wanted.items():
+        assert abs(kinds.count(kind) / 1000 - share) < 0.06, kind
+
+
 def test_a_twin_differs_in_colours_and_shapes_alone():
     generator, changed = rng(), set()
     for scene in scenes(300):
