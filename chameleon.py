@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import IGNORE, VocabularyMap, check_ids
+from tokenizer import IDS, IGNORE, VocabularyMap, check_ids
 from vqvae import (
     ChameleonVQVAE,
     ChameleonVQVAEConfig,
@@ -65,7 +65,6 @@ from vqvae import (
 )
 
 QK_NORM_EPS = 1e-5  # fixed in the release, whatever rms_norm_eps says
-IDS = (torch.int64, torch.int32)  # dtypes of ids
 
 
 # ---------------------------------------------------------------------------------------------
@@ -686,7 +685,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         synchronizations, so a single token is not checked.
         """
         if getattr(input_ids, "dtype", None) not in IDS or input_ids.ndim != 2:
-            raise ValueError("input_ids must be int64 of shape (B, T), as the processor gives them")
+            raise ValueError("input_ids must be an int64 tensor (B,T), as a processor gives it")
         placeholder, V = self.vocabulary.image_token_id, self.config.vocab_size
         checks = not input_ids.is_meta and (input_ids.shape[1] > 1 or pixel_values is not None)
         if checks and not torch.compiler.is_compiling() and (
@@ -820,7 +819,8 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
-    get_image_tokens = property(lambda self: self.model.get_image_tokens)
+    def get_image_tokens(self, pixel_values: Tensor) -> Tensor:
+        return self.model.get_image_tokens(pixel_values)
 
     def generate(self, *inputs: Tensor, generation_config=None, **options) -> Tensor:
         """As generate.py's, and with a generation_config. Named ids are input_ids or inputs."""
@@ -905,11 +905,13 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
 AutoConfig, AutoModel = ChameleonConfig, ChameleonModel
 AutoModelForImageTextToText = ChameleonForConditionalGeneration
-HOMES = {"AutoTokenizer": "tokenizer", "BitsAndBytesConfig": "chameleon_extras.pretrained"}
+HOMES = dict.fromkeys((
+    "ChameleonProcessor", "ChameleonImageProcessor", "ChameleonImageProcessorPil",
+    "ChameleonImageProcessorFast", "AutoProcessor", "AutoImageProcessor"), "processor") | {
+    "AutoTokenizer": "tokenizer", "BitsAndBytesConfig": "chameleon_extras.pretrained"}
 
 
 def __getattr__(name: str) -> object:
-    home = "processor" if "Processor" in name else HOMES.get(name)
-    if home is None:
+    if name not in HOMES:
         raise AttributeError(f"module 'chameleon' has no attribute {name!r}")
-    return getattr(import_module(home), name)
+    return getattr(import_module(HOMES[name]), name)

@@ -43,9 +43,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from chameleon import IDS, ChameleonConfig, ChameleonForConditionalGeneration, KVCache
+from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from processor import ChameleonImageProcessor
-from tokenizer import StreamDecoder, Tokenizer, VocabularyMap, check_ids
+from tokenizer import IDS, StreamDecoder, Tokenizer, VocabularyMap, check_ids
 from vqvae import Flag, check_fields, real, whole
 
 MODES = ("text", "image", "interleaved")
@@ -622,7 +622,7 @@ def stream(
         raise TypeError(f"generate has no option {min(unknown)!r}; it has {known}")
     o = Options(**options)
     if getattr(input_ids, "dtype", None) not in IDS or input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be int64 of shape (B, T), not {type(input_ids).__name__} "
+        raise ValueError(f"input_ids must be an int64 tensor (B,T), not {type(input_ids).__name__} "
                          f"{getattr(input_ids, 'dtype', '')} {getattr(input_ids, 'shape', '')}")
     if not o.do_sample and o.mode != "image" and (
             o.temperature not in (0, 1) or o.top_k or o.top_p < 1
@@ -678,12 +678,12 @@ def generate(
     """Prompt ids (B, T) -> prompt and answer (B, T + new), ended rows padded.
 
     Further options are those of `stream`. `model.generate(**inputs, ...)` is the same, and takes a
-    GenerationConfig and num_beams=1, too: the arguments of transformers' method of that name.
-    DIFFERS: makes pictures, if asked to. An answer ends at end of turn and with the context, too.
-    Text never contains begin-image, end-image or <image>; transformers masks the codes only. The
-    seed is 0 in each call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the
-    length to 256 new ids, not 20. stop_strings do not begin in the prompt. No
-    generation_config.json is read. TypeError: unknown option.
+    GenerationConfig and what transformers' method takes, such as num_beams=1. TypeError for others.
+    DIFFERS: makes pictures, if asked to. Calls `model.model` and `lm_head`, no `forward` or hook of
+    the whole model. An answer ends at end of turn and with the context, too. Text never contains
+    begin-image, end-image or <image>; transformers masks the codes only. The seed is 0 in each
+    call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the length to 256 new
+    ids, not 20. stop_strings do not begin in the prompt. No generation_config.json is read.
     """
     if max_length is not None and options.get("max_new_tokens") is None and isinstance(
             input_ids, Tensor):  # `stream` refuses what is none

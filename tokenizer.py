@@ -43,6 +43,7 @@ import torch
 BEGIN_IMAGE, END_IMAGE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
 IMAGE_PLACEHOLDERS = ("<image>", "<reserved08707>")  # HF's name, and Meta's for the same id
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
+IDS = (torch.int64, torch.int32)  # dtypes of ids
 IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")
 
 

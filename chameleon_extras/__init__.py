@@ -1,1 +1,1 @@
-"""What surrounds the model and is no part of it. Each file says at its top who needs it."""
+"""What surrounds the model and is no part of it. Each other file says who needs it."""

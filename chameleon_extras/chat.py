@@ -150,7 +150,7 @@ class Terminal:
                     self.answer(line)
                 except (ValueError, OSError, MemoryError, RuntimeError) as error:
                     if isinstance(error, OSError) and error.errno and not error.filename:
-                        raise  # no file: stdout is full, or nobody reads it any more
+                        raise  # not of a file: stdout is full, or has no reader
                     say(line_of(error))  # the chat goes on
             except EOFError:
                 return

@@ -1,4 +1,4 @@
-"""Weights on disk: reads and writes the Hugging Face layout, through memory-mapped files.
+"""Weights on disk: reads (memory-mapped) and writes the layout of Hugging Face.
 
     folder/config.json -----------------> ChameleonConfig --> model on the "meta" device
     folder/model.safetensors -----------> headers: names and shapes --compare--+
@@ -10,7 +10,7 @@ Who needs it: `from_pretrained` and `save_pretrained` of the model, generate.py,
 
 Meta tensors have a shape but no storage, so a 7B model is built at once. Wrong names, shapes and
 dtypes are found before the weights are read, inf and nan after. The memory-mapped tensors become
-the parameters (assign=True). Only a change of dtype makes new tensors beside the file's pages.
+the parameters (assign=True). Another dtype or device, and Meta's shards, make new tensors.
 
 With `quantize="int8"`, each matrix is packed right after it is read, and its pages are freed. So
 memory holds the quantized model and one matrix. A quantized model can be saved, too. Its folder has

@@ -67,12 +67,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+import chameleon
 from chameleon import (
+    ACTIVATIONS,
+    ChameleonAttention,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
     KVCache,
     eager_attention,
-    rotary_table,
     sdpa_attention,
 )
 from chameleon_extras.files import fast_bf16
@@ -109,7 +111,6 @@ CANDIDATES = {  # of a layer's: (dtype of x, of the weights, compiled) -> the fo
 MEASURED = 512  # a measurement pays if a cache has at least so many columns
 LARGE = 2**19  # numbers in a matrix; smaller ones stay in the CPU's caches, no use to measure
 HALF = (torch.bfloat16, torch.float16)  # the dtypes of 16 bits
-PLAIN = (Tensor, nn.Parameter)  # other classes, such as torchao's, multiply in their own way
 WIDTH, OUTPUTS = 2**10, 2**15  # of the matrix that is measured
 MANY = 16  # rows of x from which on fp32 may be faster although each matrix has to be converted
 MANY_CODES = 256  # of a picture from which on bf16 pays; smaller ones are fp32 on every machine
@@ -201,7 +202,8 @@ class InFp32(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         weight = args[1] if function is F.linear and len(args) > 1 and not kwargs else None
-        if type(weight) in PLAIN and weight.dtype in HALF and weight.numel() >= LARGE:
+        plain = type(weight) in (Tensor, nn.Parameter)  # torchao's multiply in their own way
+        if plain and weight.dtype in HALF and weight.numel() >= LARGE:
             return F.linear(*(x if x is None else x.float() for x in args)).to(weight.dtype)
         return function(*args, **(kwargs or {}))
 
@@ -314,9 +316,14 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype,
 def set_attention(model: PreTrainedModel, name: str, compiled: bool = False) -> PreTrainedModel:
     """Sets one of ATTENTIONS in all layers; returns the model."""
     check_attention(name, model.device, model.dtype, compiled)
-    for layer in model.base_model.layers:
-        layer.self_attn.attend = ATTENTIONS[name]
+    for attention in attentions(model):
+        attention.attend = ATTENTIONS[name]
     return model
+
+
+def attentions(module: nn.Module) -> list[ChameleonAttention]:
+    """Also those inside a layer of your own, such as one that wraps another."""
+    return [m for m in module.modules() if isinstance(m, ChameleonAttention)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -411,9 +418,9 @@ class RowProduct(nn.Module):
 
 def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Module:
     """The same module on the same weights, its linear layers as RowProduct where a loop is the
-    fastest form for so many rows of this dtype; nothing is copied. What has hooks stays as it is.
+    fastest form for so many rows of this dtype; nothing is copied. Other code stays as it is.
     """
-    if hooks_of(module):
+    if not is_known(module):  # or the function that `rows_of` gives
         return module
     if isinstance(module, Int4Linear):
         module.prepare(rows, dtype)
@@ -423,8 +430,9 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
         return RowProduct(module) if loop else module
     twin = copy.copy(module)
     twin.training = False  # whatever the model does between two answers: no dropout in a step
-    twin._modules = {name: with_row_products(child, rows, dtype)
-                     for name, child in module.named_children()}
+    # Not named_children(): it leaves out None, and a module that has come before.
+    twin._modules = {name: child and with_row_products(child, rows, dtype)
+                     for name, child in module._modules.items()}
     return twin
 
 
@@ -565,7 +573,8 @@ class Decoder:
             set_attention(model, attention, compiled)
         self.cache = None  # of the last answer that began; `spare`: of one that has ended
         layers = model.base_model.layers
-        if len({layer.self_attn.layer for layer in layers}) < len(layers):
+        self.places = [attention.layer for layer in layers for attention in attentions(layer)]
+        if len(set(self.places)) < len(self.places):
             raise ValueError("two layers have the same place in the cache: give each one's "
                              "self_attn.layer a number of its own, from 0 on")
         kind = kind_of(model)
@@ -583,17 +592,25 @@ class Decoder:
             if any(hasattr(module, "base_layer") for module in model.modules()):  # peft's
                 raise ValueError("compile=True reads plain layers: call merge_and_unload() of the "
                                  "adapter before")
-            if odd := [type(p).__name__ for p in model.parameters() if type(p) not in PLAIN]:
-                raise ValueError(f"compile=True reads plain weights, and these are {odd[0]}: "
-                                 "leave it out, or load with a quantization_config instead")
+            attends = {attention.attend for attention in attentions(model)} - {*ATTENTIONS.values()}
+            if (attends or not is_known(model.model) or len(self.places) != len(layers)
+                    or chameleon.allowed_keys.__module__ != "chameleon"):
+                raise ValueError("compile=True goes through the layers itself, with a mask of its "
+                                 "own: a forward or hook of the whole model, an `attend` or "
+                                 "`allowed_keys` of yours would not act, so leave it out")
+            if odd := {type(p.data).__name__ for p in model.parameters()} - {"Tensor"}:  # torchao's
+                raise ValueError(f"compile=True reads plain weights, and these are {min(odd)}: "
+                                 "leave it out, or quantize by a quantization_config instead")
             self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for all blocks that is a
             # tenth of a step. Here it checks tensors only. The rest holds, because a copy of the
-            # code serves one model, and within it layers that are `alike`.
-            copies = 1 if all(alike(layers[0], layer) for layer in layers) else len(layers)
-            self.blocks = [compile_step(copy_of(block), model.device,
-                                        torch.compiler.keep_tensor_guards_unsafe)
+            # code serves one model, and within it layers that are `alike`. Other code than torch's
+            # and this project's, and hooks, may read anything: with them, all guards stay.
+            known = all(map(is_known, layers.modules()))
+            copies = 1 if known and all(alike(layers[0], x) for x in layers) else len(layers)
+            guards = torch.compiler.keep_tensor_guards_unsafe if known else None
+            self.blocks = [compile_step(copy_of(block), model.device, guards)
                            for _ in range(copies)]
             self.head = compile_step(lambda layer, x: layer(x), model.device)
 
@@ -673,10 +690,10 @@ class Decoder:
         if len(x) not in self.layers:
             self.layers[len(x)] = [with_row_products(layer, len(x), x.dtype)
                                    for layer in model.layers]
-        cos, sin = rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
+        cos, sin = chameleon.rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer, run in zip(self.layers[len(x)], cycle(self.blocks)):
-            n = layer.self_attn.layer  # its place in the cache, also if others were taken out
+        # n: a layer's place in the cache, also if others were taken out
+        for layer, n, run in zip(self.layers[len(x)], self.places, cycle(self.blocks)):
             x = run(layer, x, cos, sin, allowed, k[n], v[n], cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 
@@ -742,7 +759,7 @@ class Decoder:
 def parts(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of. If one of these has changed, it is out of date."""
     places = [getattr(t, "_local_tensor", t).data_ptr() for t in model.state_dict().values()]
-    hooks = [hook for module in model.modules() for hook in hooks_of(module)]
+    hooks = [(type(module).forward, *hooks_of(module)) for module in model.modules()]
     values = [values_of(module) for module in model.base_model.layers.modules()]
     return [model.device, model.dtype, *places, *model.modules(), *hooks, *values]
 
@@ -769,17 +786,24 @@ def hooks_of(module: nn.Module) -> list[Callable]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values(), *own]
 
 
+def is_known(module: object) -> bool:
+    """Is it a module whose code is torch's or this project's, without hooks?"""
+    place = getattr(getattr(module, "forward", None), "__module__", None) or ""
+    act = getattr(module, "act", None)
+    return ((place == "chameleon" or place.startswith(("chameleon_extras.", "torch.nn.modules.")))
+            and not hooks_of(module) and (act is None or act in ACTIVATIONS.values()))
+
+
 def alike(one: nn.Module, other: nn.Module) -> bool:
-    """Can one compiled copy serve both layers? Yes, if they differ only in the values of their
-    tensors and in their place, `layer`. No, if one has a hook.
+    """Can one compiled copy serve both layers, whose code is known? Yes, if they differ only in the
+    values of their tensors and in their place, `layer`.
     """
     def parts_of(layer: nn.Module) -> list:
         rest = [values_of(m, "layer") for m in layer.modules()]
         stored = [(x.dtype, x.stride()) for x in layer.state_dict().values()]
         return [repr(layer), *map(type, layer.modules()), *rest, *stored]
 
-    hooks = any(hooks_of(m) for layer in (one, other) for m in layer.modules())
-    return not hooks and same(parts_of(one), parts_of(other))
+    return same(parts_of(one), parts_of(other))
 
 
 def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:
@@ -787,7 +811,7 @@ def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Deco
 
     The model keeps a compiled one, because it took seconds to make.
     """
-    if all(layer.self_attn.attend is sdpa_attention for layer in model.base_model.layers):
+    if all(attention.attend is sdpa_attention for attention in attentions(model)):
         set_attention(model, "auto")
     if not compiled:
         return Decoder(model, attention=None)

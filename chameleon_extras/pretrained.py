@@ -161,6 +161,7 @@ def resize_embeddings(model: ChameleonPreTrainedModel, new_num_tokens: int | Non
         if head.bias is not None and len(head.bias) != V:
             old, mean = head.bias, float(head.bias.data.mean())
             old.data, old.grad = F.pad(old.data, (0, V - len(old)), value=mean), None
+    model.tie_weights()
     return table
 
 

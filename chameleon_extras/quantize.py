@@ -295,13 +295,15 @@ def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Is it x W^T + b, and no more? A subclass with its own `forward`, such as LoRA, is not."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """Is it x W^T + b? Not with a pre-hook, or a `forward` of its own or of a subclass (LoRA)."""
+    own = getattr(module.forward, "__func__", None) is not nn.Linear.forward
+    return isinstance(module, nn.Linear) and not own and not module._forward_pre_hooks
 
 
 def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     """Puts twins, empty (on the meta device), in place of the decoder's linear layers and, but for
-    nf4, of its head -> {name: the layer that was there}.
+    nf4, of its head -> {name: the layer that was there}. What is not `is_linear` stays as it is; a
+    model with such a layer cannot be loaded again.
 
     ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
     """
@@ -313,7 +315,7 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     twins = {name: empty_twin(layer.in_features, layer.out_features, kind)
              for name, layer in layers.items()}
     for name, twin in twins.items():
-        twin.bias = layers[name].bias
+        twin.bias, twin._forward_hooks = layers[name].bias, layers[name]._forward_hooks
         model.set_submodule(name, twin)
     return layers
 

@@ -48,7 +48,7 @@ def check_sheet(path: Path, pictures: int, side: int, columns: int | None = None
     """ValueError if so many pictures of this side are a `contact_sheet` too large for the file."""
     columns = columns or math.ceil(math.sqrt(pictures))
     kind, rows = picture_format(path), math.ceil(pictures / columns)
-    longest = max(columns, rows) * (side + GAP)
+    longest = max(columns, rows) * (side + GAP) + GAP
     if longest > LONGEST[kind]:
         raise ValueError(f"{path} would be {longest} pixels long, and {kind} holds "
                          f"{LONGEST[kind]}: ask for fewer or smaller ones, or for .png")

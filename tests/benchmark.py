@@ -413,8 +413,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--size", default="mid", choices=SIZES)
     add("--only", help=f"rows, comma-separated: {', '.join((*WRITERS, *OTHERS))}")
-    add("--rounds", type=int, default=5, help="each row runs so often, the median counts")
-    add("--tokens", type=int, default=33, help="to write in a round; codes of a picture, too")
+    add("--rounds", type=int, default=3, help="each row runs so often, the median counts")
+    add("--tokens", type=int, default=17, help="to write in a round; codes of a picture, too")
     add("--threads", type=int, default=1, help="of a CPU; with 1, process time is measured")
     add("--device", default="auto", help="cpu, cuda; auto takes the fastest there is")
     options = parser.parse_args(arguments)

@@ -1,6 +1,7 @@
 """Fixtures that several test files share, and how many processes run the tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Whole folders of tests run in up to four processes, named files and tests in this one."""
     return min(4, CORES) if all(Path(name).is_dir() for name in config.args) else 0
+
+
+@pytest.fixture
+def signals():
+    """Ctrl-C and SIGTERM as at the start of a program; a job in the background ignores Ctrl-C."""
+    new = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in new.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

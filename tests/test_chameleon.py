@@ -190,10 +190,10 @@ def test_labels_that_count_for_nothing_give_no_loss():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (lambda ids: dict(input_ids=ids[0]), "must be int64 of shape \\(B, T\\)"),
-    (lambda ids: dict(input_ids=ids.tolist()), "must be int64 of shape \\(B, T\\)"),
-    (lambda ids: dict(input_ids=ids.to(torch.uint16)), "must be int64 of shape"),
-    (lambda ids: dict(input_ids=ids.to(torch.int16)), "must be int64 of shape"),
+    (lambda ids: dict(input_ids=ids[0]), "must be an int64 tensor \\(B,T\\)"),
+    (lambda ids: dict(input_ids=ids.tolist()), "must be an int64 tensor \\(B,T\\)"),
+    (lambda ids: dict(input_ids=ids.to(torch.uint16)), "must be an int64 tensor"),
+    (lambda ids: dict(input_ids=ids.to(torch.int16)), "must be an int64 tensor"),
     (lambda ids: dict(input_ids=ids + 10**6), "the ids of this model are 0 to"),
     (lambda ids: dict(input_ids=ids, labels=ids * 0 + MODEL.model.vocabulary.image_token_id),
      "hold <image>"),
@@ -230,6 +230,15 @@ def test_a_vocabulary_with_other_codes_than_the_codebook_is_refused():
     del names[image_token_name(63)]
     with pytest.raises(ValueError, match="names 63 image codes, but vq_config has 64"):
         small_model(vocabulary_map=names)
+
+
+def test_resizing_ties_what_the_config_says_is_tied():
+    model = small_model(tie_word_embeddings=True)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    model.resize_token_embeddings(V + 8)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_resizing_keeps_frozen_what_is_frozen():

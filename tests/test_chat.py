@@ -308,6 +308,20 @@ def test_two_conversations_share_a_model(tiny):
     assert torch.equal(both[0].cache.ids, both[1].cache.ids)
 
 
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device", "picture.png"),
+    OSError("picture.png cannot be written, is the disk full?")])
+def test_a_picture_that_cannot_be_saved_does_not_end_the_chat(lines, monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(chat, "save_picture", full)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/draw Draw a star.\n/help\n"))
+    lines.terminal.run()
+    out, err = capsys.readouterr()
+    assert "picture.png" in err and out.endswith(chat.HELP + "\n")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a device that is full")
 @pytest.mark.parametrize("where, message", [
     (">/dev/full", "No space left on device"), ("<&-", "standard input, which is closed"),
@@ -426,18 +440,12 @@ def test_a_drawing_is_the_last_picture_and_a_new_question_sees_its_own_alone(tin
     assert all(prompt[1 : 1 + len(drawing)] == drawing for prompt in prompts[1:3])
 
 
-def test_ctrl_c_ends_an_answer_and_other_signals_the_program(monkeypatch):
+def test_ctrl_c_ends_an_answer_and_other_signals_the_program(monkeypatch, signals):
     ran = []
     monkeypatch.setattr(chat.Terminal, "run", lambda self: ran.extend(
         signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)))
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with stoppable():
-            chat.chat(types.SimpleNamespace(whole=True), 0, {})
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-            signal.signal(number, handler)
+    with stoppable():
+        chat.chat(types.SimpleNamespace(whole=True), 0, {})
     assert ran == [signal.default_int_handler, signal.SIG_DFL]
 
 

@@ -4,23 +4,25 @@ import argparse
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from synthetic import png
 
 import generate as module
-from chameleon import ChameleonForConditionalGeneration
-from chameleon_extras import chat, command, stats
+from chameleon import ChameleonForConditionalGeneration, KVCache
+from chameleon_extras import chat, command, sheets, stats
 from chameleon_extras.decoding import ATTENTIONS
 from chameleon_extras.files import hold
 from chameleon_extras.quantize import quantize_model
@@ -226,6 +228,30 @@ def test_the_peak_of_memory_is_that_of_the_answer(monkeypatch, untrained_folder)
     assert watch.report().endswith("peak memory 2.00 GB")  # not the 1 GB that follows
 
 
+def test_a_speed_is_that_of_the_middle_step_and_its_bytes(monkeypatch, untrained_folder):
+    """Of 2 rows, 4 steps of 1 us, one slow, behind a first one of 9 s; and half of them codes."""
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    monkeypatch.setattr(stats, "bandwidth", lambda device: 1e12)
+    clock, watch = [0.0], stats.Stats(model)
+    monkeypatch.setattr(stats.time, "perf_counter", lambda: clock[0])
+    code = int(model.model.vocabulary.code_to_id[3])
+
+    def steps():
+        for seconds, first in ((9, code), (1e-6, 300), (1e-6, code), (5, 300), (1e-6, code)):
+            clock[0] += seconds
+            yield torch.tensor([first, 300])
+
+    for _ in watch.watch(steps()):
+        clock[0] += 100  # what its caller does with the ids is no part of a step
+    cache = KVCache(model.config, 2, 64)
+    cache.length = 30
+    column = sum(x.nbytes for x in (*cache.k, *cache.v)) / 64
+    read = (stats.step_bytes(model, 3 / 5) + column * 28) * 1e6  # 28 columns in the middle
+    report = watch.report(cache)
+    assert "5 steps of 2 row(s): first after 9.000 s, then 2000000.0 tokens/s (0.00 ms" in report
+    assert f"reads {read / 1e9:.1f} GB/s, {read / 1e10:.0f} % of the 1000.0 GB/s" in report
+
+
 @pytest.mark.parametrize("mode", ["text", "image"])
 def test_stats_are_one_line_on_stderr_and_change_no_answer(run, mode):
     ask = ("--prompt", "abc", "--mode", mode, *(("--out", "a.png") if mode == "image" else ()))
@@ -240,6 +266,48 @@ def test_stats_are_one_line_on_stderr_and_change_no_answer(run, mode):
     steps, first, rate, step, *_, memory = map(float, found.groups())
     assert first > 0 and abs(rate * step / 1000 - 1) < 0.1 and memory > 0.1
     assert steps == 18 if mode == "image" else steps > 1
+
+
+def test_a_sheet_of_decodings_is_in_order_and_its_psnr_is_that_of_the_pixels():
+    """Red and blue come back darker by 0.1 of -1..1, and one value out of reach, which is cut."""
+    pixels = torch.ones(2, 3, 4, 8) * torch.tensor([1.0, -0.5, -0.5])[:, None, None]
+    pixels[1] = pixels[1].flip(0)
+    codes = torch.arange(16).view(2, 8)
+
+    def decode(codes, shape):
+        assert shape == (2, 4)
+        decoded = pixels - 0.1
+        decoded[0, 0, 0, 0] = 1.3  # as 1
+        return decoded
+
+    vq = types.SimpleNamespace(encode=lambda pixels: codes, decode=decode)
+    model = types.SimpleNamespace(model=types.SimpleNamespace(vqmodel=vq), config=(
+        types.SimpleNamespace(vq_config=types.SimpleNamespace(downsampling=2))))
+    sheet, shape, psnr = sheets.there_and_back(model, pixels, 80)
+    assert shape == (2, 4) and sheet.size == (3 * 84 + 4, 2 * 44 + 4)
+    assert psnr == pytest.approx(10 * math.log10(4 / (0.01 * 191 / 192)), abs=1e-3)
+    for row in range(2):
+        seen, again = (sheet.getpixel((4 + 84 * x + 40, 4 + 44 * row + 30)) for x in (0, 2))
+        assert max(seen) > max(again) and seen.index(max(seen)) == 2 * row
+        for n in range(8):  # 20 pixels a side
+            y, x = divmod(n, 4)
+            colour = sheet.getpixel((4 + 84 + 20 * x + 2, 4 + 44 * row + 20 * y + 2))
+            assert colour == ImageColor.getrgb(sheets.code_colour(8 * row + n))
+
+
+@pytest.mark.parametrize("name, pictures, side, columns, fits", [
+    ("a.webp", 9, 5455, None, True), ("a.webp", 9, 5458, None, False),
+    ("a.jpg", 255, 252, 1, True), ("a.JPG", 256, 252, 1, False), ("a.png", 4, 11180, None, True),
+    ("a.png", 4, 11181, None, False)])
+def test_a_sheet_is_refused_before_it_is_drawn_if_its_file_cannot_hold_it(name, pictures, side,
+                                                                         columns, fits):
+    with nullcontext() if fits else pytest.raises(ValueError, match="would"):
+        sheets.check_sheet(Path(name), pictures, side, columns)
+
+
+def test_marks_of_html_in_an_answer_are_text_on_its_page(tmp_path):
+    sheets.write_document(tmp_path / "a", ["<b>1 & 2</b>"])
+    assert "<p>&lt;b&gt;1 &amp; 2&lt;/b&gt;</p>" in (tmp_path / "a" / "document.html").read_text()
 
 
 def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path, untrained_folder):
@@ -566,9 +634,7 @@ def test_another_process_that_writes_meanwhile_has_another_name(run, tmp_path, m
     assert {path.name for path in tmp_path.iterdir()} - before == names
 
 
-def test_a_second_ctrl_c_loses_no_picture(run, tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
+def test_a_second_ctrl_c_loses_no_picture(run, tmp_path, monkeypatch, signals):
     def stopped(steps):
         yield from itertools.islice(steps, 9)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -584,7 +650,7 @@ def test_a_second_ctrl_c_loses_no_picture(run, tmp_path, monkeypatch):
     code, _, err = run("--prompt", "Draw", "--mode", "image", "--count", "4", "--seed", "7")
     assert code == 130 and "picture.png: 4 picture(s), seed 7" in err
     assert len(list(tmp_path.glob("picture*.png"))) == 5 and not list(tmp_path.glob("*.part"))
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_several_files_after_one_option_and_a_prompt_from_stdin(run, monkeypatch):

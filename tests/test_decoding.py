@@ -1,9 +1,11 @@
 """Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
 
 import copy
+import pickle
 import sys
 import threading
 import time
+import types
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,8 +20,17 @@ from small import batch_with_pictures, left_padded, needs_compiler, small_model
 from test_generate import SMALL_S, with_any_logits
 from torch.overrides import TorchFunctionMode
 
+import chameleon
 import generate as module
-from chameleon import ChameleonForConditionalGeneration, KVCache, eager_attention, sdpa_attention
+from chameleon import (
+    ChameleonAttention,
+    ChameleonForConditionalGeneration,
+    ChameleonModel,
+    KVCache,
+    eager_attention,
+    rotary_table,
+    sdpa_attention,
+)
 from chameleon_extras import decoding
 from chameleon_extras.decoding import (
     AT_ONCE,
@@ -104,6 +115,7 @@ def test_every_attention_of_the_cpu_writes_the_same_ids(name):
     ("efficient", "mps", torch.float32, False, "'efficient' is for CUDA: on mps use 'auto'"),
     ("flash", "mps", torch.float32, False, "not there on mps"),
     ("flash", "cuda", torch.float32, False, "needs bfloat16 or float16, not torch.float32"),
+    ("cudnn", "cuda", torch.float32, False, "needs bfloat16 or float16, not torch.float32"),
     ("flash", "cuda", torch.bfloat16, True, "takes no mask, and a compiled step has one"),
 ])
 def test_an_attention_that_is_not_there_is_one_clear_line(name, device, dtype, compiled, message):
@@ -116,6 +128,33 @@ def test_a_kernel_that_refuses_a_case_says_so_and_what_to_use():
     q = torch.randn(1, 4, 3, 8)
     with pytest.raises(ValueError, match="'efficient' cannot run .* on cpu: use 'auto'"):
         ATTENTIONS["efficient"](q, q, q, None, 0.0)
+
+
+def test_an_error_that_has_nothing_to_do_with_kernels_is_passed_on(monkeypatch):
+    def full(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(decoding, "sdpa_attention", full)
+    q = torch.randn(1, 4, 3, 8)
+    with pytest.raises(RuntimeError, match="^CUDA out of memory$"):
+        ATTENTIONS["math"](q, q, q, None, 0.0)
+
+
+def test_a_decoder_asks_whether_a_compiled_step_can_have_the_attention():
+    model = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="takes no mask, and a compiled step has one"):
+        Decoder(model, compiled=True, attention="flash")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_its_user_compiles_may_have_a_cache_of_any_length(dtype, monkeypatch):
+    monkeypatch.setattr(decoding, "MEASURED", 1)  # no measurement while torch traces
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 16, generator=g).to(dtype)
+               for heads, n in ((4, 1), (2, 13), (2, 13)))
+    compiled = torch.compile(auto_attention, backend="eager", fullgraph=True)
+    expected = eager_attention(q, k, v, None, 0.0)[0]
+    torch.testing.assert_close(compiled(q, k, v, None, 0.0)[0], expected, atol=2e-2, rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------------- equal answers
@@ -216,6 +255,56 @@ def test_other_weights_or_another_dtype_make_a_new_compiled_decoder(traced):
         assert torch.equal(model.generate(prompt, **options, compile=True),
                            generate(model, prompt, **options, decoder=False))
         third = model.compiled_decoder
+
+
+def test_what_was_compiled_stays_though_the_model_is_trained_in_between(traced):
+    model, prompt = small_model(), torch.tensor([[0, 80, 81]])
+    options = dict(max_new_tokens=3, eos_token_id=[], compile=True)
+    expected, first = model.generate(prompt, **options), model.compiled_decoder
+    assert torch.equal(model.train().generate(prompt, **options), expected)
+    assert model.compiled_decoder is first and model.model.layers[0].training
+
+
+def test_a_copied_or_pickled_model_begins_without_a_decoder():
+    decoder = Decoder(small_model())
+    assert copy.deepcopy(decoder) is None and pickle.loads(pickle.dumps(decoder)) is None
+
+
+def test_another_part_without_weights_makes_a_compiled_decoder_out_of_date():
+    model = small_model()
+    before = []
+    for act in (torch.nn.Tanh(), torch.nn.Sigmoid()):
+        model.model.layers[1].mlp.act = act
+        assert not decoding.same(before, now := decoding.parts(model))
+        before = now
+    assert decoding.same(before, decoding.parts(model))
+
+
+def test_two_lists_are_the_same_if_nothing_in_them_has_changed_or_was_added():
+    x, device = torch.ones(2), torch.device("cpu")
+    one = (("a", 1.5), ("b", (2, "c")), x, device, None)
+    again = (("a", float("1.5")), ("b", (2, "c")), x, torch.device("cpu"), None)
+    assert decoding.same(one, again)
+    others = [(("a", 1.25), *one[1:]), (one[0], ("b", (3, "c")), *one[2:]), one[:-1], (*one, 4),
+              (one[0], ("b", (2, "c", 4)), *one[2:]), (*one[:2], x.clone(), *one[3:])]
+    for other in others:
+        assert not decoding.same(one, other) and not decoding.same(other, one)
+
+
+class Around(torch.nn.Sequential):
+    """A residual connection around some layers."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def test_layers_that_only_look_alike_are_compiled_apart():
+    linear = lambda: torch.nn.Linear(4, 4)  # noqa: E731
+    acts = [type("Act", (base,), {})() for base in (torch.nn.Tanh, torch.nn.Sigmoid)]
+    assert decoding.alike(Around(Around(linear()), linear()), Around(Around(linear()), linear()))
+    for one, other in ((Around(Around(linear()), linear()), Around(Around(linear(), linear()))),
+                       acts, (linear(), linear().bfloat16())):
+        assert not decoding.alike(one, other)
 
 
 class Steered(torch.nn.Module):
@@ -415,6 +504,17 @@ def test_a_slow_combination_of_weights_and_dtype_says_so(kind, dtype, compiled, 
     assert bool(said) == slow and all("say dtype=torch.bfloat16" in str(w.message) for w in said)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_on_cuda_packed_weights_ask_for_compiled_steps_and_no_other_dtype(kind, traced,
+                                                                          monkeypatch):
+    model = quantize_model(small_model(), kind)
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+    with pytest.warns(UserWarning, match=f"{kind} weights .* say compile=True"):
+        Decoder(model)
+    with warnings.catch_warnings(action="error"):
+        Decoder(model, compiled=True)
+
+
 def test_two_models_of_equal_shapes_do_not_share_code(traced):
     """Only shapes are checked before a compiled block runs: the rest must be its own model's."""
     prompt, options = torch.tensor([[0, 80]]), dict(max_new_tokens=12, eos_token_id=[])
@@ -496,6 +596,27 @@ def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypat
     plain = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[], decoder=False))
     ids = list(stream(model, prompt, max_new_tokens=5, eos_token_id=[], decoder=Decoder(model)))
     assert torch.equal(torch.cat(ids), torch.cat(plain))
+
+
+def test_the_form_whose_best_time_is_the_shortest_is_taken(monkeypatch):
+    """The first time of a loop is that of its compilation."""
+    clock, took = [0.0], {"torch": [5.0] * 4, "loop": [90.0, 9.0, 1.0, 9.0], "fp32": [6.0] * 4}
+
+    def multiplied(a, b, form):
+        clock[0] += took[form].pop(0)
+
+    for name, value in dict(multiplied=multiplied, CLOCK=lambda: clock[0], READ=1,
+                            MEASUREMENTS=[]).items():
+        monkeypatch.setattr(decoding, name, value)
+    sizes, dtypes = ((1, 8), (8, 16), True), (torch.float32, torch.float32)
+    assert decoding.fastest.__wrapped__(*sizes, *dtypes, tuple(took)) == "loop"
+    assert not any(took.values()) and "loop 0.0" in decoding.MEASUREMENTS[0]
+
+
+def test_a_head_whose_weight_is_a_method_has_a_form_too():
+    head = type("Head", (torch.nn.Module,), {"weight": lambda self: None})()
+    assert decoding.form_of(head, 1, torch.float32, False) == "oneDNN"
+    assert decoding.form_of(head, 1, torch.float32, True) == "loop"
 
 
 @needs_compiler
@@ -703,7 +824,7 @@ def test_stats_pass_ids_on_and_count_steps():
     (False, (9, 0), True, "on CUDA needs Triton: pip install triton, or leave it out"),
     (True, (6, 1), True, "compute capability 7.0 or newer: leave it out"),
     (True, (9, 0), False, "needs a C compiler: install gcc, or leave it out"),
-    (True, (9, 0), True, None),
+    (True, (9, 0), True, None), (True, (7, 0), True, None),
 ])
 def test_what_compiling_on_cuda_needs_is_named(triton, capability, compilers, message, monkeypatch):
     monkeypatch.setattr(decoding, "find_spec", lambda name: triton or None)
@@ -746,6 +867,20 @@ def test_compiling_without_a_compiler_is_one_clear_line(monkeypatch):
         Decoder(small_model(), compiled=True)
     with pytest.raises(ValueError, match="not for mps"):
         check_compile(torch.device("mps"))
+
+
+@pytest.mark.parametrize("device, variable", [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_compiler_of_ones_own_is_found_by_its_variable(device, variable, monkeypatch):
+    monkeypatch.setattr(decoding.shutil, "which", lambda name: name if name == "mine" else None)
+    monkeypatch.setattr(decoding, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(decoding.Path, "exists", lambda self: True)  # Python's headers
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "mine" if name == variable else "other")
+    check_compile(torch.device(device))
+    monkeypatch.setenv(variable, "other")
+    with pytest.raises(ValueError, match="needs a C.* compiler"):
+        check_compile(torch.device(device))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python comes with its headers")
@@ -797,7 +932,99 @@ def test_a_hook_acts_in_compiled_steps_too(traced):
     assert not decoding.alike(first, second)
 
 
-def test_weights_that_are_no_plain_tensor_are_not_compiled():
+class OwnAttention(ChameleonAttention):
+    """Another product for each layer, and one that is changed from outside."""
+
+    def forward(self, x, *rest):
+        y, weights = super().forward(x, *rest)
+        return y * self.by / (self.layer + 1) ** 3, weights
+
+
+def test_code_of_ones_own_in_the_layers_acts_in_each_compiled_step(traced):
+    """Such code may read anything, so nothing that was compiled may outlast what it read."""
+    ids, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=4, eos_token_id=[])
+    answers = []
+
+    def compare(model):
+        answers.append(generate(model, ids, **options))
+        assert torch.equal(model.generate(ids, compile=True, **options), answers[-1])
+
+    model, seen, negate = small_model(), [], lambda module, x, y: (-y[0], y[1])
+    for layer in model.model.layers:  # the same hook, moved from layer to layer
+        hook = layer.register_forward_hook(negate)
+        compare(model)
+        hook.remove()
+    by = [1.0]
+    model.model.layers[1].mlp.register_forward_hook(lambda module, x, y: y * by[0])
+    for by[0] in (-1.0, -3.0):
+        compare(model)
+    model.model.layers[0].register_forward_hook(lambda module, x, y: seen.append(y[0]))
+    for _ in range(2):
+        model.generate(ids, compile=True, **options)
+    assert len(seen) == 8
+    model = small_model()
+    for factor in (1.0, -2.0):
+        for layer in model.model.layers:
+            layer.self_attn.__class__, layer.self_attn.by = OwnAttention, factor
+        compare(model)
+    model = small_model()
+    act = torch.nn.LeakyReLU(-9.0)  # twice in one module, and a part that is None
+    model.model.layers[1].mlp = torch.nn.Sequential(
+        torch.nn.Linear(64, 64), act, torch.nn.Linear(64, 64), act)
+    model.model.layers[0].mlp.register_module("nothing", None)
+    compare(model)
+    model = small_model()
+    for layer in model.model.layers:
+        layer.mlp.act = lambda x: x.abs() * by[0]
+    for by[0] in (3.0, -3.0):
+        compare(model)
+    assert len({str(answer) for answer in answers}) == len(answers)
+
+
+def test_rope_of_ones_own_acts_in_compiled_steps_too(traced, monkeypatch):
+    model, ids = small_model(), torch.tensor([[0, 80, 81]])
+    options = dict(max_new_tokens=4, eos_token_id=[])
+    own = lambda config, positions: rotary_table(config, positions * 3)  # noqa: E731
+    monkeypatch.setattr(chameleon, "rotary_table", own)
+    expected = generate(model, ids, **options)
+    assert torch.equal(model.generate(ids, compile=True, **options), expected)
+
+
+@pytest.mark.parametrize("change", ["hook", "class", "attend", "mask"])
+def test_what_compiled_steps_would_leave_out_is_refused(traced, monkeypatch, change):
+    model, body = small_model(), type("Body", (ChameleonModel,), {"forward": lambda self, *_: None})
+    if change == "hook":
+        model.model.register_forward_hook(lambda module, x, y: y)
+    elif change == "class":
+        model.model.__class__ = body
+    elif change == "attend":
+        model.model.layers[1].self_attn.attend = lambda *arguments: sdpa_attention(*arguments)
+    else:
+        monkeypatch.setattr(chameleon, "allowed_keys", lambda *arguments: None)
+    with pytest.raises(ValueError, match="would not act, so leave it out"):
+        model.generate(torch.tensor([[0, 80]]), compile=True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_wrapped_layer_and_a_changed_head_write_and_draw(traced, compiled):
+    class Steered(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *inputs):
+            y, weights = self.block(*inputs)
+            return y * 0.5, weights
+
+    model, ids = small_model(), torch.tensor([[0, 80, 81]])
+    model.model.layers[1] = Steered(model.model.layers[1])
+    model.lm_head.register_forward_hook(lambda module, x, y: -y)
+    for options in (dict(max_new_tokens=4), dict(mode="image")):
+        plain = generate(model, ids, **options, decoder=False)
+        assert torch.equal(generate(model, ids, **options, compile=compiled), plain)
+
+
+def test_weights_that_are_no_plain_tensor_are_not_compiled(traced):
     """torchao's quantized weights are a subclass of Tensor."""
     model, own = small_model(), type("Int8Tensor", (torch.Tensor,), {})
     layer = model.model.layers[0].mlp.up_proj

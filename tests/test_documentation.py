@@ -672,6 +672,7 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     assert torch.equal(model.generate(inputs=PROMPT), expected)
     with pytest.raises(TypeError, match="multiple values"):
         model.generate(PROMPT, input_ids=PROMPT)
+    assert torch.equal(model.generate(PROMPT.int()), expected)
     with pytest.raises(TypeError, match="multiple values"):
         model.generate(PROMPT, inputs=PROMPT + 1)
     with pytest.raises(ValueError, match="names of one argument"):

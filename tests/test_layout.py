@@ -29,8 +29,8 @@ LATE = {
     ("generate", "stream"): "chameleon_extras.decoding",
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
-LINES = {"chameleon.py": 915, "generate.py": 787, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_472, 30
+LINES = {"chameleon.py": 917, "generate.py": 787, "README.md": 220}
+ALL_LINES, ALL_FILES = 11_503, 30
 
 
 def own_modules(node: ast.stmt) -> list[str]:

@@ -195,8 +195,13 @@ def test_weights_that_are_no_numbers_are_not_packed(kind, value):
 def test_a_linear_layer_that_computes_more_stays_as_it_is(kind):
     """A packed layer would compute only the product."""
     more = type("More", (torch.nn.Linear,), {"forward": lambda self, x: x})
-    model = quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 64), more(64, 64)), kind)
-    assert type(model[0]) is KINDS[kind] and type(model[1]) is more
+    layers = [more(64, 64), *(torch.nn.Linear(64, 64) for _ in range(3))]
+    layers[1].forward = lambda x: -x
+    layers[2].register_forward_pre_hook(lambda module, x: (-x[0],))
+    layers[3].register_forward_hook(lambda module, x, y: y * 0)
+    model = quantize_model(torch.nn.Sequential(*layers), kind)
+    assert list(model[:3]) == layers[:3] and type(model[3]) is KINDS[kind]
+    assert not model[3](torch.ones(1, 64)).any()  # the hook has moved along
 
 
 def test_rows_of_zeros_survive():
