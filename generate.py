@@ -350,9 +350,9 @@ class Contexts:
 
 def rows_of(head: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
     """The head for these ids alone: (..., D) -> (..., len(ids))."""
-    if rows := getattr(head, "rows", None):  # quantized: it has weights of its own kind
-        return rows(ids)
     hooks = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    if not hooks and (rows := getattr(head, "rows", None)):  # quantized: weights of its own kind
+        return rows(ids)
     if type(head) is not nn.Linear or head.bias is not None or hooks:
         return lambda hidden: head(hidden)[..., ids]  # more than weights, such as an adapter's
     part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")

@@ -69,7 +69,6 @@ from torch.overrides import TorchFunctionMode
 
 import chameleon
 from chameleon import (
-    ACTIVATIONS,
     ChameleonAttention,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
@@ -418,9 +417,10 @@ class RowProduct(nn.Module):
 
 def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Module:
     """The same module on the same weights, its linear layers as RowProduct where a loop is the
-    fastest form for so many rows of this dtype; nothing is copied. Other code stays as it is.
+    fastest form for so many rows of this dtype; nothing is copied. What is not `is_known`
+    stays as it is, and so does the function that `rows_of` may give.
     """
-    if not is_known(module):  # or the function that `rows_of` gives
+    if not is_known(module):
         return module
     if isinstance(module, Int4Linear):
         module.prepare(rows, dtype)
@@ -594,10 +594,11 @@ class Decoder:
                                  "adapter before")
             attends = {attention.attend for attention in attentions(model)} - {*ATTENTIONS.values()}
             if (attends or not is_known(model.model) or len(self.places) != len(layers)
-                    or chameleon.allowed_keys.__module__ != "chameleon"):
+                    or place_of(chameleon.allowed_keys) != "chameleon"):
                 raise ValueError("compile=True goes through the layers itself, with a mask of its "
-                                 "own: a forward or hook of the whole model, an `attend` or "
-                                 "`allowed_keys` of yours would not act, so leave it out")
+                                 "own, and each has one ChameleonAttention. A forward or hook of "
+                                 "the whole model, an `attend` or `allowed_keys` of yours would "
+                                 "not act: leave compile out")
             if odd := {type(p.data).__name__ for p in model.parameters()} - {"Tensor"}:  # torchao's
                 raise ValueError(f"compile=True reads plain weights, and these are {min(odd)}: "
                                  "leave it out, or quantize by a quantization_config instead")
@@ -761,7 +762,8 @@ def parts(model: ChameleonForConditionalGeneration) -> list:
     places = [getattr(t, "_local_tensor", t).data_ptr() for t in model.state_dict().values()]
     hooks = [(type(module).forward, *hooks_of(module)) for module in model.modules()]
     values = [values_of(module) for module in model.base_model.layers.modules()]
-    return [model.device, model.dtype, *places, *model.modules(), *hooks, *values]
+    code = [x for x in vars(chameleon).values() if callable(x)]  # one may have been replaced
+    return [model.device, model.dtype, *places, *model.modules(), *hooks, *values, *code]
 
 
 def values_of(module: nn.Module, *left_out: str) -> tuple:
@@ -788,10 +790,18 @@ def hooks_of(module: nn.Module) -> list[Callable]:
 
 def is_known(module: object) -> bool:
     """Is it a module whose code is torch's or this project's, without hooks?"""
-    place = getattr(getattr(module, "forward", None), "__module__", None) or ""
-    act = getattr(module, "act", None)
-    return ((place == "chameleon" or place.startswith(("chameleon_extras.", "torch.nn.modules.")))
-            and not hooks_of(module) and (act is None or act in ACTIVATIONS.values()))
+    if not isinstance(module, nn.Module) or hooks_of(module):
+        return False
+    act = getattr(module, "act", F.silu)
+    ours = ("torch.nn", "chameleon", "chameleon_extras")
+    return getattr(act, "func", act) in (F.silu, F.relu, F.gelu) and all(  # func: of a partial
+        f"{place}.".startswith(tuple(f"{name}." for name in ours))
+        for place in (place_of(module.forward), type(module).__module__))
+
+
+def place_of(function: Callable) -> str:
+    """The module of its code. `__module__` would be that of what functools.wraps has wrapped."""
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def alike(one: nn.Module, other: nn.Module) -> bool:

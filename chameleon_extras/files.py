@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I8": torch.int8, "U8": torch.uint8}
+          "I8": torch.int8, "U8": torch.uint8, "I64": torch.int64, "BOOL": torch.bool}
 
 MAX_PICKLE = 4 * 2**20  # bytes; the pickle of 10,000 tensors has 2 MB
 OLD_PICKLE = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how torch before 1.6 began a file

@@ -295,9 +295,10 @@ def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
 
 
 def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Is it x W^T + b? Not with a pre-hook, or a `forward` of its own or of a subclass (LoRA)."""
+    """Is it x W^T + b? Not with hooks, or a `forward` of its own or of a subclass (LoRA)."""
     own = getattr(module.forward, "__func__", None) is not nn.Linear.forward
-    return isinstance(module, nn.Linear) and not own and not module._forward_pre_hooks
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(module, nn.Linear) and not own and not hooks
 
 
 def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
@@ -315,7 +316,7 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     twins = {name: empty_twin(layer.in_features, layer.out_features, kind)
              for name, layer in layers.items()}
     for name, twin in twins.items():
-        twin.bias, twin._forward_hooks = layers[name].bias, layers[name]._forward_hooks
+        twin.bias = layers[name].bias
         model.set_submodule(name, twin)
     return layers
 

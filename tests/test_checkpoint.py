@@ -531,6 +531,23 @@ def test_weights_are_written_with_the_rights_that_any_new_file_has(folder):
     assert len(modes) == 1
 
 
+class Counted(ChameleonForConditionalGeneration):
+    """A class of one's own with a counter and a flag, as BatchNorm has."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.register_buffer("steps", torch.tensor(3))
+        self.register_buffer("used", torch.tensor([True, False]))
+
+
+def test_counters_and_flags_of_a_class_of_ones_own_are_read_again(tmp_path):
+    model = Counted(small_model().config)
+    model.steps += 4
+    model.save_pretrained(tmp_path)
+    again = Counted.from_pretrained(tmp_path)
+    assert again.steps.item() == 7 and again.used.tolist() == [True, False]
+
+
 def test_a_pickle_may_be_in_several_files(folder):
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -1,6 +1,7 @@
 """Fast steps give the ids of the plain ones, compile once, and wait for nothing they need not."""
 
 import copy
+import functools
 import pickle
 import sys
 import threading
@@ -993,6 +994,7 @@ def test_rope_of_ones_own_acts_in_compiled_steps_too(traced, monkeypatch):
 @pytest.mark.parametrize("change", ["hook", "class", "attend", "mask"])
 def test_what_compiled_steps_would_leave_out_is_refused(traced, monkeypatch, change):
     model, body = small_model(), type("Body", (ChameleonModel,), {"forward": lambda self, *_: None})
+    model.generate(torch.tensor([[0, 80]]), compile=True, max_new_tokens=2)
     if change == "hook":
         model.model.register_forward_hook(lambda module, x, y: y)
     elif change == "class":
@@ -1000,8 +1002,9 @@ def test_what_compiled_steps_would_leave_out_is_refused(traced, monkeypatch, cha
     elif change == "attend":
         model.model.layers[1].self_attn.attend = lambda *arguments: sdpa_attention(*arguments)
     else:
-        monkeypatch.setattr(chameleon, "allowed_keys", lambda *arguments: None)
-    with pytest.raises(ValueError, match="would not act, so leave it out"):
+        own = functools.wraps(chameleon.allowed_keys)(lambda *arguments: None)
+        monkeypatch.setattr(chameleon, "allowed_keys", own)
+    with pytest.raises(ValueError, match="would not act: leave compile out"):
         model.generate(torch.tensor([[0, 80]]), compile=True)
 
 
@@ -1018,10 +1021,18 @@ def test_a_wrapped_layer_and_a_changed_head_write_and_draw(traced, compiled):
 
     model, ids = small_model(), torch.tensor([[0, 80, 81]])
     model.model.layers[1] = Steered(model.model.layers[1])
-    model.lm_head.register_forward_hook(lambda module, x, y: -y)
-    for options in (dict(max_new_tokens=4), dict(mode="image")):
-        plain = generate(model, ids, **options, decoder=False)
-        assert torch.equal(generate(model, ids, **options, compile=compiled), plain)
+    answers = []
+    for quantize in (False, True):
+        model.lm_head = torch.nn.Linear(64, 160, bias=False)
+        model.lm_head.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        model.lm_head = quantize_model(model, "int8").lm_head if quantize else model.lm_head
+        for _ in range(2):
+            model.lm_head.register_forward_hook(lambda module, x, y: -y)
+            for options in (dict(max_new_tokens=4), dict(mode="image", image_temperature=0.0)):
+                plain = generate(model, ids, **options, decoder=False)
+                answers.append(str(plain))
+                assert torch.equal(generate(model, ids, **options, compile=compiled), plain)
+    assert answers[0] != answers[2] and answers[1] != answers[3] and answers[5] != answers[7]
 
 
 def test_weights_that_are_no_plain_tensor_are_not_compiled(traced):
