@@ -678,7 +678,7 @@ def generate(
     """Prompt ids (B, T) -> prompt and answer (B, T + new), ended rows padded.
 
     Further options are those of `stream`. `model.generate(**inputs, ...)` is the same, and takes a
-    GenerationConfig and what transformers' method takes, such as num_beams=1. TypeError for others.
+    GenerationConfig, and options that change nothing, such as num_beams=1. TypeError for others.
     DIFFERS: makes pictures, if asked to. Calls `model.model` and `lm_head`, no `forward` or hook of
     the whole model. An answer ends at end of turn and with the context, too. Text never contains
     begin-image, end-image or <image>; transformers masks the codes only. The seed is 0 in each

@@ -413,7 +413,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / c.num_embeddings, 1 / c.num_embeddings)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (N, E) -> codes (N,), the first of equally near ones. `encode` calls this, no `forward`
+        """z (N, E) -> codes (N,), the first of equals. `encode` calls this, not `forward`
 
             k = argmin_j |z - e_j|^2      (VQ-VAE, equations 1 and 2)
         """

@@ -33,7 +33,8 @@ matrix times vector   Libraries for matrix products are made for many rows. For 
 waiting               Reading an id is a GPU synchronization. So ids are read one step later, while
                       the next step already runs. Inside a picture, nothing else is read.
 
-One block is compiled, and its code serves all blocks, since they differ in their tensors only.
+One block is compiled, and its code serves all blocks, since they differ in their tensors only (if
+none has hooks or code of your own; such blocks are compiled one by one).
 That takes a sixth of the time of compiling the whole step, at the same speed. q, k, v and gate, up
 are not joined into one matrix each: on CUDA the compiler puts their loops into one launch
 (`combo_kernels`), and on a CPU joining would save 2 %.
@@ -417,8 +418,8 @@ class RowProduct(nn.Module):
 
 def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Module:
     """The same module on the same weights, its linear layers as RowProduct where a loop is the
-    fastest form for so many rows of this dtype; nothing is copied. What is not `is_known`
-    stays as it is, and so does the function that `rows_of` may give.
+    fastest form for so many rows of this dtype; nothing is copied. What is not `is_known` stays as
+    it is, and so does the function that `rows_of` may give.
     """
     if not is_known(module):
         return module

@@ -117,14 +117,13 @@ def pretend_cuda() -> None:
 
 def code(kind: str, B: int) -> str:
     """The code that torch.compile writes for a layer and B rows. kind: "bf16" or one of KINDS."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from chameleon import ChameleonConfig, ChameleonDecoderLayer
     from chameleon_extras import decoding
     from chameleon_extras.quantize import KINDS
 
     nn.init.kaiming_uniform_ = lambda t, *_, **__: t
-    decoding.Tensor = FakeTensor  # what `with_row_products` takes for a plain tensor
     torch.set_default_dtype(torch.bfloat16)
     c = ChameleonConfig()
     shape = B, c.num_key_value_heads, COLUMNS + decoding.UNREAD, c.head_dim
