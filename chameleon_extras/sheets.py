@@ -3,7 +3,7 @@
     pictures --contact_sheet--> one picture          text and pictures --write_document--> a folder
     pixels (N, 3, H, W) --there_and_back--> each picture, its codes, and their decoding
 
-Who needs it: command.py, chat.py, demo.py, explain.py and tiny_world/figures.py.
+Who needs it: command.py, chat.py, demo.py, explain.py and tests/figures.py.
 """
 
 import base64

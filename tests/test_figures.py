@@ -1,14 +1,15 @@
-"""tiny_world/figures.py: the figures show what the checkpoint computes and what training logged."""
+"""tests/figures.py: the figures show what the checkpoint computes and what training logged."""
 
 import re
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
+import figures
 import pytest
 from PIL import Image
 
 from generate import generate
-from tiny_world import evaluate, figures
+from tiny_world import evaluate
 
 pytestmark = pytest.mark.docs
 

@@ -22,13 +22,14 @@ sys.path.insert(0, str(ROOT))  # when it is run as a script
 import benchmark  # noqa: E402
 import cuda_code  # noqa: E402
 import cuda_report  # noqa: E402
+import figures  # noqa: E402
 import image_head  # noqa: E402
 
 import generate as module  # noqa: E402
 import train  # noqa: E402
 from chameleon_extras import command, convert, explain  # noqa: E402
 from processor import load_image  # noqa: E402
-from tiny_world import evaluate, figures, vqvae_stage  # noqa: E402
+from tiny_world import evaluate, vqvae_stage  # noqa: E402
 from tiny_world.documents import Corpus  # noqa: E402
 from vqvae import ChameleonVQVAEConfig  # noqa: E402
 
@@ -105,7 +106,7 @@ def test_the_python_examples_run(monkeypatch, capsys):
 
 PROGRAMS = {
     "generate.py": module.main, "train.py": train.main, "-m chameleon_extras.convert": convert.main,
-    "-m tiny_world.figures": figures.main, "tests/benchmark.py": benchmark.main,
+    "tests/figures.py": figures.main, "tests/benchmark.py": benchmark.main,
     "tests/cuda_report.py": cuda_report.main, "tests/image_head.py": image_head.main,
     "tests/cuda_code.py": cuda_code.main,
 }  # fmt: skip

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 from unittest import mock
 
+import figures
 import numpy as np
 import pytest
 import torch
@@ -22,7 +23,7 @@ from chameleon_extras.parallel import own_part
 from chameleon_extras.quantize import quantize_model
 from generate import stream
 from processor import ChameleonImageProcessor, ChameleonProcessor
-from tiny_world import documents, evaluate, figures, vqvae_stage, world
+from tiny_world import documents, evaluate, vqvae_stage, world
 from tiny_world.code_rows import add_code_rows, add_learned
 from tiny_world.documents import Pictures
 from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
@@ -30,7 +31,7 @@ from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig
 pytestmark = pytest.mark.docs
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [path for folder in ("", "chameleon_extras", "tiny_world")
-           for path in sorted((ROOT / folder).glob("*.py"))]
+           for path in sorted((ROOT / folder).glob("*.py"))] + [ROOT / "tests" / "figures.py"]
 
 
 # ---------------------------------------------------------------------------------------------

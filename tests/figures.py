@@ -1,8 +1,8 @@
 """Draws figures of README.md and tiny/README.md from a checkpoint and from logged curves.
 
-    python -m tiny_world.figures tiny                         the figures of a checkpoint
-    python -m tiny_world.figures tiny --curves tiny.train/curves.csv
-    python -m tiny_world.figures tiny --curves with=a/curves.csv "no z-loss=b/curves.csv"
+    python tests/figures.py tiny                              the figures of a checkpoint
+    python tests/figures.py tiny --curves tiny.train/curves.csv
+    python tests/figures.py tiny --curves with=a/curves.csv "no z-loss=b/curves.csv"
 
     checkpoint --generate--> stream.svg      one row of ids: text, a picture, text
                          --> codes.png       pictures, their codes, and the pictures decoded again
@@ -28,9 +28,12 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from chameleon_extras.explain import Names
-from chameleon_extras.files import OneLineParser, exit_code, write_atomically
-from chameleon_extras.sheets import (
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # when it is run as a script
+
+from chameleon_extras.explain import Names  # noqa: E402
+from chameleon_extras.files import OneLineParser, exit_code, write_atomically  # noqa: E402
+from chameleon_extras.sheets import (  # noqa: E402
     code_colour,
     contact_sheet,
     data_uri,
@@ -38,12 +41,11 @@ from chameleon_extras.sheets import (
     save_picture,
     there_and_back,
 )
-from generate import decode_pictures, generate, pieces, stream
-from processor import ChameleonImageProcessor, load_image
-from tiny_world import language, world
-from tiny_world.evaluate import SEED, load
+from generate import decode_pictures, generate, pieces, stream  # noqa: E402
+from processor import ChameleonImageProcessor, load_image  # noqa: E402
+from tiny_world import language, world  # noqa: E402
+from tiny_world.evaluate import SEED, load  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("figures")  # not examples/figures: a first try must not replace the READMEs' figures
 REQUEST = "Draw a large yellow star above a small blue square."  # for growing.png
 WIDTH, ROW = 920, 44  # of stream.svg, in pixels: its width, and the height of a line of tokens
