@@ -31,6 +31,7 @@ To reuse this file, copy it: it needs torch alone, except for from_pretrained an
 
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -258,28 +259,28 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H/2, W/2): a 3x3 convolution of stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Zeros at the right and at the bottom only, as in VQGAN's code. With padding=1 every
-        # window would start one pixel earlier, and the released weights would give other codes.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+def middle(c: ChameleonVQVAEConfig, channels: int) -> nn.Sequential:
+    """ResBlock, attention (its cost grows with (h w)^2), ResBlock.   (B, C, h, w) -> same"""
+    return nn.Sequential(OrderedDict(
+        block_1=ResBlock(channels, channels, c.dropout),
+        attn_1=AttnBlock(channels) if c.attn_type == "vanilla" else nn.Identity(),
+        block_2=ResBlock(channels, channels, c.dropout)))
 
 
-class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest-neighbour upsampling, then a 3x3 convolution."""
+def downsample(channels: int) -> nn.Sequential:
+    """A 3x3 convolution of stride 2.   (B, C, H, W) -> (B, C, H/2, W/2)"""
+    # Zeros at the right and at the bottom only, as in VQGAN's code. With padding=1 every window
+    # would start one pixel earlier, and the released weights would give other codes.
+    return nn.Sequential(OrderedDict(
+        pad=nn.ZeroPad2d((0, 1, 0, 1)),
+        conv=nn.Conv2d(channels, channels, kernel_size=3, stride=2)))
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+def upsample(channels: int) -> nn.Sequential:
+    """Nearest-neighbour upsampling, then a 3x3 convolution.   (B, C, H, W) -> (B, C, 2H, 2W)"""
+    return nn.Sequential(OrderedDict(
+        nearest=nn.Upsample(scale_factor=2.0, mode="nearest"),
+        conv=nn.Conv2d(channels, channels, kernel_size=3, padding=1)))
 
 
 class Level(nn.Module):
@@ -288,9 +289,6 @@ class Level(nn.Module):
     channels: of the input, then of each block's output. resolution: the height of the maps when
     the picture is c.resolution pixels high.
     """
-
-    downsample: Downsample
-    upsample: Upsample
 
     def __init__(self, c: ChameleonVQVAEConfig, channels: list[int], resolution: int) -> None:
         super().__init__()
@@ -304,19 +302,6 @@ class Level(nn.Module):
         if self.attn:
             return [module for both in zip(self.block, self.attn) for module in both]
         return list(self.block)
-
-
-class Middle(nn.Module):
-    """ResBlock, attention (its cost grows with (h w)^2), ResBlock.   (B, C, h, w) -> same"""
-
-    def __init__(self, c: ChameleonVQVAEConfig, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, c.dropout)
-        self.attn_1 = AttnBlock(channels) if c.attn_type == "vanilla" else nn.Identity()
-        self.block_2 = ResBlock(channels, channels, c.dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
@@ -334,10 +319,10 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             level = Level(c, [previous] + [width] * c.num_res_blocks, c.resolution >> i)
             if i < len(widths) - 1:
-                level.downsample = Downsample(width)
+                level.downsample = downsample(width)
             self.down.append(level)
             previous = width
-        self.mid = Middle(c, previous)
+        self.mid = middle(c, previous)
         self.norm_out = group_norm(previous)
         out_channels = c.latent_channels * (2 if c.double_latent else 1)
         self.conv_out = nn.Conv2d(previous, out_channels, kernel_size=3, padding=1)
@@ -367,12 +352,12 @@ class Decoder(nn.Module):
         widths = [c.base_channels * m for m in c.channel_multiplier]
         previous = widths[-1]
         self.conv_in = nn.Conv2d(c.latent_channels, previous, kernel_size=3, padding=1)
-        self.mid = Middle(c, previous)
+        self.mid = middle(c, previous)
         levels = []
         for i, width in reversed(list(enumerate(widths))):
             level = Level(c, [previous] + [width] * (c.num_res_blocks + 1), c.resolution >> i)
             if i > 0:
-                level.upsample = Upsample(width)
+                level.upsample = upsample(width)
             levels.append(level)
             previous = width
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the full resolution, as in checkpoints
