@@ -298,10 +298,10 @@ class Level(nn.Module):
         self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs if attends)
 
     def steps(self) -> list[nn.Module]:
-        """ResBlocks and attentions in the order in which they run."""
-        if self.attn:
-            return [module for both in zip(self.block, self.attn) for module in both]
-        return list(self.block)
+        """In the order in which they run: each block, with its attention, then the resampling."""
+        blocks = zip(self.block, self.attn) if self.attn else zip(self.block)
+        resampling = [m for name, m in self.named_children() if name in ("downsample", "upsample")]
+        return [*(module for group in blocks for module in group), *resampling]
 
 
 class Encoder(nn.Module):
@@ -334,9 +334,7 @@ class Encoder(nn.Module):
         for level in self.down:
             assert isinstance(level, Level)
             for step in level.steps():
-                x = step(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)  # (B, C, H/2, W/2)
+                x = step(x)  # `downsample`, at the end of a level, halves H and W
         return self.conv_out(swish(self.norm_out(self.mid(x))))  # (B, out_channels, h, w)
 
 
@@ -369,9 +367,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             assert isinstance(level, Level)
             for step in level.steps():
-                x = step(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)  # (B, C, 2h, 2w)
+                x = step(x)  # `upsample`, at the end of a level, doubles H and W
         return self.conv_out(swish(self.norm_out(x)))  # (B, 3, H, W)
 
 
