@@ -295,13 +295,14 @@ class Level(nn.Module):
         pairs = list(zip(channels[:-1], channels[1:]))
         self.block = nn.ModuleList(ResBlock(i, o, c.dropout) for i, o in pairs)
         attends = c.attn_type == "vanilla" and resolution in (c.attn_resolutions or ())
-        self.attn = nn.ModuleList(AttnBlock(o) for _, o in pairs if attends)
+        self.attn = nn.ModuleList(AttnBlock(o) if attends else nn.Identity() for _, o in pairs)
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
 
     def steps(self) -> list[nn.Module]:
-        """In the order in which they run: each block, with its attention, then the resampling."""
-        blocks = zip(self.block, self.attn) if self.attn else zip(self.block)
-        resampling = [m for name, m in self.named_children() if name in ("downsample", "upsample")]
-        return [*(module for group in blocks for module in group), *resampling]
+        """All modules in the order in which they run."""
+        blocks = [module for both in zip(self.block, self.attn) for module in both]
+        return [*blocks, self.downsample, self.upsample]
 
 
 class Encoder(nn.Module):
