@@ -254,11 +254,10 @@ def to_levels(array: np.ndarray) -> tuple[np.ndarray, bool]:
 def center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, C) -> (height, width, C), cut at (H - height) // 2. Zeros fill a smaller picture."""
     top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
-    if top < 0 or left < 0:
-        more_rows, more_columns = max(height - array.shape[0], 0), max(width - array.shape[1], 0)
-        above, before = (more_rows + 1) // 2, (more_columns + 1) // 2
-        array = np.pad(array, ((above, more_rows - above), (before, more_columns - before), (0, 0)))
-    return array[max(top, 0) :, max(left, 0) :][:height, :width]  # (height, width, C)
+    cut = array[max(top, 0) :, max(left, 0) :][:height, :width]
+    crop = np.zeros((height, width, array.shape[2]), array.dtype)  # (height, width, C)
+    crop[max(-top, 0) :, max(-left, 0) :][: cut.shape[0], : cut.shape[1]] = cut
+    return crop
 
 
 # ---------------------------------------------------------------------------------------------
