@@ -431,11 +431,11 @@ def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequ
     ends = torch.tensor(stops, dtype=torch.long, device="cpu")
     texts = [""] * len(readers)
     for ids in steps:
-        ids = ids.cpu()  # (B,)
+        ids = ids.cpu().masked_fill(ended, pad)  # (B,)
         if (ids == NO_ID).any():
             raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
                              "for this dtype")
-        yield ids.masked_fill(ended, pad)
+        yield ids
         ended = ended | torch.isin(ids, ends)  # (B,)
         for row, (reader, i) in enumerate(zip(readers, ids.tolist())):
             texts[row] += reader.feed(i)

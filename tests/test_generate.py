@@ -25,6 +25,7 @@ from test_oracle import pair
 from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, KVCache
 from chameleon_extras.decoding import Decoder, set_attention
 from generate import (
+    NO_ID,
     Grammar,
     choose,
     decode_pictures,
@@ -38,6 +39,7 @@ from generate import (
     sample,
     stop_ids,
     stream,
+    until_ended,
 )
 from tokenizer import Tokenizer, image_token_name
 
@@ -231,6 +233,12 @@ def test_a_model_that_computes_nan_later_stops_there(mode):
     with pytest.raises(ValueError, match="inf or nan"):
         given.extend(steps)
     assert torch.cat(given).tolist() == ids[: later + 1].tolist()
+
+
+def test_a_row_that_has_ended_cannot_stop_the_others():
+    steps = torch.tensor([[80, 80], [2, 80], [NO_ID, 81], [82, 2], [83, 83]])
+    given = list(until_ended(iter(steps), [2], 1, (), []))
+    assert torch.stack(given).tolist() == [[80, 80], [2, 80], [1, 81], [1, 2]]
 
 
 def test_the_smallest_top_p_keeps_the_highest_logit():
