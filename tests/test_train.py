@@ -83,7 +83,8 @@ def test_a_chat_document_is_what_the_processor_makes_plus_the_answer(corpus, tok
     assert document.ids == prompt.tolist() + answer
     weight = documents.CONCLUSION_WEIGHT / len(answer)
     assert document.weight == [0.0] * len(prompt) + [weight] * len(answer)
-    assert document.position == list(range(len(document.ids)))
+    position = documents.packed([[document]], len(document.ids), 0)["position"]
+    assert position.tolist() == [list(range(len(document.ids)))]
 
 
 def test_a_conversation_is_what_the_chat_template_makes_plus_the_last_answer(corpus, tokenizer):
@@ -295,9 +296,11 @@ def test_branches_share_the_picture_and_restart_their_positions(corpus):
     turns = [("What is this?", "A star."), ("How many?", "One."), ("", "There is one shape.")]
     document = corpus.writer.branches((scene,), turns, 0.0, room=1000)
     shared = document.branch.count(0)
+    positions = documents.packed([[document]], 200, 0)["position"][0].tolist()
+    assert not any(positions[len(document.ids) :])  # the padding
     assert shared == len(corpus.writer.codes[scene]) + 3  # <s>, begin image, end image
     for branch in (1, 2, 3):
-        here = [p for p, b in zip(document.position, document.branch) if b == branch]
+        here = [p for p, b in zip(positions, document.branch) if b == branch]
         assert here == list(range(shared, shared + len(here)))
 
 
@@ -1183,7 +1186,7 @@ def test_the_end_of_pretraining_reads_every_second_batch_as_sft(tokenizer, tmp_p
     monkeypatch.setattr(Pictures, "encode", lambda self, *_: self)
     for name in ("sft", "pretrain"):
         monkeypatch.setattr(Corpus, name, lambda self, room, name=name: drawn.append(name) or (
-            Document([5] * 256, [1.0] * 256, [0] * 256, list(range(256)), [5] * 256)))
+            Document([5] * 256, [1.0] * 256, [0] * 256, [5] * 256)))
     options = train.parse(["pretrain", "--steps", "20", "--out", str(tmp_path / "o")])
     batch_of, kinds = train.toy_world("pretrain", Run(options), rng())[-1], []
     for step in range(20):
@@ -1297,7 +1300,7 @@ def test_what_learns_in_part_is_resumed_too(tmp_path, kind, monkeypatch, capsys)
 def test_a_state_holds_the_random_numbers_and_the_documents_that_waited(tmp_path, monkeypatch):
     run, before, after = Run(train.parse(["vqvae", "--out", str(tmp_path / "a")])), rng(3), rng()
     run.extra, model = Rows(0), torch.nn.Linear(1, 1)
-    run.extra.waiting = [Document([5], [1.0], [0], [0], [5])]
+    run.extra.waiting = [Document([5], [1.0], [0], [5])]
     run.save("sft", 4, model, [], before)
     run.extra = Rows(0)
     assert run.resume("sft", model, [], after) == 4 and run.extra.waiting[0].ids == [5]

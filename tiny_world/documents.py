@@ -118,21 +118,15 @@ class Document:
     ids: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)  # of the loss of predicting this token
     branch: list[int] = field(default_factory=list)  # 0 is the shared beginning
-    position: list[int] = field(default_factory=list)
     read: list[int] = field(default_factory=list)  # the inputs: `ids` with some corrupted codes
 
     def add(self, ids: list[int], weight: float | list[float], branch: int = 0,
             read: list[int] | None = None) -> None:
-        """Appends tokens. A new branch starts at the position after the shared beginning."""
-        if branch and branch not in self.branch[-1:]:
-            start = self.branch.count(0)
-        else:
-            start = self.position[-1] + 1 if self.ids else 0
+        """Appends tokens."""
         self.ids += ids
         self.read += read or ids
         self.weight += weight if isinstance(weight, list) else [weight] * len(ids)
         self.branch += [branch] * len(ids)
-        self.position += range(start, start + len(ids))
         assert len(self.read) == len(self.weight) == len(self.ids)  # else `packed` would shift them
 
 
@@ -543,11 +537,13 @@ def packed(rows: list[list[Document]], T: int, pad: int) -> dict[str, Tensor]:
     def filled(lists: Iterable[list], value: float) -> Tensor:
         return torch.tensor([row + [value] * (T - len(row)) for row in lists])  # (B, T)
 
-    fills = {"ids": pad, "read": pad, "position": 0, "branch": 0, "weight": 0.0}
+    fills = {"ids": pad, "read": pad, "branch": 0, "weight": 0.0}
     batch = {name: filled(([x for document in row for x in getattr(document, name)]
                            for row in rows), value) for name, value in fills.items()}
-    numbers = ([n for n, document in enumerate(row) for _ in document.ids] for row in rows)
-    batch["mask"] = visible(filled(numbers, -1), batch.pop("branch"))  # (B, T, T)
+    document = filled(([n for n, d in enumerate(row) for _ in d.ids] for row in rows), -1)  # (B, T)
+    batch["mask"] = visible(document, batch.pop("branch"))  # (B, T, T)
+    # A token's position is the number of earlier tokens that it attends to; 0 in the padding.
+    batch["position"] = batch["mask"].tril(-1).sum(-1) * (document >= 0)  # (B, T)
     return batch
 
 
