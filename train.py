@@ -456,8 +456,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(prog="train.py", description="Train a tiny Chameleon, or fine-tune.")
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"])
-    add("--out", type=Path, required=True, help="checkpoint folder to write, or to evaluate")
-    add("--state", type=Path, help="folder of saved states and curves.csv (default: OUT.train)")
+    add("--out", type=Path, required=True, help="checkpoint folder to write, or to evaluate; saved "
+        "states and curves.csv are in OUT.train")
     add("--steps", type=int, help="of each stage; a small number makes a smoke run")
     add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
     add("--model", type=Path, default=TINY, help="--data: checkpoint to start from (default: tiny)")
@@ -506,9 +506,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--learning-rate must be between 0 and 1, got {options.learning_rate}")
     options.questions = options.questions or min(200, options.steps or 200)
     options.optimizer = options.optimizer or ("adamw" if options.data else "muon")
-    options.state = options.state or options.out.with_name(options.out.name + ".train")
-    if options.state.resolve() == options.out.resolve():
-        parser.error(f"--state {options.state} is --out, too: name another folder")
     return options
 
 

@@ -830,8 +830,7 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
 
     monkeypatch.setattr(world, "render_pixels", watch)
     monkeypatch.setattr(evaluate, "survival", lambda *_: 1.0)  # slow, and not asked here
-    arguments = ["vqvae", "--steps", "4", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
-    assert train.main(arguments) == 0
+    assert train.main(["vqvae", "--steps", "4", "--out", str(tmp_path / "o")]) == 0
     assert seen[vqvae_stage.BATCH] >= world.HELD_OUT and seen[16] >= world.HELD_OUT
 
 
@@ -859,17 +858,14 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
     (["sft", "--out", "x", "--data", "nowhere"], "--data nowhere is no folder"),
     (["sft", "--out", "x", "--data", "d", "--epochs", "3", "--steps", "2"], "without --steps"),
     (["sft", "--out", "x", "--device", "abacus"], "abacus"),
-    (["sft", "--out", "x", "--state", "file"], "file"),
+    (["sft", "--out", "taken"], "taken.train"),  # a file
     (["sft", "--out", ".."], "--out must be the name"),
     (["sft", "--out", "x", "--seed", str(2**63)], "--seed must be from 0"),
     (["sft", "--out", "x", "--epochs", str(10**9)], "--epochs must be from 1 to 1000000"),
-    (["vqvae", "--out", "x", "--state", "x"], "is --out, too: name another folder"),
-    (["vqvae", "--out", "x", "--state", str(TINY)], "is a checkpoint: name another folder"),
-    (["vqvae", "--out", str(TINY), "--state", "y"], "not trained from y: name another --out"),
 ])
 def test_options_that_cannot_work_are_one_line(tmp_path, monkeypatch, capsys, options, words):
     monkeypatch.chdir(tmp_path)
-    Path("file").touch()
+    Path("taken.train").touch()
     try:
         code = train.main(options)
     except SystemExit as end:
@@ -880,24 +876,26 @@ def test_options_that_cannot_work_are_one_line(tmp_path, monkeypatch, capsys, op
 
 @pytest.mark.parametrize("content", [b"", b"no state", b"PK\x03\x04"])
 def test_a_damaged_state_is_named(tmp_path, capsys, content):
-    (tmp_path / "vqvae.pt").write_bytes(content)
-    arguments = ["vqvae", "--steps", "2", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
+    file, arguments = tmp_path / "o.train" / "vqvae.pt", ["vqvae", "--out", str(tmp_path / "o")]
+    file.parent.mkdir()
+    file.write_bytes(content)
     assert train.main(arguments) == 2
     message = capsys.readouterr().err
     assert "vqvae.pt is damaged" in message and message.count("\n") == 1
     vq = ChameleonVQVAE(vqvae_stage.VQ)
-    torch.save({"model": vq.state_dict(), "step": 2}, tmp_path / "vqvae.pt")
+    torch.save({"model": vq.state_dict(), "step": 2}, file)
     assert train.main(arguments) == 2
     message = capsys.readouterr().err
     assert "vqvae.pt is damaged" in message and message.count("\n") == 1
 
 
 def test_two_runs_never_share_a_state(tmp_path, capsys):
-    arguments = ["vqvae", "--steps", "1", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
-    with hold(tmp_path):
-        assert train.main(arguments) == 2
+    state = tmp_path / "o.train"
+    state.mkdir()
+    with hold(state):
+        assert train.main(["vqvae", "--steps", "1", "--out", str(tmp_path / "o")]) == 2
     message = capsys.readouterr().err
-    assert f"another process writes to {tmp_path}" in message and message.count("\n") == 1
+    assert f"another process writes to {state}" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize("stage", ["vqvae", "sft"])
@@ -1341,48 +1339,11 @@ def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch
     ask = ["sft", "--data", str(folder), "--model", str(TINY), "--steps", "1", "--out"]
     assert train.main([*ask, str(tmp_path / "a")]) == 0
     before = (tmp_path / "mine" / "model.safetensors").read_bytes()
-    assert train.main([*ask, str(tmp_path / "mine"), "--state", str(tmp_path / "a.train")]) == 2
+    (tmp_path / "mine.train").mkdir()  # a command that fails leaves it empty
+    assert train.main([*ask, str(tmp_path / "mine")]) == 2
     assert "mine is a checkpoint that was not trained from" in capsys.readouterr().err
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
-    # A slip in --state changes nothing: the first command still goes on.
-    for out, data in (("b", folder), ("c", tmp_path / "nowhere")):
-        assert train.main(["sft", "--data", str(data), "--out", str(tmp_path / out), "--model",
-                           str(TINY), "--state", str(tmp_path / "a.train")]) == 2
-        assert not (tmp_path / out).exists()
-        assert f"a.train belongs to {tmp_path / 'a'}" in capsys.readouterr().err
-    assert train.main([*ask, str(tmp_path / "a")]) == 0
-
-
-def test_a_full_disk_at_the_start_locks_no_state(tmp_path, monkeypatch):
-    """out.txt, which says whose state it is, is written once and as a whole."""
-    options = train.parse(["vqvae", "--out", str(tmp_path / "a")])
-
-    def full(path, *_, **__):
-        path.touch()
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        with pytest.raises(OSError, match="out.txt"):
-            Run(options)
-    Run(options)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
-        Run(options)  # writes nothing
-    assert (tmp_path / "a.train" / "out.txt").read_text() == f"{Path('..', 'a')}\n"
-
-
-def test_a_state_belongs_to_the_out_that_it_was_used_for_last(tmp_path):
-    def use(name):
-        Run(train.parse(["vqvae", "--out", str(tmp_path / name), "--state", str(tmp_path / "s")]))
-
-    use("a")  # interrupted: there is no folder a yet
-    use("b")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "config.json").touch()
-    use("b")
-    with pytest.raises(ValueError, match=f"belongs to {tmp_path / 'b'}"):
-        use("c")
+    assert train.main([*ask, str(tmp_path / "a")]) == 0  # its own
 
 
 def test_compiled_layers_learn_as_plain_ones_and_the_curves_are_written(tmp_path, monkeypatch):
@@ -1408,17 +1369,6 @@ def test_without_a_compiler_all_is_refused_before_its_first_stage(tmp_path, monk
     assert "needs a C++ compiler" in capsys.readouterr().err
 
 
-def test_out_and_state_may_be_on_two_drives_of_windows(tmp_path, monkeypatch):
-    def no_way(*_):
-        raise ValueError("path is on mount 'C:', start on mount 'D:'")
-
-    monkeypatch.setattr("tiny_world.run.relpath", no_way)
-    options = train.parse(["vqvae", "--out", str(tmp_path / "a")])
-    for _ in range(2):
-        Run(options)
-    assert (tmp_path / "a.train" / "out.txt").read_text() == f"{(tmp_path / 'a').resolve()}\n"
-
-
 def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "OWN_ROWS", 1)
     drawn = {"prompt": "Hi", "answer": "<image>", "images": ["a.png"]}
@@ -1439,10 +1389,10 @@ def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monk
                         (["--no-z-loss"], "--no-z-loss False, not True"),
                         (["--model", str(tmp_path / "base")], "first weights (fingerprint")):
         assert train.main([*asked, *more]) == 2 and words in capsys.readouterr().err
-    moved = tmp_path / "moved" / "out"
+    moved = tmp_path / "moved" / "renamed"
     moved.parent.mkdir()
-    for name in ("out", "out.train"):
-        (tmp_path / name).rename(moved.with_name(name))
+    for end in ("", ".train"):
+        (tmp_path / f"out{end}").rename(f"{moved}{end}")
     asked[asked.index(str(out))] = str(moved)
     assert train.main(asked) == 0 and "all 1 steps are done" in capsys.readouterr().err
     own_folder(tmp_path, {"prompt": "Hi", "answer": "Good morning"})
@@ -1497,11 +1447,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_state_before(tmp_path, monkeypat
         raise RuntimeError("unexpected pos 576 vs 534")  # what torch.save says of it
 
     monkeypatch.setattr("torch.save", full)
-    arguments = ["vqvae", "--steps", "1", "--out", str(tmp_path / "o"), "--state", str(tmp_path)]
-    assert train.main(arguments) == 2
+    assert train.main(["vqvae", "--steps", "1", "--out", str(tmp_path / "o")]) == 2
     message = capsys.readouterr().err
     assert "vqvae.pt cannot be written, is the disk full?" in message and message.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"curves.csv", "out.txt"}
+    assert [path.name for path in (tmp_path / "o.train").iterdir()] == ["curves.csv"]
 
 
 def test_own_lines_are_those_of_the_file_not_those_of_unicode(tmp_path):

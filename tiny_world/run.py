@@ -1,7 +1,7 @@
 """Around the training loops: folders, saved states, curves, several processes, mixed precision.
 
-    Run.save ----> STATE/<stage>.pt ----> Run.resume     model, optimizer, random numbers, step
-    Run.log -----> STATE/curves.csv                      a line every EVERY steps
+    Run.save ----> OUT.train/<stage>.pt ----> Run.resume     model, optimizer, random numbers, step
+    Run.log -----> OUT.train/curves.csv                      a line every EVERY steps
 
 Who needs it: whoever resumes a training run or trains on several GPUs:
 
@@ -19,8 +19,6 @@ import math
 import pickle
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -41,36 +39,26 @@ COLUMNS = ("stage", "step", "seconds", "text_loss", "image_loss", "z_loss", "log
 class Run:
     """One training run on one rank.
 
-    `out` is the checkpoint folder. `state` holds what is needed to resume, curves.csv, and in
-    out.txt which checkpoint is made from it. Rank 0 writes all but the other ranks' codes.
+    `out` is the checkpoint folder. `state`, which is OUT.train, holds what is needed to resume, and
+    curves.csv. Rank 0 writes all but the other ranks' codes.
     """
 
     EVERY, SAVE = 20, 500  # steps between two lines of curves.csv; between two saves
     PAUSE, SAVE_AFTER = 20, 600  # seconds between two lines of progress; between saves
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.out, self.state = options, options.out, options.state
+        self.options, self.out = options, options.out
+        self.state = self.out.with_name(self.out.name + ".train")
         self.device = pick_device(options.device)
         self.rank, self.world_size = own_rank(), ranks()
         if options.stage != "evaluate":
-            if (self.state / "config.json").exists():
-                raise ValueError(f"--state {self.state} is a checkpoint: name another folder")
             if self.out.exists() and not self.out.is_dir():
                 raise ValueError(f"--out {self.out} is no folder: name another")
-            known, owner = self.state / "out.txt", None  # the checkpoint that this state makes
-            if known.is_file():
-                owner = (self.state / known.read_text(encoding="utf-8").strip()).resolve()
-            if owner != (way := self.out.resolve()):
-                if any(self.out.glob("config.json")) or any(self.out.glob("model*.safetensors*")):
-                    raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
-                                     f"{self.state}: name another --out")
-                if owner and owner.is_dir():
-                    raise ValueError(f"--state {self.state} belongs to {owner}: name another")
-                self.state.mkdir(parents=True, exist_ok=True)
-                with suppress(ValueError):  # there is no way between two drives of Windows
-                    way = relpath(way, self.state.resolve())  # the two may be moved together
-                if self.rank == 0:
-                    write_atomically(known, lambda part: part.write_text(f"{way}\n", "utf-8"))
+            held = [*self.out.glob("config.json"), *self.out.glob("model*.safetensors*")]
+            if held and not any(self.state.glob("*")):  # a command that fails leaves it empty
+                raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
+                                 f"{self.state}: name another --out")
+            self.state.mkdir(parents=True, exist_ok=True)
         self.began = self.saved = time.monotonic()
         self.curves: dict[str, float] = {}
         self.extra: Any = None  # what else of a stage has to be saved; has state_dict
@@ -173,12 +161,12 @@ class Run:
         self.say(f"{stage}: goes on at step {data['step']}")
         return data["step"]
 
-    @staticmethod
-    def check_gradient(stage: str, step: int, norm: Tensor | float) -> None:
+    def check_gradient(self, stage: str, step: int, norm: Tensor | float) -> None:
         """ValueError for the norm of a gradient that would spoil the weights."""
         if not math.isfinite(float(gathered(norm))):
-            raise ValueError(f"{stage}: the gradient of step {step} is inf or nan: remove its .pt "
-                             "in --state, if it is there, and set a lower --learning-rate")
+            raise ValueError(f"{stage}: the gradient of step {step} is inf or nan: remove "
+                             f"{self.file(stage)}, if there is one, and set a lower "
+                             "--learning-rate")
 
     def log(self, stage: str, step: int, curves: dict[str, float]) -> None:
         self.curves = curves
