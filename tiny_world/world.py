@@ -225,7 +225,7 @@ def render_pixels(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def read_scene(picture: np.ndarray | Image.Image) -> Scene:
-    """A square picture (N, N, 3) -> the Scene it shows, with offsets.
+    """A square picture (N, N, 3) -> the Scene it shows, without offsets.
 
     Analysis by synthesis: for each of the nine places, the reader takes the colour that explains
     the pixels best, then the shape and size whose rendering comes nearest. It calls the shape
@@ -242,8 +242,7 @@ def read_scene(picture: np.ndarray | Image.Image) -> Scene:
 def read_place(difference: np.ndarray, place: tuple[int, int], background: float) -> Thing | None:
     """The thing at one place, None if there is none. difference (N, N, 3): picture - background."""
     side = len(difference)
-    edges = [round(side * i / 3) for i in range(4)]
-    rows, columns = (slice(edges[i], edges[i + 1]) for i in place)
+    rows, columns = (slice(round(side * i / 3), round(side * (i + 1) / 3)) for i in place)
     window = difference[rows, columns]  # (h, w, 3)
 
     def coverage_by(colour: str) -> tuple[float, np.ndarray]:
@@ -266,6 +265,4 @@ def read_place(difference: np.ndarray, place: tuple[int, int], background: float
         return np.square(alpha - template).sum() / template.sum()
 
     shape, size = form = min(product(SHAPES, SIZES), key=error)
-    dy = (rows.start + cy) / side - (2 * place[0] + 1) / 6
-    dx = (columns.start + cx) / side - (2 * place[1] + 1) / 6
-    return Thing(colour, shape if error(form) < BLOB else "blob", size, place, float(dy), float(dx))
+    return Thing(colour, shape if error(form) < BLOB else "blob", size, place)
