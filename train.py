@@ -443,12 +443,13 @@ STAGES = {
     "sft": lambda run: train_decoder("sft", run),
     "evaluate": lambda run: evaluate.table(run.out, run.options.questions, run.options.device),
 }  # fmt: skip
-DECODER = {"pretrain", "sft", "all"}
+NEW, OWN = {"pretrain", "sft", "all"}, {"sft --data"}
 READ_BY = {  # options that not every stage reads, and the stages that do
-    "steps": {"vqvae", "evaluate", *DECODER}, "seed": {"vqvae", "tokenizer", *DECODER},
-    "learning_rate": {"vqvae", *DECODER}, "questions": {"evaluate", "all"}} | dict.fromkeys((
-        "optimizer", "compile", "checkpointing", "norm_order", "no_qk_norm", "no_z_loss",
-        "dropout"), DECODER)
+    "steps": {"vqvae", "evaluate", *NEW, *OWN}, "seed": {"vqvae", "tokenizer", *NEW, *OWN},
+    "learning_rate": {"vqvae", *NEW, *OWN}, "questions": {"evaluate", "all"},
+    "no_qk_norm": {"pretrain", "sft"},  # it makes curves and no checkpoint
+    "norm_order": NEW, "epochs": OWN, "train": OWN, "model": OWN,
+} | dict.fromkeys(("optimizer", "compile", "checkpointing", "no_z_loss", "dropout"), NEW | OWN)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -458,10 +459,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("stage", choices=[*STAGES, "all"])
     add("--out", type=Path, required=True, help="checkpoint folder to write, or to evaluate; saved "
         "states and curves.csv are in OUT.train")
-    add("--steps", type=int, help="of each stage; a small number makes a smoke run")
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=int, help="of each stage; a small number makes a smoke run")
+    length("--epochs", type=int, help=f"--data: how often each line is learned (default: {EPOCHS})")
     add("--data", type=Path, help="sft: a folder of your own, with a .jsonl file and pictures")
     add("--model", type=Path, default=TINY, help="--data: checkpoint to start from (default: tiny)")
-    add("--epochs", type=int, help=f"--data: how often each line is learned (default: {EPOCHS})")
     add("--train", choices=("all", "lora", "image-head"), default="all", help="--data: what learns")
     add("--checkpointing", action="store_true", help="less memory, a third more time")
     add("--optimizer", choices=("muon", "adamw"),
@@ -488,18 +490,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name} must be from {low} to {high}, got {value}")
-    for name in ("train", "model"):
-        if getattr(options, name) != parser.get_default(name) and not options.data:
-            parser.error(f"--{name} {getattr(options, name)} needs --data")
+    stage = "sft --data" if options.data else options.stage
     for name, stages in READ_BY.items():
-        if getattr(options, name) != parser.get_default(name) and options.stage not in stages:
-            parser.error(f"--{name.replace('_', '-')} changes nothing in {options.stage}")
-    if options.no_qk_norm and options.stage == "all":
-        parser.error("--no-qk-norm makes curves and no checkpoint: give it to pretrain and sft")
-    if options.data and (options.no_qk_norm or options.norm_order != "pre"):
-        parser.error("--no-qk-norm and --norm-order are for a new model: leave out --data")
-    if options.epochs and (options.steps or not options.data):
-        parser.error("--epochs is for --data without --steps")
+        if getattr(options, name) != parser.get_default(name) and stage not in stages:
+            parser.error(f"--{name.replace('_', '-')} is for {', '.join(sorted(stages))}, not for "
+                         + stage)
     if not 0 <= options.dropout < 1:
         parser.error(f"--dropout must be from 0 to below 1, got {options.dropout}")
     if options.learning_rate is not None and not 0 < options.learning_rate < 1:
