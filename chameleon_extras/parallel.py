@@ -20,7 +20,7 @@ rank samples with the same seed, so all choose the same token.
 
 The model itself does not change: torch's tensor parallelism (DTensor) wraps its layers, as in
 Megatron-LM (arXiv 1909.08053, section 3). DTensor has no 8- or 4-bit layers. This file cuts those
-in the same places, and DTensor sums or gathers their outputs.
+in the same places, and an all-reduce joins their outputs.
 
 A Hugging Face folder in the dtype of the computation is memory-mapped, and all ranks share its
 pages. Each rank reads for itself what has to be joined (Meta's files) or quantized. To do that only
@@ -78,36 +78,26 @@ def own_part(norm: nn.Module, rank: int, N: int) -> None:
         setattr(norm, name, nn.Parameter(mine, requires_grad=False))
 
 
-def own_columns(layer: nn.Module, rank: int, N: int, mesh) -> nn.Module:
+def own_columns(layer: nn.Module, rank: int, N: int) -> nn.Module:
     """A quantized layer -> one of this rank's inputs: x (..., I/N) -> sum over ranks (..., O)"""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
     weight = layer.weight.chunk(N, dim=1)[rank].clone()  # O rows of I/N numbers; 4 bits: I/N/2
     part = type(layer)(weight.shape[1] * layer.IN_A_NUMBER, len(weight))
     part.weight = weight
     by_group = layer.scale.ndim == 2
     part.scale = layer.scale.chunk(N, dim=1)[rank].clone() if by_group else layer.scale
     part.bias = layer.bias if rank == 0 else None  # the sum must contain it once
-
-    def add_up(layer: nn.Module, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
-        """Each rank's partial sums (..., O) -> the sums (..., O)"""
-        whole = DTensor.from_local(y, mesh, [Partial()], run_check=False)
-        return whole.redistribute(placements=[Replicate()]).to_local()
-
-    part.register_forward_hook(add_up)
+    # In place: each rank's partial sums (..., O) become the sums over all ranks.
+    part.register_forward_hook(lambda layer, inputs, y: torch.distributed.all_reduce(y))
     return part
 
 
-def shard_quantized(model: ChameleonForConditionalGeneration, rank: int, N: int, mesh) -> None:
+def shard_quantized(model: ChameleonForConditionalGeneration, rank: int, N: int) -> None:
     """Replaces each 8- or 4-bit layer by this rank's part of it. In place."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    V = model.config.vocab_size
     layers = [name for name, module in model.named_modules() if type(module) in KINDS.values()]
     for name in layers:
         layer = model.get_submodule(name)
         if name.endswith(COLUMNS):
-            part = own_columns(layer, rank, N, mesh)
+            part = own_columns(layer, rank, N)
         else:
             part = layer.rows(torch.arange(len(layer.weight)).chunk(N)[rank])
         model.set_submodule(name, part)
@@ -117,9 +107,12 @@ def shard_quantized(model: ChameleonForConditionalGeneration, rank: int, N: int,
 
     def gather(head: nn.Module, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
         """Each rank's logits (..., its part of V) -> all of them (..., V)"""
-        whole = torch.empty(*y.shape[:-1], V, device="meta")  # V may not divide by N
-        return DTensor.from_local(y, mesh, [Shard(y.ndim - 1)], run_check=False, shape=whole.shape,
-                                  stride=whole.stride()).full_tensor()
+        V = model.config.vocab_size
+        start = rank * -(-V // N)  # the last part may be smaller
+        whole = y.new_zeros(*y.shape[:-1], V)  # 0 in the places of the other ranks
+        whole[..., start : start + y.shape[-1]] = y
+        torch.distributed.all_reduce(whole)
+        return whole
 
     model.lm_head.register_forward_hook(gather)
 
@@ -147,7 +140,7 @@ def shard(model: ChameleonForConditionalGeneration,
     }
     mesh = init_device_mesh(device.type, (N,))
     if kind_of(model):
-        shard_quantized(model, rank, N, mesh)
+        shard_quantized(model, rank, N)
         layers = {}
     # src_data_rank=None: every rank has read the same files, so none sends its weights to others.
     tp.parallelize_module(model, mesh, embedding | layers, src_data_rank=None)
