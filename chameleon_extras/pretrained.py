@@ -16,7 +16,6 @@ from typing import TypeVar
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from chameleon import ChameleonPreTrainedModel
 from chameleon_extras.checkpoint import load_checkpoint, load_vqvae
@@ -149,18 +148,13 @@ def resize_embeddings(model: ChameleonPreTrainedModel, new_num_tokens: int | Non
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(head, nn.Linear | None):
         raise ValueError("a quantized head cannot be resized: resize before quantizing")
-    for layer in (table, head):
-        if layer is not None:
-            old = layer.weight
-            mean = old.data.mean(0).expand(max(V - len(old), 0), -1)
-            if len(old) != V:  # in place: an optimizer may hold this Parameter
-                old.data, old.grad = torch.cat((old.data[:V], mean)), None
+    for old in [table.weight] if head is None else [table.weight, head.weight, head.bias]:
+        if old is not None and len(old) != V:  # in place: an optimizer may hold this Parameter
+            mean = old.data.mean(0).expand(max(V - len(old), 0), *old.shape[1:])
+            old.data, old.grad = torch.cat((old.data[:V], mean)), None
     model.config.vocab_size = table.num_embeddings = V
     if head is not None:
         head.out_features = V
-        if head.bias is not None and len(head.bias) != V:
-            old, mean = head.bias, float(head.bias.data.mean())
-            old.data, old.grad = F.pad(old.data, (0, V - len(old)), value=mean), None
     model.tie_weights()
     return table
 
