@@ -334,7 +334,7 @@ def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str,
                     state_dict: dict | None = None) -> None:
     tensors = {}
     for name, tensor in tensors_of(model, state_dict).items():
-        if type(tensor) is not Tensor:  # DTensor of parallel.py
+        if type(tensor) is not Tensor:  # such as a DTensor
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
         tensors[name] = Stored.of(tensor)

@@ -9,18 +9,18 @@ Rank r of N holds
     H/N query heads and Hkv/N key/value heads: their rows of q, k, v_proj and of QK-norm,
                                              their columns of o_proj, their part of the KV cache
     F/N units of the feed-forward:           its rows of gate and up_proj, its columns of down_proj
-    V/N of the vocabulary:                   its rows of embed_tokens and (not in nf4) lm_head
+    V/N of the vocabulary:                   its rows of embed_tokens and lm_head
     and all of the rest:                     norms over D, the VQ-VAE
 
     x (B,T,D) --> own heads --> o_proj: a partial sum ----------all-reduce--> y (B,T,D)
               --> own part of F --> down_proj: a partial sum ---all-reduce--> y (B,T,D)
 
-Every rank has the whole residual stream x, and all logits, which are gathered after lm_head. Every
-rank samples with the same seed, so all choose the same token.
+Every rank has the whole residual stream x, and all logits: an all-reduce joins those of all ranks,
+too. Every rank samples with the same seed, so all choose the same token.
 
-The model itself does not change: torch's tensor parallelism (DTensor) wraps its layers, as in
-Megatron-LM (arXiv 1909.08053, section 3). DTensor has no 8- or 4-bit layers. This file cuts those
-in the same places, and an all-reduce joins their outputs.
+The code of the model does not change. As in Megatron-LM (arXiv 1909.08053, section 3), its layers
+get smaller tensors, and hooks join what the ranks compute. torch's own tensor parallelism (DTensor)
+does the same, but has no 8- or 4-bit layers.
 
 A Hugging Face folder in the dtype of the computation is memory-mapped, and all ranks share its
 pages. Each rank reads for itself what has to be joined (Meta's files) or quantized. To do that only
@@ -30,15 +30,21 @@ once, use convert.py.
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras.files import own_rank, ranks
-from chameleon_extras.quantize import KINDS, group_size, kind_of
+from chameleon_extras.quantize import KINDS, Int4Linear, group_size, kind_of
 
-COLUMNS = ("o_proj", "down_proj")  # layers of which a rank has columns; of all others it has rows
+# Layers of which a rank has rows, and layers of which it has columns.
+ROWS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "embed_tokens",
+        "lm_head")
+COLUMNS = ("o_proj", "down_proj")
 
 
 def check_ranks(config, N: int, quantize: str | None = None) -> None:
@@ -71,50 +77,27 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
-def own_part(norm: nn.Module, rank: int, N: int) -> None:
-    """Keeps of a QK-norm (H, Dh) the rows of this rank's heads (H/N, Dh). In place."""
-    for name in ("weight", "bias"):
-        mine = getattr(norm, name).detach().chunk(N)[rank].clone()  # (H/N, Dh)
-        setattr(norm, name, nn.Parameter(mine, requires_grad=False))
+def own_part(layer: nn.Module, rank: int, N: int, device: torch.device | str, dim: int = 0,
+             names: Sequence[str] = ("weight", "scale", "bias")) -> None:
+    """Keeps of a layer's tensors, where it has them, this rank's part along `dim`. In place."""
+    for name in names:
+        whole = getattr(layer, name, None)
+        if whole is not None:
+            part = whole.detach().chunk(N, dim)[rank].to(device, copy=True)  # a norm's: (H/N, Dh)
+            is_parameter = isinstance(whole, nn.Parameter)
+            setattr(layer, name, nn.Parameter(part, requires_grad=False) if is_parameter else part)
+    if isinstance(layer, Int4Linear):
+        layer._kernel = None  # made of the whole weight
 
 
-def own_columns(layer: nn.Module, rank: int, N: int) -> nn.Module:
-    """A quantized layer -> one of this rank's inputs: x (..., I/N) -> sum over ranks (..., O)"""
-    weight = layer.weight.chunk(N, dim=1)[rank].clone()  # O rows of I/N numbers; 4 bits: I/N/2
-    part = type(layer)(weight.shape[1] * layer.IN_A_NUMBER, len(weight))
-    part.weight = weight
-    by_group = layer.scale.ndim == 2
-    part.scale = layer.scale.chunk(N, dim=1)[rank].clone() if by_group else layer.scale
-    part.bias = layer.bias if rank == 0 else None  # the sum must contain it once
-    # In place: each rank's partial sums (..., O) become the sums over all ranks.
-    part.register_forward_hook(lambda layer, inputs, y: torch.distributed.all_reduce(y))
-    return part
-
-
-def shard_quantized(model: ChameleonForConditionalGeneration, rank: int, N: int) -> None:
-    """Replaces each 8- or 4-bit layer by this rank's part of it. In place."""
-    layers = [name for name, module in model.named_modules() if type(module) in KINDS.values()]
-    for name in layers:
-        layer = model.get_submodule(name)
-        if name.endswith(COLUMNS):
-            part = own_columns(layer, rank, N)
-        else:
-            part = layer.rows(torch.arange(len(layer.weight)).chunk(N)[rank])
-        model.set_submodule(name, part)
-
-    if isinstance(model.lm_head, nn.Linear):
-        return  # nf4 leaves the head as it is, whole on every rank
-
-    def gather(head: nn.Module, inputs: tuple, y: torch.Tensor) -> torch.Tensor:
-        """Each rank's logits (..., its part of V) -> all of them (..., V)"""
-        V = model.config.vocab_size
-        start = rank * -(-V // N)  # the last part may be smaller
-        whole = y.new_zeros(*y.shape[:-1], V)  # 0 in the places of the other ranks
-        whole[..., start : start + y.shape[-1]] = y
-        torch.distributed.all_reduce(whole)
-        return whole
-
-    model.lm_head.register_forward_hook(gather)
+def own_columns(layer: nn.Module, rank: int, N: int, device: torch.device) -> None:
+    """x (..., I) -> y (..., O) becomes x (..., I/N) -> the sum of all ranks' y (..., O). In place.
+    """
+    by_group = isinstance(layer, Int4Linear)  # int8: a scale for each row, whole on every rank
+    own_part(layer, rank, N, device, 1, ("weight", "scale") if by_group else ("weight",))
+    if rank > 0:
+        layer.bias = None  # the sum must contain it once
+    layer.register_forward_hook(lambda layer, inputs, y: torch.distributed.all_reduce(y))
 
 
 def shard(model: ChameleonForConditionalGeneration,
@@ -123,32 +106,34 @@ def shard(model: ChameleonForConditionalGeneration,
 
     The config gets Hkv/N key/value heads, the size of this rank's KV cache.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor import parallel as tp
-
     N, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     check_ranks(model.config, N, kind_of(model))
-    embedding = {"model.embed_tokens": tp.RowwiseParallel(input_layouts=Replicate())}
-    layers = {  # column-wise: rows of the weight, which are columns of its transpose
-        "model.layers.*.self_attn.[qkv]_proj": tp.ColwiseParallel(),
-        "model.layers.*.self_attn.o_proj": tp.RowwiseParallel(),
-        "model.layers.*.mlp.gate_proj": tp.ColwiseParallel(),
-        "model.layers.*.mlp.up_proj": tp.ColwiseParallel(),
-        "model.layers.*.mlp.down_proj": tp.RowwiseParallel(),
-        "lm_head": tp.ColwiseParallel(output_layouts=Replicate()),  # all logits on every rank
-    }
-    mesh = init_device_mesh(device.type, (N,))
-    if kind_of(model):
-        shard_quantized(model, rank, N)
-        layers = {}
-    # src_data_rank=None: every rank has read the same files, so none sends its weights to others.
-    tp.parallelize_module(model, mesh, embedding | layers, src_data_rank=None)
-    for layer in model.model.layers:
-        own_part(layer.self_attn.q_norm, rank, N)
-        own_part(layer.self_attn.k_norm, rank, N)
-    # `rows` gives only some logits. Their rows of the head are on several ranks: compute them all.
-    model.lm_head.rows = lambda ids: lambda hidden: model.lm_head(hidden)[..., ids]
+    for name, layer in model.named_modules():
+        if name.endswith(ROWS):
+            own_part(layer, rank, N, device)
+        elif name.endswith(COLUMNS):
+            own_columns(layer, rank, N, device)
+    V = model.config.vocab_size
+    table, start = model.model.embed_tokens, rank * -(-V // N)  # the first id of this rank
+
+    def look_up(ids: Tensor) -> Tensor:
+        """ids of the whole vocabulary (...) -> their rows, each from the rank that has it (..., D)
+        """
+        here = (ids >= start) & (ids < start + len(table.weight))  # (...)
+        x = F.embedding((ids - start).where(here, 0), table.weight)  # (..., D)
+        x = x.masked_fill(~here[..., None], 0)  # (..., D)
+        torch.distributed.all_reduce(x)
+        return x
+
+    def gather(head: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
+        """This rank's logits (..., its part of V) -> all of them (..., V)"""
+        whole = y.new_zeros(*y.shape[:-1], V)  # (..., V), 0 in the places of the other ranks
+        whole[..., start : start + y.shape[-1]] = y
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    table.forward = look_up
+    model.lm_head.register_forward_hook(gather)
     Hkv = model.config.num_key_value_heads // N
     model.config = model.model.config = dataclasses.replace(model.config, num_key_value_heads=Hkv)
     return model.to(device)

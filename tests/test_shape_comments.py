@@ -174,7 +174,7 @@ def weights() -> None:
     release.mean([torch.ones(64)] * 2)
     release.halves(parts, 8)
     release.every_head([torch.ones(8)] * 2, 4)
-    own_part(whole.model.layers[0].self_attn.q_norm, 0, 2)
+    own_part(whole.model.layers[0].self_attn.q_norm, 0, 2, "cpu")
 
 
 def commands(folder: Path, out: Path) -> None:
