@@ -132,7 +132,11 @@ def shard(model: ChameleonForConditionalGeneration,
         torch.distributed.all_reduce(whole)
         return whole
 
-    table.forward = look_up
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ValueError("every rank has only a part of the weights: save the model before it is "
+                         "shared out")
+
+    table.forward, model.save_pretrained = look_up, refuse
     model.lm_head.register_forward_hook(gather)
     Hkv = model.config.num_key_value_heads // N
     model.config = model.model.config = dataclasses.replace(model.config, num_key_value_heads=Hkv)

@@ -55,6 +55,10 @@ for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa),
     everyone = [torch.empty_like(both) for _ in range(2)]
     torch.distributed.all_gather(everyone, both)
     print(name, "same", torch.equal(*everyone))
+    try:
+        model.save_pretrained("never")
+    except ValueError as error:
+        print(name, "save:", error)
 options = ["--model", {model!r}, "--device", "cpu", "--prompt", "Draw"]
 print("text", generate.main([*options, "--max-new-tokens", "8"]))
 print("picture", generate.main([*options, "--mode", "image", "--out", {picture!r}]))
@@ -79,6 +83,7 @@ def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
         error, part, ids = found.groups()
         assert float(error) < 1e-4 and ids == "True" and 0.5 <= float(part) < most, name
         assert f"{name} same True" in lines
+        assert f"{name} save: every rank has only a part" in written
     assert "text 0" in lines and "picture 0" in lines and "int8 0" in lines
     assert "compile 2" in lines and "--compile is for one device" in errors
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
