@@ -82,10 +82,11 @@ class PackedLinear(nn.Module):
         return part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        scale = self.scale
+        kept = {name: getattr(self, name) for name in ("scale", "ones") if hasattr(self, name)}
         super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+        for name, before in kept.items():
+            if getattr(self, name).dtype != before.dtype:
+                setattr(self, name, before.to(self.scale.device))
         return self
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
@@ -106,6 +107,9 @@ class Int8Linear(PackedLinear):
         super().__init__()
         self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8))
         self.register_buffer("scale", torch.ones(outputs, dtype=torch.float32))
+        # The CPU kernel's own scale must be bf16. Ones leave the scaling to us, in fp32.
+        ones = torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
+        self.register_buffer("ones", ones, persistent=False)
         self.register_parameter("bias", None)
 
     @staticmethod
@@ -127,8 +131,7 @@ class Int8Linear(PackedLinear):
         straight = x.shape[1] % 16 == 0 and begin % 16 == 0
         ours = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
         if VECTORS and few and straight and ours:  # the kernel has no gradient
-            # The kernel's own scale must be bf16. Ones leave the scaling to us, in fp32.
-            y = torch._weight_int8pack_mm(x, self.weight, x.new_ones(len(self.scale)))  # (rows, O)
+            y = torch._weight_int8pack_mm(x, self.weight, self.ones)  # (rows, O)
         else:
             wide = x.float() if x.dtype == torch.float16 else x  # sums may exceed 65504
             y = F.linear(wide, self.weight.to(wide.dtype))  # (rows, O)
@@ -325,4 +328,5 @@ def quantize_model(model: nn.Module, kind: str) -> nn.Module:
         name, layer = layers.popitem()
         for tensor_name, tensor in pack(layer.weight.detach(), kind).items():
             setattr(model.get_submodule(name), tensor_name, tensor)
+        model.get_submodule(name).to(layer.weight.device)
     return model
