@@ -78,7 +78,7 @@ def join(device: torch.device) -> torch.device:
 
 
 def own_part(layer: nn.Module, rank: int, N: int, device: torch.device | str, dim: int = 0,
-             names: Sequence[str] = ("weight", "scale", "bias")) -> None:
+             names: Sequence[str] = ("weight", "scale", "ones", "bias")) -> None:
     """Keeps of a layer's tensors, where it has them, this rank's part along `dim`. In place."""
     for name in names:
         whole = getattr(layer, name, None)
@@ -119,15 +119,15 @@ def shard(model: ChameleonForConditionalGeneration,
     def look_up(ids: Tensor) -> Tensor:
         """ids of the whole vocabulary (...) -> their rows, each from the rank that has it (..., D)
         """
-        here = (ids >= start) & (ids < start + len(table.weight))  # (...)
-        x = F.embedding((ids - start).where(here, 0), table.weight)  # (..., D)
-        x = x.masked_fill(~here[..., None], 0)  # (..., D)
+        here = (ids >= start) & (ids < start + len(table.weight))
+        x = F.embedding((ids - start).where(here, 0), table.weight)
+        x = x.masked_fill(~here[..., None], 0)
         torch.distributed.all_reduce(x)
         return x
 
     def gather(head: nn.Module, inputs: tuple, y: Tensor) -> Tensor:
         """This rank's logits (..., its part of V) -> all of them (..., V)"""
-        whole = y.new_zeros(*y.shape[:-1], V)  # (..., V), 0 in the places of the other ranks
+        whole = y.new_zeros(*y.shape[:-1], V)  # 0 in the places of the other ranks
         whole[..., start : start + y.shape[-1]] = y
         torch.distributed.all_reduce(whole)
         return whole

@@ -174,11 +174,14 @@ def test_five_turns_with_two_pictures_in_and_two_out(lines, tmp_path):
     ("/save", "name of a folder"),
     ("/paint a star", "no command: /help"),
     ("What is this?<image>", "0 picture"),
-    ("Draw a star.", "/draw TEXT draws"),
 ])
 def test_a_slip_is_one_line_that_says_what_to_do(lines, line, message):
     err = lines(line)[1]
     assert message in err and err.count("\n") == 1
+
+
+def test_a_request_to_draw_that_is_no_command_is_answered_in_words_and_told_so(lines):
+    assert lines("Draw a star.")[1].startswith("a turn is answered in words: /draw TEXT draws\n")
 
 
 def test_too_little_memory_ends_a_turn_and_not_the_chat(lines, monkeypatch, capsys):
