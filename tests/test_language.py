@@ -97,18 +97,24 @@ def test_a_place_is_that_of_the_thing_asked_for():
     generator, answers = rng(13), set()
     red = "I see the small red circle at the top."
     blue = "I see the large blue square at the bottom."
-    for _ in range(300):
+    for _ in range(100):
         question, answer = language.ask_place(generator, TWO)
-        said = conclusion(answer, language.look(TWO))
+        answers.add(said := conclusion(answer, language.look(TWO)))
         words = set(question.rstrip("?").split())
-        if words & {"red", "circle", "small", "top"} and not words & {"left", "right"}:
-            assert said == red
-        elif words & {"blue", "square", "large", "bottom"} and not words & {"left", "right"}:
-            assert said == blue
-        else:
-            assert said == f"I see nothing {question.removeprefix('What is ').rstrip('?')}."
-        answers.add(said)
-    assert {red, blue, "I see nothing on the left."} <= answers
+        assert said == (red if words & {"red", "circle", "small"} else blue)
+        assert words & {"red", "circle", "small", "blue", "square", "large"}
+    assert answers == {red, blue}
+
+
+def test_a_thing_is_the_one_at_the_place_asked_for():
+    generator, answers = rng(13), {}
+    for _ in range(300):
+        question, answer = language.ask_thing(generator, TWO)
+        place = question.removeprefix("What is ").removesuffix("?")
+        answers[place] = conclusion(answer, language.look(TWO))
+    assert answers.pop("at the top") == "I see the small red circle at the top."
+    assert answers.pop("at the bottom") == "I see the large blue square at the bottom."
+    assert answers == {place: f"I see nothing {place}." for place in answers} and len(answers) == 7
 
 
 def test_yes_and_no_are_equally_frequent():

@@ -228,16 +228,24 @@ class Writer:
 GAPS = ("",) * 6 + (" ", " ", "\n")  # what a user may type between a picture and the words
 # How often sft asks each kind of question, relative to the others: hard kinds more often.
 ASKED = {
-    "caption": 1.5, "existence": 3.0, "relation": 5.5, "shape": 1.2, "colour": 1.0,
-    "size": 1.0, "place": 4.0, "count": 3.0, "background": 0.3,
+    "caption": 1.5, "existence": 3.0, "relation": 6.0, "shape": 1.2, "colour": 1.0,
+    "size": 1.0, "place": 2.2, "thing": 3.2, "count": 3.0, "background": 0.3,
 }  # fmt: skip
+
+
+class Shares(NamedTuple):
+    """How often exercises in words alone are drawn."""
+
+    practice: float  # of all documents, see Corpus.practice
+    lists: float  # of all documents, see Corpus.lists
+    places: float = 0.0  # of the documents of `practice`: what is at a place
 
 
 class Corpus:
     """Draws random documents about a fixed set of pictures."""
 
     row_tokens = 256  # the paper: 4096
-    shares = (0.14, 0.18)  # of `practice` and `lists` late in pretraining; sft: train.PRACTICE
+    shares = Shares(0.14, 0.18)  # late in pretraining; in sft: train.PRACTICE
 
     def __init__(self, writer: Writer, pictures: Pictures, rng: np.random.Generator) -> None:
         self.writer, self.pictures, self.rng = writer, pictures, rng
@@ -305,9 +313,9 @@ class Corpus:
     def sft(self, room: int) -> Document:
         """Prompts with answers, of a random kind. `room` is as in `pretrain`.
 
-        `shares` are shares of the documents, not of the tokens.
+        Shares are shares of the documents, not of the tokens.
         """
-        kind, (practice, lists) = self.rng.random(), self.shares
+        kind, (practice, lists, _) = self.rng.random(), self.shares
         if kind < practice:
             return self.practice(room)
         if kind < practice + lists:
@@ -383,6 +391,8 @@ class Corpus:
             share, field = rng.random(), "background" if self.chance(0.4) else ""
             if kind < 0.5:
                 turn = self.question(scene)
+            elif kind > 1 - self.shares.places:
+                turn = language.ask_thing(rng, scene)
             elif kind < 0.7:
                 turn = language.ask_difference(rng, *edit)
                 if share < 0.4:

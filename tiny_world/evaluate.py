@@ -70,8 +70,8 @@ ROWS = {
     "caption of one thing": about_one("caption", 1),
     "caption of two": about_one("caption", 2),
     "caption of three": about_one("caption", 3),
-    **{kind: about_one(kind) for kind in (
-        "colour", "shape", "count", "background", "existence", "relation", "size", "place")},
+    **{kind: about_one(kind) for kind in ("colour", "shape", "count", "background", "existence",
+                                          "relation", "size", "place", "thing")},
     "two pictures: in common": partial(question, language.ask_common, world.sample_pair),
     "two pictures: difference": partial(question, language.ask_difference, world.sample_edit),
     "two pictures: which": partial(question, language.ask_which, world.sample_pair),

@@ -178,13 +178,16 @@ def ask_field(rng: np.random.Generator, scene: Scene, field: str) -> Turn | None
     return name and (pick(rng, WORDINGS[field]).format(name), answer)
 
 
+def ask_thing(rng: np.random.Generator, scene: Scene) -> Turn:
+    """What is at a place, which is empty in about a third of the questions."""
+    place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
+    there = [thing for thing in scene.things if thing.place == place]
+    answer = found(*there) if there else f"I see nothing {PLACES[place]}."
+    return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
+
+
 def ask_place(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """Where a thing is, or what is at a place."""
-    if rng.random() < 0.3:
-        place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
-        there = [thing for thing in scene.things if thing.place == place]
-        answer = found(*there) if there else f"I see nothing {PLACES[place]}."
-        return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
+    """Where a thing is."""
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing)
     answer = f"{look(scene)} {found(thing)}"
@@ -260,7 +263,7 @@ QUESTIONS = {
     "caption": ask_caption, "colour": partial(ask_field, field="colour"),
     "shape": partial(ask_field, field="shape"), "count": ask_count,
     "background": ask_background, "existence": ask_existence, "relation": ask_relation,
-    "size": partial(ask_field, field="size"), "place": ask_place,
+    "size": partial(ask_field, field="size"), "place": ask_place, "thing": ask_thing,
 }  # fmt: skip
 
 
