@@ -483,7 +483,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--compile", action="store_true", help="a quarter faster; needs a C++ compiler")
     add("--norm-order", choices=("pre", "swin"), default="pre", help="swin: norms as in the 34B")
-    add("--no-qk-norm", action="store_true", help="see what QK-norm is good for")
+    add("--no-qk-norm", action="store_true", help="see its use in the curves: makes no checkpoint")
     add("--no-z-loss", action="store_true", help="see what the z-loss is good for")
     add("--dropout", type=float, default=DROPOUT, help="after attention and feed-forward")
     add("--questions", type=int, help="of each kind in evaluate (default: 200, or --steps if less)")

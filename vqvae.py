@@ -166,7 +166,7 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
     num_res_blocks: Count = 2
     attn_resolutions: Sizes | None = None  # H of feature maps with attention
     dropout: Share = 0.0
-    attn_type: Text | None = "vanilla"  # anything else: no attention, not even in Middle
+    attn_type: Text | None = "vanilla"  # anything else: no attention, not even in `middle`
     initializer_range: Scale = 0.02  # in config.json only: nothing reads it
     beta: Scale = 0.25  # weight of the commitment loss, the value in section 3.2 of VQ-VAE
     # DIFFERS: in equation 3 of VQ-VAE, and here, beta multiplies the commitment loss. In VQGAN's

@@ -12,6 +12,7 @@ Rank r of N holds
     V/N of the vocabulary:                   its rows of embed_tokens and lm_head
     and all of the rest:                     norms over D, the VQ-VAE
 
+    ids (B,T) --> own rows of embed_tokens, else 0 -------------all-reduce--> x (B,T,D)
     x (B,T,D) --> own heads --> o_proj: a partial sum ----------all-reduce--> y (B,T,D)
               --> own part of F --> down_proj: a partial sum ---all-reduce--> y (B,T,D)
 
@@ -136,7 +137,8 @@ def shard(model: ChameleonForConditionalGeneration,
         raise ValueError("every rank has only a part of the weights: save the model before it is "
                          "shared out")
 
-    table.forward, model.save_pretrained = look_up, refuse
+    table.forward = look_up
+    model.save_pretrained = model.model.save_pretrained = refuse
     model.lm_head.register_forward_hook(gather)
     Hkv = model.config.num_key_value_heads // N
     model.config = model.model.config = dataclasses.replace(model.config, num_key_value_heads=Hkv)

@@ -1355,7 +1355,7 @@ def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch
     before = (tmp_path / "mine" / "model.safetensors").read_bytes()
     (tmp_path / "mine.train").mkdir()  # a command that fails leaves it empty
     assert train.main([*ask, str(tmp_path / "mine")]) == 2
-    assert "mine is a checkpoint that was not trained from" in capsys.readouterr().err
+    assert "mine.train, is not there: name another --out" in capsys.readouterr().err
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
     assert train.main([*ask, str(tmp_path / "a")]) == 0  # its own
 
@@ -1608,7 +1608,7 @@ def test_weights_of_the_user_are_never_replaced(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name, words in (("out", "was not trained from"), ("file", "is no folder")):
+    for name, words in (("out", "is not there: name another --out"), ("file", "is no folder")):
         assert train.main(["vqvae", "--steps", "1", "--out", str(tmp_path / name)]) == 2
         assert words in capsys.readouterr().err
     assert (tmp_path / "out" / "model-00001-of-00002.safetensors").read_text() == "mine"

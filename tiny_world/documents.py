@@ -391,7 +391,7 @@ class Corpus:
             share, field = rng.random(), "background" if self.chance(0.4) else ""
             if kind < 0.5:
                 turn = self.question(scene)
-            elif kind > 1 - self.shares.places:
+            elif kind > 1 - self.shares.places:  # instead of questions about pairs, see below
                 turn = language.ask_thing(rng, scene)
             elif kind < 0.7:
                 turn = language.ask_difference(rng, *edit)

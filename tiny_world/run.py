@@ -56,8 +56,8 @@ class Run:
                 raise ValueError(f"--out {self.out} is no folder: name another")
             held = [*self.out.glob("config.json"), *self.out.glob("model*.safetensors*")]
             if held and not any(self.state.glob("*")):  # a command that fails leaves it empty
-                raise ValueError(f"--out {self.out} is a checkpoint that was not trained from "
-                                 f"{self.state}: name another --out")
+                raise ValueError(f"--out {self.out} is a checkpoint, and the state of its "
+                                 f"training, {self.state}, is not there: name another --out")
             self.state.mkdir(parents=True, exist_ok=True)
         self.began = self.saved = time.monotonic()
         self.curves: dict[str, float] = {}
