@@ -8,7 +8,8 @@ import torch
 from small import SIZES, VQ, ended, start_two
 
 from chameleon import ChameleonConfig
-from chameleon_extras.parallel import check_ranks, join, ranks
+from chameleon_extras.parallel import check_ranks, join, own_part, ranks
+from chameleon_extras.quantize import KINDS, quantize_model
 
 TESTS = Path(__file__).resolve().parent
 
@@ -94,6 +95,17 @@ def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
     assert "compile 2" in lines and "--compile is for one device" in errors
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_has_been_used_is_cut_with_all_that_it_keeps(kind):
+    """int4 keeps its weights once more, in the order of a kernel, from its first use in bf16 on."""
+    (layer,) = quantize_model(torch.nn.Sequential(torch.nn.Linear(256, 64)), kind)
+    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.inference_mode():
+        whole = layer(x)  # (2, 64)
+        own_part(layer, 1, 2, "cpu")
+        torch.testing.assert_close(layer(x), whole[:, 32:])
 
 
 @pytest.mark.parametrize("changes, N, message", [
