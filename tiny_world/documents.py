@@ -332,11 +332,11 @@ class Corpus:
             question, answer = self.question(scene)
             prompt = self.place_pictures(question, self.given(scene))
             return self.writer.chat((prompt, (answer,)))
-        if kind < 0.30:
+        if kind < 0.33:
             return self.conversation()
-        if kind < 0.59:
+        if kind < 0.61:
             return self.drawing()
-        if kind < 0.76:
+        if kind < 0.77:
             return self.two_pictures(room)
         if kind < 0.98:
             return self.edit()
@@ -345,8 +345,8 @@ class Corpus:
         return self.writer.chat(((language.vary(self.rng, question),), (answer,)))
 
     def conversation(self) -> Document:
-        """Two or three turns about a scene that is given or drawn in the first: questions, or one
-        question and a request to change the scene.
+        """Two to five turns about a scene that is given or drawn in the first: as many questions
+        as fit into a row, or one question and a request to change the scene.
 
             <s> prompt <reserved08706> answer <reserved08706> prompt <reserved08706> answer </s>
         """
@@ -358,10 +358,13 @@ class Corpus:
             request = self.one_of(language.DRAW_PROMPTS).format(
                 language.ask_drawing(rng, scene).text)
             turns = [((language.vary(rng, request),), (self.drawn(scene),))]
-        for _ in range(1 if after else 2):
+        for _ in range(1 if after else rng.integers(2, 5)):
             question, answer = self.question(scene)
             prompt = (question,) if turns else self.place_pictures(question, self.given(scene))
             turns.append((prompt, (answer,)))
+            if len(self.writer.chat(*turns).ids) > self.row_tokens:
+                turns.pop()
+                break
         if after:
             request = language.vary(rng, language.ask_edit(rng, scene, after))
             turns.append(((request,), (self.drawn(after),)))

@@ -143,9 +143,9 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 #
 # Where a thing has to be found or compared, the answer describes the scene before it concludes. A
 # model of this size does not learn a bare "Yes." or "No.". It can look up what it has written, and
-# it learns to do so from text alone (Corpus.practice). An answer about a place first repeats the
-# thing: "A small red star at the top. I see the small red star at the top." The repeated words lead
-# to the place that followed them in the description.
+# it learns to do so from text alone (Corpus.practice). The sentence after the description names a
+# thing in the words of the question: "Where is the star?" - "A small red star at the top. The star
+# is at the top." The model copies these words, and they lead to the thing in the description.
 
 
 def look(scene: Scene) -> str:
@@ -153,9 +153,9 @@ def look(scene: Scene) -> str:
     return sentence(listed([f"{article(str(t))} {PLACES[t.place]}" for t in scene.things]))
 
 
-def found(*things: Thing) -> str:
-    """Some things once more, with their places: "I see the large blue square on the left." """
-    return "I see " + " and ".join(f"the {thing} {PLACES[thing.place]}" for thing in things) + "."
+def found(thing: Thing) -> str:
+    """A thing once more, with its place: "I see the large blue square on the left." """
+    return f"I see the {thing} {PLACES[thing.place]}."
 
 
 def look_at_both(first: Scene, second: Scene) -> str:
@@ -170,10 +170,11 @@ def ask_caption(rng: np.random.Generator, scene: Scene) -> Turn:
 
 
 def ask_field(rng: np.random.Generator, scene: Scene, field: str) -> Turn | None:
-    """Colour, shape or size of a thing that the question names by its other fields."""
+    """Colour, shape, size or place of a thing that the question names by its other fields."""
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing, hide=field)
-    value = article(thing.shape) if field == "shape" else getattr(thing, field)
+    value = getattr(thing, field)
+    value = {"shape": article, "place": PLACES.get}.get(field, str)(value)
     answer = f"{look(scene)} The {name} is {value}."
     return name and (pick(rng, WORDINGS[field]).format(name), answer)
 
@@ -182,16 +183,8 @@ def ask_thing(rng: np.random.Generator, scene: Scene) -> Turn:
     """What is at a place, which is empty in about a third of the questions."""
     place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
     there = [thing for thing in scene.things if thing.place == place]
-    answer = found(*there) if there else f"I see nothing {PLACES[place]}."
+    answer = found(there[0]) if there else f"I see nothing {PLACES[place]}."
     return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
-
-
-def ask_place(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """Where a thing is."""
-    thing = pick(rng, scene.things)
-    name = refer(rng, scene, thing)
-    answer = f"{look(scene)} {found(thing)}"
-    return name and (pick(rng, WORDINGS["place"]).format(name), answer)
 
 
 def ask_background(rng: np.random.Generator, scene: Scene) -> Turn:
@@ -243,11 +236,12 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
     related = relate(rng, scene)
     if not related:
         return None
-    needed, names, words = related
+    things, names, words = related
+    places = [f"the {name} is {PLACES[t.place]}" for name, t in zip(names, things)]
     kind = pick(rng, ("which", "yes", "no", "what"))
     if kind == "what" and len(scene.things) == 2:
         question = f"What is {words[0]} the {names[1]}?"
-        answer, needed = article(f"{needed[0].colour} {needed[0].shape}"), needed[1:]
+        answer, places = article(f"{things[0].colour} {things[0].shape}"), places[1:]
     elif kind in ("which", "what"):
         either = " or ".join(words if rng.random() < 0.5 else words[::-1])
         question = f"Is the {names[0]} {either} the {names[1]}?"
@@ -256,14 +250,15 @@ def ask_relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
         question = f"Is the {names[0]} {words[kind == 'no']} the {names[1]}?"
         # "To the left. No.": first the true relation, then whether the question names it.
         answer = f"{words[0].removesuffix(' of')}. {sentence(kind).removesuffix('.')}"
-    return question, f"{look(scene)} {found(*needed)} {sentence(answer)}"
+    return question, f"{look(scene)} {sentence(listed(places))} {sentence(answer)}"
 
 
 QUESTIONS = {
     "caption": ask_caption, "colour": partial(ask_field, field="colour"),
     "shape": partial(ask_field, field="shape"), "count": ask_count,
     "background": ask_background, "existence": ask_existence, "relation": ask_relation,
-    "size": partial(ask_field, field="size"), "place": ask_place, "thing": ask_thing,
+    "size": partial(ask_field, field="size"), "place": partial(ask_field, field="place"),
+    "thing": ask_thing,
 }  # fmt: skip
 
 
