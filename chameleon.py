@@ -418,7 +418,7 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
                  device: torch.device) -> Tensor | None:
     """The ONE mask rule -> bool (B or 1, 1, T, L), True where a query may look at key j, or None.
 
-    A query q stands at past, past + 1 .. L - 1 among the keys. `attention_mask` is one of
+    q = past .. L - 1 and j = 0 .. L - 1 are the places of query and key. `attention_mask` is one of
 
         (B, L)        1 for a real token, 0 for padding       allowed = j <= q and mask[b, j]
         (B, T, L)     for packed documents                    allowed = j <= q and mask[b, t, j]
@@ -714,7 +714,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if (mark := self.vocabulary.image_token_id) is not None:
             place = self.embed_tokens(torch.tensor([mark], device=inputs_embeds.device))  # (1, D)
             here = (inputs_embeds == place).all(-1)  # (B, T)
-        ids = torch.where(here, mark or 0, int(mark == 0))  # (B, T); other places are not used
+        ids = torch.where(here, mark or 0, int(mark == 0))  # (B, T); elsewhere any id but the mark
         ids = self.replace_image_placeholders(ids, pixel_values)  # (B, T)
         if pixel_values is None:
             return inputs_embeds
@@ -759,14 +759,14 @@ class ChameleonModel(ChameleonPreTrainedModel):
             x = self.embed_pictures(inputs_embeds, pixel_values)  # (B, T, D)
         recomputes = self.gradient_checkpointing and self.training
         if recomputes and cache is not None:
-            raise ValueError("gradient checkpointing computes a layer twice: past_key_values=None")
+            raise ValueError("gradient checkpointing runs layers twice: pass past_key_values=None")
         past, B, T = 0, x.shape[0], x.shape[1]  # len(x) would be a constant to torch.export
         if cache is None and use_cache and not recomputes:
             cache = KVCache(c, B, dtype=x.dtype, device=x.device)
         if cache is not None:
             cache.check_batch(B)
             past = cache.length
-            cache.ids = None if cache.ids is None else cache.ids[:, :past]  # the rest is replaced
+            cache.ids = None if cache.ids is None else cache.ids[:, :past]  # the rest is stale
         packed = position_ids is not None and attention_mask is None and cache is None
         if position_ids is None:
             positions = torch.arange(past, past + T, device=x.device)  # (T,)
@@ -823,7 +823,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         return self.model.get_image_tokens(pixel_values)
 
     def generate(self, *inputs: Tensor, generation_config=None, **options) -> Tensor:
-        """As generate.py's, and with a generation_config. Named ids are input_ids or inputs."""
+        """As generate.py's, and takes a generation_config. Ids are named input_ids or inputs."""
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 
@@ -885,7 +885,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
 
             loss = - 1/n sum_t log softmax(logits[t])[labels[t + 1]]    where labels are not IGNORE
 
-        n: how many labels count, here or, if given, in all batches whose gradients are added.
+        n: the number of labels that count: in this batch, or as given, in one optimizer step.
         """
         # DIFFERS: transformers returns a loss of 3e38 or inf here, and raises no error.
         if masked:

@@ -55,7 +55,7 @@ CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes 
 # ---------------------------------------------------------------------------------------------
 # The options. As in the configs, a type says in words, and by a check, which values are possible.
 
-Mode = Annotated[str, f"one of {', '.join(MODES)}", lambda x: x in list(MODES)]
+Mode = Annotated[str, f"one of {', '.join(MODES)}", lambda x: x in MODES]
 Number = Annotated[int, "a whole number, at least 1", whole(1, 2**62)]
 Rows = Annotated[int, "a whole number from 1 to 65536", whole(1, 2**16)]
 Temperature = Annotated[float, "0 (greedy) or at least 0.0001",
@@ -215,7 +215,7 @@ class Grammar:
         interleaved document is in text; a whole picture, or plain text, needs no synchronization.
         """
         begins = [False] * len(missing)
-        if self.mode == "image":  # its first id is begin-image, and later no picture fits
+        if self.mode == "image":  # a picture fits before the first id, begin-image, and not later
             begins = [self.fits(room)] * len(missing)
         elif self.mode == "interleaved" and 0 in missing:
             begins = (chosen == self.begin).tolist()
@@ -238,7 +238,7 @@ def ids_of_pictures(vocabulary: VocabularyMap) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Guidance: what the prompt changes, enlarged
+# Guidance: it strengthens the effect of the prompt on the logits
 
 
 def guidance_streams(s_text: float, s_image: float, mode: str, has_pictures: bool) -> list[str]:
@@ -290,7 +290,7 @@ class Contexts:
         self.needs_mask = len(streams) > 1 or not bool(is_token.all())
         rows, size = len(seen) * len(streams), self.is_token.shape[1]
         size = -(-size // CACHE_STEP) * CACHE_STEP  # rounded up
-        if decoder:  # it may reuse the last answer's cache, and CUDA graphs recorded for it
+        if decoder:  # of decoding.py, for fast steps: it may reuse the last answer's cache
             self.cache = decoder.new_cache(rows, size)
         else:
             self.cache = KVCache(model.config, rows, size, model.dtype, model.device)
@@ -310,7 +310,7 @@ class Contexts:
 
     def hand_over(self, past: KVCache, seen: Tensor) -> None:
         """`past` gets the columns of the stream "full", and their ids out of `seen` (B, T)."""
-        n = min(self.cache.length, seen.shape[1] - 1)  # after Ctrl-C, the last may have no column
+        n = min(self.cache.length, seen.shape[1] - 1)  # Ctrl-C may leave the last column unfilled
         past.k, past.v = ([x[: len(seen), :, :n].clone() for x in kind]
                           for kind in (self.cache.k, self.cache.v))
         past.ids, past.length, past.max_length = seen[:, :n].clone(), n, None
@@ -330,7 +330,7 @@ class Contexts:
         """Runs the ids (B, L) that the cache does not hold -> the last hidden states (G, B, D)."""
         filled = self.cache.length
         new = seen[:, filled:].repeat(len(self.streams), 1)  # (GB, T)
-        mask = positions = None  # without padding, each step may use the fastest attention
+        mask = positions = None  # without padding and guidance: the fastest attention
         if self.needs_mask:
             mask = torch.cat([self.visible(seen, stream) for stream in self.streams])  # (GB, L)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, filled:]  # (GB, T)
@@ -350,11 +350,11 @@ class Contexts:
 
 def rows_of(head: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
     """The head for these ids alone: (..., D) -> (..., len(ids))."""
-    hooks = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
-    if not hooks and (rows := getattr(head, "rows", None)):  # quantized: weights of its own kind
-        return rows(ids)
-    if type(head) is not nn.Linear or head.bias is not None or hooks:
-        return lambda hidden: head(hidden)[..., ids]  # more than weights, such as an adapter's
+    plain = not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    if plain and hasattr(head, "rows"):  # a quantized layer selects its own rows
+        return head.rows(ids)
+    if not plain or type(head) is not nn.Linear or head.bias is not None:
+        return lambda hidden: head(hidden)[..., ids]  # the whole head, with what was added to it
     part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")
     part.weight = nn.Parameter(head.weight.detach()[ids], requires_grad=False)  # (len(ids), D)
     return part
@@ -366,7 +366,7 @@ class Picker:
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
                  options: Options, generators: list[torch.Generator], stops: list[int],
                  end_room: int, decoder=None) -> None:
-        self.stops, self.end_room = stops, end_room  # a row may end when end_room ids remain
+        self.stops, self.end_room = stops, end_room  # no row ends while room > end_room
         self.grammar, self.options, self.generators = grammar, options, generators
         self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
         self.head = self.code_head = model.lm_head  # (..., D) -> (..., V), (..., K)
@@ -385,7 +385,7 @@ class Picker:
         since no other id is allowed there. A batch with both computes both for all rows, and takes
         one of the two for each.
         """
-        inside = [n > 1 for n in missing]
+        inside = [n > 1 for n in missing]  # at 1, next_text makes end-image, the one allowed id
         if all(inside):
             return self.next_code(hidden, inside)
         text = self.next_text(hidden[0], seen, missing, room, inside)
@@ -408,7 +408,7 @@ class Picker:
         generators = [None if codes else g for g, codes in zip(self.generators, inside)]
         o = self.options  # without do_sample the temperature below is 0: greedy
         ids = choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)  # (B,)
-        return ids.masked_fill(~computed.sum(-1).isfinite(), NO_ID)
+        return ids.masked_fill(~computed.sum(-1).isfinite(), NO_ID)  # inf and nan stay in a sum
 
     def next_code(self, hidden: Tensor, inside: list[bool]) -> Tensor:
         """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
@@ -446,9 +446,9 @@ def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequ
 
 @contextmanager
 def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Inside there is no dropout. Afterwards modules in training are in training again: between two
-    ids the caller may train them, or never ask for the next id. Threads may share a model only if
-    no part of it is in training.
+    """Inside, dropout is off. At the end, each module gets its training mode back. The loop leaves
+    this between two ids, because the caller may then train the model, or drop the iterator. Threads
+    may share a model only if no part of it is in training.
     """
     trained = [module for module in modules if module.training]
     for module in trained:
@@ -539,7 +539,7 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
         raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are 0 to "
                          f"{V - 1}: take the tokenizer of its own folder")
     if attention_mask is None:
-        known = pad is not None and pad not in stops
+        known = pad is not None and pad not in stops  # else an end id would count as padding
         attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         found = isinstance(attention_mask, Tensor) and tuple(attention_mask.shape)
@@ -614,15 +614,15 @@ def stream(
     A conversation reads only what is new if each call gets the same `past_key_values`, which begins
     as KVCache(config, B). input_ids are the whole conversation; the ids at its start that are in
     the cache are not read again. The answers are those of a call without it, except with dynamic
-    RoPE. Each call leaves its columns in the cache. Rows must have no padding; a guided
-    picture reads all anew. Changed weights need a new cache.
+    RoPE. Each call leaves its columns in the cache. Rows must have no padding. With guidance, the
+    whole prompt is read again. Changed weights need a new cache.
     """
     if unknown := options.keys() - Options.__dataclass_fields__.keys():
         known = ", ".join([*Options.__dataclass_fields__, *(stream.__kwdefaults__ or {})])
         raise TypeError(f"generate has no option {min(unknown)!r}; it has {known}")
     o = Options(**options)
     if getattr(input_ids, "dtype", None) not in IDS or input_ids.ndim != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids must be an int64 tensor (B,T), not {type(input_ids).__name__} "
+        raise ValueError(f"input_ids must be int64 (B,T), T > 0, not {type(input_ids).__name__} "
                          f"{getattr(input_ids, 'dtype', '')} {getattr(input_ids, 'shape', '')}")
     if not o.do_sample and o.mode != "image" and (
             o.temperature not in (0, 1) or o.top_k or o.top_p < 1
@@ -679,11 +679,11 @@ def generate(
 
     Further options are those of `stream`. `model.generate(**inputs, ...)` is the same, and takes a
     GenerationConfig, and options that change nothing, such as num_beams=1. TypeError for others.
-    DIFFERS: makes pictures, if asked to. Calls `model.model` and `lm_head`, no `forward` or hook of
-    the whole model. An answer ends at end of turn and with the context, too. Text never contains
-    begin-image, end-image or <image>; transformers masks the codes only. The seed is 0 in each
+    DIFFERS: it can make pictures. It calls `model.model` and `lm_head`, so no `forward` or hook of
+    the whole model runs. An answer also ends at end of turn, or when the context is full. Text has
+    no begin-image, end-image or <image>; transformers masks the codes only. The seed is 0 in each
     call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the length to 256 new
-    ids, not 20. stop_strings do not begin in the prompt. No generation_config.json is read.
+    ids, not 20. A stop string must begin in the answer. No generation_config.json is read.
     """
     if max_length is not None and options.get("max_new_tokens") is None and isinstance(
             input_ids, Tensor):  # `stream` refuses what is none

@@ -199,7 +199,7 @@ def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Arrays:
 
 def truncated(rows: list[list[int]], truncation: bool | str | None, max_length: int | None,
               padding: bool | str | None, end_image: int | None) -> list[list[int]]:
-    """Rows -> their first max_length ids. ValueError if that would cut a picture."""
+    """Rows -> their first max_length ids. ValueError if that would cut or drop a picture."""
     wanted = truncation in (True, "longest_first", "only_first")
     if not wanted and truncation not in (False, None, "do_not_truncate"):
         raise ValueError(f"truncation={truncation!r}: want True or False")
@@ -272,8 +272,8 @@ class Tokenizer:
 
     vocab: name -> id. special_ids: the control ids, which text never becomes. bos_token_id "<s>",
     pad_token_id "<pad>", eos_token_id "</s>", unk_token_id "<unk>", sep_token_id (end of turn) and
-    image_token_id: the last four may be None. padding_side is for ChameleonProcessor:
-    "left" aligns the ends of all prompts, where generation continues. ValueError: no <s> or <pad>.
+    image_token_id: the last four may be None. padding_side is the default of `batch`: "left" aligns
+    the ends of all prompts, where generation continues. ValueError: no <s> or <pad>.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -484,8 +484,8 @@ def check_text(text: str) -> None:
 # match becomes a piece, and so does the text between two matches.
 STRUCTURE = re.compile(r"(<sentinel:[0-9]+>|IMGIMG[A-I]{1,4}Z|[\t\n]|    |  )")
 
-# Splits 4-6, on the shape of a piece (see Shapes): each number character; each punctuation mark;
-# GPT-2's pattern without "'s|'t|'re..." and numbers, whose characters splits 4 and 5 have taken.
+# Splits 4-6 work on a piece's shape (see Shapes). 4: each number character. 5: each punctuation
+# mark. 6: GPT-2's pattern, without its parts for numbers and "'s|'t|'re...": 4 and 5 took those.
 # GPT-2's \s+(?!\S) leaves the last of several spaces to the next word. Here (?![LO]) is enough,
 # because only words of L and O can begin with a space.
 WORDS = re.compile(r"N|P| ?L+| ?O+|[ _]+(?![LO])|[ _]+")
@@ -686,7 +686,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceProcessor  # the release does not need it
 
         try:
-            content = Path(path).read_bytes() or b"empty"  # sentencepiece accepts b""
+            content = Path(path).read_bytes() or b"empty"  # it accepts b"", but refuses b"empty"
             self._model = model = SentencePieceProcessor(model_proto=content)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None

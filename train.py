@@ -2,7 +2,7 @@
 
     stage      trains        on                                   what is in the loss
     vqvae      the VQ-VAE    pictures of coloured shapes          pixels, and distances to the codes
-    tokenizer  BPE merges    up to 40,000 sentences               no loss: pairs are counted
+    tokenizer  BPE merges    about 40,000 sentences               no loss: pairs are counted
     pretrain   the decoder   statements, pictures, and both       every token
     sft        the decoder   prompts with answers                 the tokens of the answer
 
@@ -86,7 +86,7 @@ DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
 LEARNING_RATE = 3e-3  # 1e-4 in pretraining (section 2.3), 1e-5 in alignment (section 3)
 OWN_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
 STEPS = {"pretrain": 900, "sft": 12_000}  # a step is 4,608 tokens; in the paper 2^23 (section 2.3)
-# The shares of exercises up to this part of sft's steps.
+# (end, shares): up to this part of sft's steps, the Shares of practice, of lists and of places.
 PRACTICE = ((0.5, Shares(0.40, 0.10)), (0.85, Shares(0.34, 0.06, 0.2)),
             (1.0, Shares(0.22, 0.04, 0.2)))
 ROWS = 18  # 2048, of 4096 tokens
@@ -139,7 +139,7 @@ def train_tokenizer(run: Run) -> None:
     )  # fmt: skip
     path = run.out / "tokenizer.model"
     if run.file("pretrain").exists() and path.is_file() and path.read_bytes() != file.getvalue():
-        raise ValueError(f"{path} is the one that pretrain has read with: name another --out")
+        raise ValueError(f"{path} would change, and pretrain has used it: name another --out")
     write_atomically(path, lambda part: part.write_bytes(file.getvalue()))
     run.say(f"tokenizer: {trained_tokenizer(run).vocab_size} ids")
 
@@ -251,8 +251,8 @@ def decoder_loss(model: ChameleonForConditionalGeneration, batch: dict[str, Tens
     The z-loss pulls log Z towards 0 (section 2.3).
     """
     ids, weight = batch["ids"], batch["weight"][:, 1:]  # position t predicts token t + 1
-    with autocast(ids.device):  # "read": the ids, some codes corrupted; "ids": the targets
-        hidden = model.model(
+    with autocast(ids.device):
+        hidden = model.model(  # "read": the input ids, some codes corrupted; "ids": the targets
             batch["read"], attention_mask=batch["mask"], position_ids=batch["position"],
             use_cache=False, return_dict=True,
         ).last_hidden_state  # (B, T, D)
@@ -287,7 +287,7 @@ class QueryNorm:
 
     def __call__(self) -> float:
         norms = self.q.float().norm(dim=-1)  # (B, T, H)
-        return norms[norms > 0].mean().item()  # without padding, whose vectors are 0
+        return norms[norms > 0].mean().item()  # padding is 0 if its embedding is, as in tiny/
 
 
 def train_decoder(stage: str, run: Run) -> None:
@@ -304,7 +304,7 @@ def train_decoder(stage: str, run: Run) -> None:
         shard(model)
     peak = options.learning_rate or peak
     optimizers = make_optimizers(model, peak, options.optimizer)
-    run.made_by |= {
+    run.made_by |= {  # saved; `resume` raises ValueError if one of these has changed
         "--learning-rate": peak, "--optimizer": options.optimizer, "--dropout": options.dropout,
         "--norm-order": options.norm_order, "--no-qk-norm": options.no_qk_norm,
         "--no-z-loss": options.no_z_loss, "--train": options.train, "first weights": first_weights,
@@ -318,8 +318,8 @@ def train_decoder(stage: str, run: Run) -> None:
         model.gradient_checkpointing_enable()
     if options.compile:
         lengths = None if options.data else False  # None: dynamic after a second length is seen
-        # Alike, so compiled once for all of them. The last stays plain: compiled code of another
-        # layer would not call QueryNorm's hook.
+        # The layers are alike, so torch compiles one and reuses its code. That code runs no hook.
+        # So the last layer, which has QueryNorm's hook, is not compiled.
         for layer in model.model.layers[:-1]:
             layer.forward = torch.compile(layer.forward, dynamic=lengths)
     model.train()
@@ -426,14 +426,14 @@ def export(model: ChameleonForConditionalGeneration, processor: ChameleonProcess
     if run.rank:
         return
     if run.options.no_qk_norm:
-        return run.say(f"no class here reads weights without QK-norm: see {run.state}/curves.csv")
+        return run.say(f"weights without QK-norm are not exported: see {run.state}/curves.csv")
     twin = ChameleonForConditionalGeneration(model.config, model.model.vqmodel.decoder is not None)
-    adapter = add_parts(twin, run.options)
+    adapter = add_parts(twin, run.options)  # so that the weights have the same names
     twin.load_state_dict(weights)
     if adapter is not None:
         adapter.save_pretrained(run.out / "adapter", save_embedding_layers=False)
         adapter.merge_and_unload()
-    bake(twin)
+    bake(twin)  # the computed rows of the codes become plain numbers
     twin.to(torch.bfloat16)
     for weight in twin.model.vqmodel.parameters():  # still fp32: see ChameleonVQVAE._apply
         rounded = weight.data.bfloat16()  # bf16 in the file, if that changes no weight
@@ -452,7 +452,7 @@ STAGES = {
     "sft": lambda run: train_decoder("sft", run),
     "evaluate": lambda run: evaluate.table(run.out, run.options.questions, run.options.device),
 }  # fmt: skip
-NEW, OWN = {"pretrain", "sft", "all"}, {"sft --data"}
+NEW, OWN = {"pretrain", "sft", "all"}, {"sft --data"}  # on the toy world; on the user's data
 READ_BY = {  # options that not every stage reads, and the stages that do
     "steps": {"vqvae", "evaluate", *NEW, *OWN}, "seed": {"vqvae", "tokenizer", *NEW, *OWN},
     "learning_rate": {"vqvae", *NEW, *OWN}, "questions": {"evaluate", "all"},
@@ -533,7 +533,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_stages(options: argparse.Namespace) -> None:
-    """One stage or all of them. Several ranks train the decoder; one process per rank runs this."""
+    """Runs one stage or all, in each rank. Meanwhile no other process may write to OUT.train."""
     run = Run(options)
     if options.compile:
         check_compile(run.device)

@@ -395,7 +395,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / c.num_embeddings, 1 / c.num_embeddings)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (N, E) -> codes (N,), the first of equals. `encode` calls this, not `forward`
+        """z (N, E) -> codes (N,), on a tie the lowest. Both `forward` and `encode` call this.
 
             k = argmin_j |z - e_j|^2      (VQ-VAE, equations 1 and 2)
         """

@@ -202,7 +202,7 @@ PROMPT = torch.tensor([[0, 80]])
     (PROMPT, dict(eos_token_id=10**9), "eos_token_id is 1000000000"),
     (PROMPT, dict(max_new_tokens=-10**50), "max_new_tokens must be"),
     (torch.zeros(1, 0).long(), {}, "input_ids must be an int64 .* not Tensor torch.int64 .*1, 0"),
-    (PROMPT.tolist(), {}, "must be an int64 tensor .*, not list"),
+    (PROMPT.tolist(), {}, "must be int64 .*, not list"),
     *((PROMPT.to(dtype), {}, f"must be an int64 .* {dtype}") for dtype in (
         torch.uint16, torch.int8, torch.bool, torch.float32)),
     (torch.full((1, 300), 80), {}, "prompt has 300 tokens.*context holds 256"),

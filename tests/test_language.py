@@ -80,11 +80,10 @@ def test_relations_follow_the_places():
             if turn[0].startswith("What is"):  # finds what the question names, not what it asks
                 above = turn[0].startswith("What is above")
                 found = conclusion(turn[1], language.look(TWO)).split(". ")[0]
-                assert found == "I see the " + (
-                    "large blue square at the bottom" if above else "small red circle at the top"
-                )
-    both = "the small red circle at the top and the large blue square at the bottom"
-    assert f"I see {both}. Above. Yes." in answers
+                assert found == f"The {turn[0].split(' the ')[-1].rstrip('?')} is at the " + (
+                    "bottom" if above else "top")
+    both = "The red circle is at the top and the blue square is at the bottom"
+    assert f"{both}. Above. Yes." in answers
     assert ("Is the red circle above the blue square?", "Yes.") in seen
     assert ("Is the red circle below the blue square?", "No.") in seen
     assert all("left" not in question for question, _ in seen)  # both are in the middle column
@@ -94,16 +93,15 @@ def test_relations_follow_the_places():
 
 
 def test_a_place_is_that_of_the_thing_asked_for():
-    generator, answers = rng(13), set()
-    red = "I see the small red circle at the top."
-    blue = "I see the large blue square at the bottom."
+    generator, places = rng(13), set()
     for _ in range(100):
-        question, answer = language.ask_place(generator, TWO)
-        answers.add(said := conclusion(answer, language.look(TWO)))
-        words = set(question.rstrip("?").split())
-        assert said == (red if words & {"red", "circle", "small"} else blue)
-        assert words & {"red", "circle", "small", "blue", "square", "large"}
-    assert answers == {red, blue}
+        question, answer = language.QUESTIONS["place"](generator, TWO)
+        name = question.split(" the ")[-1].rstrip("?")
+        place = "top" if set(name.split()) & {"red", "circle", "small"} else "bottom"
+        assert conclusion(answer, language.look(TWO)) == f"The {name} is at the {place}."
+        assert set(name.split()) & {"red", "circle", "small", "blue", "square", "large"}
+        places.add(place)
+    assert places == {"top", "bottom"}
 
 
 def test_a_thing_is_the_one_at_the_place_asked_for():
