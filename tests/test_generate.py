@@ -201,9 +201,9 @@ PROMPT = torch.tensor([[0, 80]])
     (PROMPT, dict(seed="5"), "must be a whole number"), (PROMPT, dict(seed=2**64), "below 2\\^63"),
     (PROMPT, dict(eos_token_id=10**9), "eos_token_id is 1000000000"),
     (PROMPT, dict(max_new_tokens=-10**50), "max_new_tokens must be"),
-    (torch.zeros(1, 0).long(), {}, "input_ids must be an int64 .* not Tensor torch.int64 .*1, 0"),
+    (torch.zeros(1, 0).long(), {}, "input_ids must be int64 .* not Tensor torch.int64 .*1, 0"),
     (PROMPT.tolist(), {}, "must be int64 .*, not list"),
-    *((PROMPT.to(dtype), {}, f"must be an int64 .* {dtype}") for dtype in (
+    *((PROMPT.to(dtype), {}, f"must be int64 .* {dtype}") for dtype in (
         torch.uint16, torch.int8, torch.bool, torch.float32)),
     (torch.full((1, 300), 80), {}, "prompt has 300 tokens.*context holds 256"),
     (torch.tensor([[0] + [73] * S]), {}, "no pixel_values"),
@@ -283,7 +283,7 @@ def test_padding_is_known_by_the_pad_token_id_that_is_asked_for():
     inputs, options = left_padded([[0, 80, 81, 82, 90, 91], [0, 90]]), dict(max_new_tokens=4)
     expected = generate(model, **inputs, **options, pad_token_id=1)
     assert torch.equal(generate(model, inputs["input_ids"], **options, pad_token_id=1), expected)
-    with pytest.raises(ValueError, match="must be an int64 .* not list"):
+    with pytest.raises(ValueError, match="must be int64 .* not list"):
         generate(model, [[0, 80]], max_length=9)
     for mask in (inputs["attention_mask"].tolist(), inputs["attention_mask"].numpy()):
         with pytest.raises(ValueError, match=r"attention_mask must be a tensor \(2, 6\)"):
