@@ -56,14 +56,15 @@ def about_one(kind: str, count: int | None = None) -> Sampler:
                    lambda rng, held_out: (world.sample_scene(rng, count, held_out),))
 
 
-def second_turn(rng: np.random.Generator, held_out: bool) -> Item:
-    """A second question about a picture, after a first one that was answered right."""
-    (first,), answer = about_one(world.pick(rng, language.QUESTIONS))(rng, held_out)
-    (scene,) = (part for part in first if isinstance(part, Scene))
-    turn = None
-    while not turn:
+def later_turn(number: int, rng: np.random.Generator, held_out: bool) -> Item:
+    """The last of `number` questions about a picture, after right answers to those before."""
+    turns, answer = about_one(world.pick(rng, language.QUESTIONS))(rng, held_out)
+    (scene,) = (part for part in turns[0] if isinstance(part, Scene))
+    while len(turns) < 2 * number - 1:
         turn = language.QUESTIONS[world.pick(rng, language.QUESTIONS)](rng, scene)
-    return [first, [answer], [turn[0]]], turn[1]
+        if turn:
+            turns, answer = [*turns, [answer], [turn[0]]], turn[1]
+    return turns, answer
 
 
 ROWS = {
@@ -75,7 +76,8 @@ ROWS = {
     "two pictures: in common": partial(question, language.ask_common, world.sample_pair),
     "two pictures: difference": partial(question, language.ask_difference, world.sample_edit),
     "two pictures: which": partial(question, language.ask_which, world.sample_pair),
-    "second turn": second_turn,
+    "second turn": partial(later_turn, 2), "third turn": partial(later_turn, 3),
+    "fourth turn": partial(later_turn, 4),
 }  # fmt: skip
 
 
