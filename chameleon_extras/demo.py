@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from chameleon_extras.chat import Conversation
-from chameleon_extras.explain import Names, Token, bits, glances
+from chameleon_extras.explain import Token, bits, glances, kind_and_name
 from chameleon_extras.files import line_of, say
 from chameleon_extras.sheets import data_uri, enlarge, gray_grid, heat_on
 from generate import Piece, decode_pictures
@@ -103,9 +103,10 @@ def large(picture: Image.Image) -> Image.Image:
 
 def row(conversation: Conversation) -> str:
     """The ids that the model has read and written, as HTML. Codes are many, so they are small."""
-    names, chips, count = Names(conversation.processor.tokenizer), [], dict.fromkeys(KINDS, 0)
+    chips, count = [], dict.fromkeys(KINDS, 0)
     for i in conversation.ids:
-        kind, name = names.kind(i), html.escape(names.name(i))
+        kind, name = kind_and_name(conversation.processor.tokenizer, i)
+        name = html.escape(name)
         count[kind] += 1
         chips.append(f'<span class="t code one" title="{name} = {i}"></span>' if kind == "code" else
                      f'<span class="t {kind}" title="{i}">{name}</span>')

@@ -33,7 +33,7 @@ from torch import Tensor
 from chameleon import ChameleonForConditionalGeneration, KVCache, allowed_keys
 from chameleon_extras.sheets import code_grid, data_uri, enlarge, heat_on
 from processor import ChameleonImageProcessor
-from tokenizer import Tokenizer, image_token_name
+from tokenizer import Tokenizer, image_code_from_name, image_token_name
 
 SHADES = " ░▒▓█"
 CHUNK = 128  # positions whose logits exist at one time: 4096 x 65536 would take 1 GiB
@@ -59,8 +59,8 @@ class Token(NamedTuple):
     """One token of a prompt or of an answer."""
 
     id: int
-    name: str  # its text, with · for a space, or the name of a control token or code
     kind: str  # "text", "code" or "control"
+    name: str  # its text, with · for a space, or the name of a control token or code
     surprise: float  # bits; nan for the first token, which nothing predicts
     entropy: float  # bits; nan for the first token
 
@@ -85,24 +85,16 @@ class Walk:
 # The run
 
 
-class Names:
-    """Kinds and readable names of ids."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.codes = tokenizer, set(tokenizer.vocabulary.code_to_id.tolist())
-
-    def kind(self, token_id: int) -> str:
-        if token_id in self.codes:
-            return "code"
-        return "control" if token_id in self.tokenizer.special_ids else "text"
-
-    def name(self, token_id: int) -> str:
-        try:
-            text = self.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
-        except ValueError:  # some checkpoints pad the vocabulary
-            return "(no token)"
-        text = text.replace(" ", "·")
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def kind_and_name(tokenizer: Tokenizer, token_id: int) -> tuple[str, str]:
+    """Id -> "text", "code" or "control"; and its readable name, as in Token."""
+    try:
+        text = tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
+    except ValueError:  # some checkpoints pad the vocabulary
+        return "text", "(no token)"
+    name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace(" ", "·"))
+    if token_id not in tokenizer.special_ids:
+        return "text", name
+    return "control" if image_code_from_name(text) is None else "code", name
 
 
 @torch.inference_mode()
@@ -110,7 +102,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
          pixel_values: Tensor | None = None) -> Walk:
     """input_ids (1, T) with `<image>` placeholders, no padding; pixels (N, 3, H, W) -> the Walk."""
     assert input_ids.shape[0] == 1, f"one prompt, not {input_ids.shape[0]}"
-    names, T, shapes = Names(tokenizer), input_ids.shape[1], []
+    T, shapes = input_ids.shape[1], []
 
     def note(name: str, letters: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         shapes.append((name, letters, tuple(output.shape)))
@@ -128,12 +120,13 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
     last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True, return_dict=True)
     attention = torch.cat([weights[0].mean(0) for weights in last.attentions])  # (layers, T)
     allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); 2-D would give None
-    tokens = tokens_of(model, names, ids[0], hidden)
+    tokens = tokens_of(model, tokenizer, ids[0], hidden)
     segments, codes, images = pictures_of(model, input_ids[0], ids[0], pixel_values)
-    best = [(i, names.name(i), probs[i].item()) for i in probs.topk(10).indices.tolist()]
+    names = [kind_and_name(tokenizer, i) for i in range(len(probs))]  # (kind, name) of each id
+    best = [(i, names[i][1], probs[i].item()) for i in probs.topk(10).indices.tolist()]
     shares = {"text": 0.0, "code": 0.0, "control": 0.0}
-    for i, p in enumerate(probs.tolist()):
-        shares[names.kind(i)] += p
+    for (kind, _), p in zip(names, probs.tolist()):
+        shares[kind] += p
     return Walk(tokens, segments, codes, images, shapes, allowed, attention.float().cpu(), probs,
                 best, shares)
 
@@ -155,11 +148,11 @@ def glances(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, ids:
         weights = torch.stack([w[0].float().mean(0) for w in seen.attentions]).mean(0)  # (n, L)
         looks.append(nn.functional.pad(weights, (0, T - weights.shape[1])))
         states.append(seen.last_hidden_state[0])
-    tokens = tokens_of(model, Names(tokenizer), ids[0, start - 1 :], torch.cat(states))
+    tokens = tokens_of(model, tokenizer, ids[0, start - 1 :], torch.cat(states))
     return tokens[1:], torch.cat(looks)[:-1].cpu()  # (n, T)
 
 
-def tokens_of(model: ChameleonForConditionalGeneration, names: Names, ids: Tensor,
+def tokens_of(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, ids: Tensor,
               hidden: Tensor) -> list[Token]:
     """ids (T,), hidden states (T, D) -> the tokens, with their entropy and surprise."""
     surprise, entropy = [torch.full((1,), torch.nan)], [torch.full((1,), torch.nan)]
@@ -168,7 +161,7 @@ def tokens_of(model: ChameleonForConditionalGeneration, names: Names, ids: Tenso
         surprise.append(-logp.gather(-1, targets[:, None])[:, 0].cpu())  # (n,)
         entropy.append(-torch.xlogy(logp.exp(), logp.exp()).sum(-1).cpu())  # (n,)
     bits = torch.stack((torch.cat(surprise), torch.cat(entropy)), dim=1) / math.log(2)
-    return [Token(i, names.name(i), names.kind(i), *pair)
+    return [Token(i, *kind_and_name(tokenizer, i), *pair)
             for i, pair in zip(ids.tolist(), bits.tolist())]
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # when it is run as a script
 
-from chameleon_extras.explain import Names  # noqa: E402
+from chameleon_extras.explain import kind_and_name  # noqa: E402
 from chameleon_extras.files import OneLineParser, exit_code, write_atomically  # noqa: E402
 from chameleon_extras.sheets import (  # noqa: E402
     code_colour,
@@ -45,6 +45,7 @@ from generate import decode_pictures, generate, pieces, stream  # noqa: E402
 from processor import ChameleonImageProcessor, load_image  # noqa: E402
 from tiny_world import language, world  # noqa: E402
 from tiny_world.evaluate import SEED, load  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 OUT = Path("figures")  # not examples/figures: a first try must not replace the READMEs' figures
 REQUEST = "Draw a large yellow star above a blue square."  # for growing.png
@@ -67,12 +68,12 @@ def token_stream(model, processor, prompt: str, picture: Image.Image) -> str:
     ids = generate(model, **inputs, max_new_tokens=30)[0].tolist()
     first, S = ids.index(processor.tokenizer.image_token_id), processor.image_seq_length
     codes = model.model.vqmodel.encode(inputs["pixel_values"])[0]  # (S,)
-    names, y, parts = Names(processor.tokenizer), 0, []
+    tokenizer, y, parts = processor.tokenizer, 0, []
     for drawn, height in (
-        text_block("the prompt, up to the picture", ids[:first], names),
+        text_block("the prompt, up to the picture", ids[:first], tokenizer),
         picture_block(inputs["pixel_values"], codes, model.model.vocabulary.code_to_id[codes]),
         text_block("behind the picture; the answer begins after the end of turn",
-                   ids[first + S :], names),
+                   ids[first + S :], tokenizer),
     ):
         parts.append(f'<g transform="translate(0,{y})">{drawn}</g>')
         y += height
@@ -80,16 +81,16 @@ def token_stream(model, processor, prompt: str, picture: Image.Image) -> str:
             f"<style>{STYLE}</style>{''.join(parts)}</svg>\n")
 
 
-def text_block(note: str, ids: Sequence[int], names: Names) -> tuple[str, int]:
+def text_block(note: str, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[str, int]:
     """Ids as labelled boxes below a note, broken into lines -> SVG, its height."""
     parts, x, y = [f'<text class="note" y="18">{note}</text>'], 0, 26
     for i in ids:
-        name = names.name(i)
+        kind, name = kind_and_name(tokenizer, i)
         wide = max(34, 7.4 * len(name) + 12)
         if x + wide > WIDTH:
             x, y = 0, y + ROW
         parts.append(
-            f'<rect class="{names.kind(i)}" x="{x:.0f}" y="{y}" width="{wide:.0f}" height="34" '
+            f'<rect class="{kind}" x="{x:.0f}" y="{y}" width="{wide:.0f}" height="34" '
             f'rx="4"/><text x="{x + wide / 2:.0f}" y="{y + 15}" text-anchor="middle">'
             f'{html.escape(name)}</text><text class="id" x="{x + wide / 2:.0f}" y="{y + 28}" '
             f'text-anchor="middle">{i}</text>')

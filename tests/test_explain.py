@@ -197,8 +197,7 @@ def test_a_large_grid_is_cut_in_its_numbers_and_whole_in_its_shades(shown, monke
 
 
 def test_names_are_one_line_and_none_breaks_the_page(model, processor):
-    names = explain.Names(processor.tokenizer)
-    assert names.name(10**6) == "(no token)"
+    assert explain.kind_and_name(processor.tokenizer, 10**6) == ("text", "(no token)")
     shown = walk(model, processor.tokenizer, processor(text='a\n"b"')["input_ids"])
     assert [token.name for token in shown.tokens].count("\\n") == 1
     shown.best[0] = (1, "<s>", 0.5)
