@@ -509,10 +509,8 @@ def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
     for ids in steps:
         yield ids
         if int(ids[0]) == model.model.vocabulary.begin_image_id:
-            with tqdm(total=rest, desc="image tokens", disable=None, leave=False) as bar:
-                for ids in islice(steps, rest):
-                    bar.update()
-                    yield ids
+            yield from tqdm(islice(steps, rest), desc="image tokens", total=rest, leave=False,
+                            disable=None)
 
 
 def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:

@@ -192,23 +192,13 @@ def test_no_document_is_written_over_another(run, tmp_path):
 def test_a_bar_grows_with_the_picture_and_passes_every_id_on(untrained_folder, monkeypatch):
     import tqdm
 
-    bars = []
+    bars, Bar = [], tqdm.tqdm
 
-    class Bar:
-        def __init__(self, total, **_):
-            self.total, self.n, self.closed = total, 0, False
-            bars.append(self)
+    def shown(*arguments, **options):
+        bars.append(Bar(*arguments, **options | dict(disable=False, file=io.StringIO())))
+        return bars[-1]
 
-        def update(self):
-            self.n += 1
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.closed = True
-
-    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    monkeypatch.setattr(tqdm, "tqdm", shown)
     model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
     vocabulary = model.model.vocabulary
     code = int(vocabulary.code_to_id[0])
@@ -216,7 +206,7 @@ def test_a_bar_grows_with_the_picture_and_passes_every_id_on(untrained_folder, m
     ids = [300, *picture, 301, *picture[:4]]
     passed = list(command.with_bar((torch.tensor([i]) for i in ids), model))
     assert [int(i) for i in passed] == ids
-    assert [(bar.n, bar.total, bar.closed) for bar in bars] == [(17, 17, True), (3, 17, True)]
+    assert [(bar.n, bar.total, bar.disable) for bar in bars] == [(17, 17, True), (3, 17, True)]
 
 
 def test_the_peak_of_memory_is_that_of_the_answer(monkeypatch, untrained_folder):
