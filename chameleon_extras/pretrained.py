@@ -69,21 +69,16 @@ def kind_of_quantization(config: object) -> str | None:
         raise ValueError(f"quantization_config {config!r:.80} is not offered: use "
                          "BitsAndBytesConfig(load_in_8bit=True) or (load_in_4bit=True, "
                          "bnb_4bit_quant_type='nf4')")
-    flags = [read(name) or False for name in ("load_in_8bit", "load_in_4bit")]
-    if all(flags) or {*map(type, flags)} != {bool}:
+    int8, nf4 = (read(name) or False for name in ("load_in_8bit", "load_in_4bit"))
+    if {type(int8), type(nf4)} != {bool} or (int8 and nf4):
         raise ValueError("load_in_8bit and load_in_4bit are true or false, and not both are true")
-    if read("llm_int8_skip_modules"):
-        raise ValueError("llm_int8_skip_modules is not offered: leave it out")
-    if read("load_in_8bit"):
-        return "int8"
-    if not read("load_in_4bit"):
-        return None
-    if read("bnb_4bit_quant_type") != "nf4":
+    for name in ("llm_int8_skip_modules", "bnb_4bit_use_double_quant"):
+        if read(name):
+            raise ValueError(f"{name} is not offered: leave it out")
+    if nf4 and read("bnb_4bit_quant_type") != "nf4":
         raise ValueError(f"bnb_4bit_quant_type {read('bnb_4bit_quant_type')!r} is not offered: "
                          "use 'nf4'")
-    if read("bnb_4bit_use_double_quant"):
-        raise ValueError("bnb_4bit_use_double_quant is not offered: leave it out")
-    return "nf4"
+    return "int8" if int8 else "nf4" if nf4 else None
 
 
 def as_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
