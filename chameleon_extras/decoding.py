@@ -53,7 +53,7 @@ import sysconfig
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
@@ -607,10 +607,13 @@ class Decoder:
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for all blocks that is a
             # tenth of a step. Here it checks tensors only. The rest holds, because a copy of the
-            # code serves one model, and within it layers that are `alike`. Other code than torch's
-            # and this project's, and hooks, may read anything: with them, all guards stay.
+            # code serves one model, and within it layers that differ only in the values of their
+            # tensors and in their place, `layer`. Other code than torch's and this project's, and
+            # hooks, may read anything: with them, all guards stay, and no CUDA graph is kept.
             known = all(map(is_known, layers.modules()))
-            copies = 1 if known and all(alike(layers[0], x) for x in layers) else len(layers)
+            self.keeps = known and is_known(model.model.embed_tokens) and is_known(model.model.norm)
+            looks = [described(layer, "layer") for layer in layers]
+            copies = 1 if known and all(look == looks[0] for look in looks) else len(layers)
             guards = torch.compiler.keep_tensor_guards_unsafe if known else None
             self.blocks = [compile_step(copy_of(block), model.device, guards)
                            for _ in range(copies)]
@@ -630,7 +633,7 @@ class Decoder:
         return cache
 
     def keep(self, cache: KVCache) -> None:
-        if self.compiled:
+        if self.compiled and self.keeps:
             self.spare = cache
 
     @contextmanager
@@ -760,27 +763,23 @@ class Decoder:
 
 def parts(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of. If one of these has changed, it is out of date."""
-    places = [getattr(t, "_local_tensor", t).data_ptr() for t in model.state_dict().values()]
+    places = [tensor.data_ptr() for tensor in model.state_dict().values()]
     hooks = [(type(module).forward, *hooks_of(module)) for module in model.modules()]
-    values = [values_of(module) for module in model.base_model.layers.modules()]
     code = [x for x in vars(chameleon).values() if callable(x)]  # one may have been replaced
-    return [model.device, model.dtype, *places, *model.modules(), *hooks, *values, *code]
+    return [model.device, *places, *model.modules(), *hooks, described(model.base_model.layers),
+            *code]
 
 
-def values_of(module: nn.Module, *left_out: str) -> tuple:
-    """Names and values of a module's attributes, without parameters, buffers and submodules."""
-    return tuple((name, value) for name, value in vars(module).items()
-                 if name[0] != "_" and name not in ("training", *left_out))
-
-
-def same(one: Sequence, other: Sequence) -> bool:
-    """Do two lists hold the same objects? Equal numbers, texts, devices and tuples count as one."""
-    def equal(a: object, b: object) -> bool:
-        if isinstance(a, tuple) and isinstance(b, tuple):
-            return same(a, b)
-        return a is b or (isinstance(a, (int, float, str, torch.device)) and a == b)
-
-    return len(one) == len(other) and all(map(equal, one, other))
+def described(module: nn.Module, *left_out: str) -> list:
+    """All that its code depends on, if it `is_known`: its parts, their attributes, and the layout
+    of their tensors. Of numbers, texts and tuples the value counts, of other attributes the `id`.
+    (A decoder's copies of the layers hold the old ones, so no id is used again.)
+    """
+    values = [(name, repr(x) if isinstance(x, (int, float, str, tuple)) else id(x))
+              for part in module.modules() for name, x in vars(part).items()
+              if name[0] != "_" and name not in ("training", *left_out)]
+    stored = [(x.dtype, x.stride()) for x in module.state_dict().values()]
+    return [repr(module), *map(type, module.modules()), *values, *stored]
 
 
 def hooks_of(module: nn.Module) -> list[Callable]:
@@ -794,27 +793,14 @@ def is_known(module: object) -> bool:
     if not isinstance(module, nn.Module) or hooks_of(module):
         return False
     act = getattr(module, "act", F.silu)
-    ours = ("torch.nn", "chameleon", "chameleon_extras")
     return getattr(act, "func", act) in (F.silu, F.relu, F.gelu) and all(  # func: of a partial
-        f"{place}.".startswith(tuple(f"{name}." for name in ours))
+        f"{place}.".startswith(("torch.nn.", "chameleon.", "chameleon_extras."))
         for place in (place_of(module.forward), type(module).__module__))
 
 
 def place_of(function: Callable) -> str:
     """The module of its code. `__module__` would be that of what functools.wraps has wrapped."""
     return getattr(function, "__globals__", {}).get("__name__", "")
-
-
-def alike(one: nn.Module, other: nn.Module) -> bool:
-    """Can one compiled copy serve both layers, whose code is known? Yes, if they differ only in the
-    values of their tensors and in their place, `layer`.
-    """
-    def parts_of(layer: nn.Module) -> list:
-        rest = [values_of(m, "layer") for m in layer.modules()]
-        stored = [(x.dtype, x.stride()) for x in layer.state_dict().values()]
-        return [repr(layer), *map(type, layer.modules()), *rest, *stored]
-
-    return same(parts_of(one), parts_of(other))
 
 
 def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Decoder:
@@ -827,6 +813,6 @@ def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Deco
     if not compiled:
         return Decoder(model, attention=None)
     kept = vars(model).get("compiled_decoder")
-    if kept is None or not same(kept.parts, parts(model)):
+    if kept is None or kept.parts != parts(model):
         kept = vars(model)["compiled_decoder"] = Decoder(model, compiled=True, attention=None)
     return kept
