@@ -83,11 +83,11 @@ def bandwidth(device: torch.device) -> float:
         return data.nbytes / min(seconds_of(data.sum, cuda) for _ in range(5))
 
 
-def seconds_of(task: Callable[[], object], cuda: bool) -> float:
+def seconds_of(task: Callable[[], Tensor], cuda: bool) -> float:
     """Seconds of `task`; on CUDA by the clock of the current device, without launches."""
     if not cuda:
         start = time.perf_counter()
-        task()
+        task().item()  # waits for the GPU of a Mac
         return time.perf_counter() - start
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
