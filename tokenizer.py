@@ -44,7 +44,7 @@ BEGIN_IMAGE, END_IMAGE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706
 IMAGE_PLACEHOLDERS = ("<image>", "<reserved08707>")  # HF's name, and Meta's for the same id
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 IDS = (torch.int64, torch.int32)  # dtypes of ids
-IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")
+IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")  # all that `image_token_name` gives
 
 
 # ---------------------------------------------------------------------------------------------
@@ -79,13 +79,6 @@ def image_token_name(code: int) -> str:
     return f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z"
 
 
-def image_code_from_name(name: str) -> int | None:
-    """ "IMGIMGFDZ" -> 53. None for a name that belongs to no code."""
-    if not IMAGE_TOKEN.fullmatch(name):
-        return None
-    return int("".join(str("ABCDEFGHIJ".index(letter)) for letter in name[6:-1]))
-
-
 def check_ids(ids: dict[str, int], size: int = 10**6, of: str = "") -> None:
     """ValueError for a name whose id is not one of 0..size-1."""
     for name, token_id in ids.items():
@@ -116,22 +109,19 @@ class VocabularyMap(torch.nn.Module):
         self.begin_image_id, self.end_image_id = names.get(BEGIN_IMAGE), names.get(END_IMAGE)
         self.end_of_turn_id = names.get(END_OF_TURN)
 
-        ids = {code: token_id for name, token_id in names.items()
-               if (code := image_code_from_name(name)) is not None}
-        missing = [code for code in range(len(ids)) if code not in ids]
-        if missing:
+        self.num_codes = sum(IMAGE_TOKEN.fullmatch(name) is not None for name in names)
+        ids = [names.get(image_token_name(code)) for code in range(self.num_codes)]
+        if None in ids:
             raise ValueError(f"the vocabulary has {len(ids)} image tokens, but none is named "
-                             f"{image_token_name(missing[0])}: codes must be 0..K-1 without a gap")
+                             f"{image_token_name(ids.index(None))}: codes must be 0..K-1 "
+                             "without a gap")
         marks = [self.image_token_id, self.begin_image_id, self.end_image_id, self.end_of_turn_id]
-        own = [*ids.values(), *(i for i in marks if i is not None)]
-        if twice := {i for i, n in Counter(own).items() if n > 1}:
+        if twice := {i for i, n in Counter([*ids, *marks]).items() if n > 1} - {None}:
             raise ValueError("each image token and mark needs an id of its own, but the vocabulary "
                              f"gives two of them the id {min(twice)}")
         # The release has id = code + 4, but a converted vocabulary may be in another order.
         # device="cpu": inside `with torch.device("meta")` this tensor would hold no numbers.
-        self.num_codes = len(ids)
-        in_order = [ids[code] for code in range(len(ids))]
-        self.table = torch.tensor(in_order, dtype=torch.long, device="cpu")  # (K,)
+        self.table = torch.tensor(ids, dtype=torch.long, device="cpu")  # (K,)
         self.register_buffer("code_to_id", self.table, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "VocabularyMap":
