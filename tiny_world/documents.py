@@ -523,17 +523,13 @@ class Rows:
         while room >= T // 8:
             fitting = [d for d in self.waiting if len(d.ids) <= room]
             if fitting:
-                document = max(fitting, key=lambda d: len(d.ids))
-                self.waiting.remove(document)
-            elif len(self.waiting) == self.WAITING:
-                break
+                documents.append(max(fitting, key=lambda d: len(d.ids)))
+                self.waiting.remove(documents[-1])
+                room -= len(documents[-1].ids)
+            elif len(self.waiting) < self.WAITING:
+                self.waiting.append(draw(room))
             else:
-                document = draw(room)
-                if len(document.ids) > room:
-                    self.waiting.append(document)
-                    continue
-            documents.append(document)
-            room -= len(document.ids)
+                break
         return documents
 
     def batch(self, draw: Callable[[int], Document], B: int, T: int) -> dict[str, Tensor]:
