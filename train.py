@@ -495,19 +495,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.data and options.out.resolve() == options.model.resolve():
         parser.error(f"--out {options.out} would replace the --model: name another folder")
     for name, low, high in (("steps", 1, 10**9), ("threads", 1, 1024), ("epochs", 1, 10**6),
-                            ("questions", 1, 10**6), ("seed", 0, 2**63 - 1)):
+                            ("questions", 1, 10**6), ("seed", 0, 2**63 - 1),
+                            ("dropout", 0, 0.99), ("learning_rate", 1e-9, 1)):
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            parser.error(f"--{name} must be from {low} to {high}, got {value}")
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}")
     stage = "sft --data" if options.data else options.stage
     for name, stages in READ_BY.items():
         if getattr(options, name) != parser.get_default(name) and stage not in stages:
             parser.error(f"--{name.replace('_', '-')} is for {', '.join(sorted(stages))}, not for "
                          + stage)
-    if not 0 <= options.dropout < 1:
-        parser.error(f"--dropout must be from 0 to below 1, got {options.dropout}")
-    if options.learning_rate is not None and not 0 < options.learning_rate < 1:
-        parser.error(f"--learning-rate must be between 0 and 1, got {options.learning_rate}")
     options.questions = options.questions or min(200, options.steps or 200)
     options.optimizer = options.optimizer or ("adamw" if options.data else "muon")
     return options
