@@ -595,29 +595,23 @@ class ChameleonProcessor:
 
         DIFFERS: transformers leaves this to the model, which can only compare the batch's totals.
         """
+        if "" in prompts:
+            raise ValueError(f"prompt {prompts.index('') + 1} is empty: write something")
         mark = self.image_token
         places = [prompt.count(mark) + reply.count(mark) for prompt, reply in zip(prompts, replies)]
-        for n, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {n + 1} is empty: write something")
-        if isinstance(images, (list, tuple)) and images and all(
-                item is None or isinstance(item, (list, tuple)) for item in images):
-            if len(images) != len(prompts):
-                raise ValueError(f"{len(images)} lists of pictures for {len(prompts)} prompt(s)")
-            groups = [flat_pictures(item or []) for item in images]
-            for n, (group, count) in enumerate(zip(groups, places)):
-                if len(group) != count:
-                    raise ValueError(f"prompt {n + 1} has {count} {mark} but {len(group)} "
-                                     "picture(s): give one for each")
-            return [picture for group in groups for picture in group]
-        if isinstance(images, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in images):
-            raise ValueError("images mixes lists and pictures: give a flat list, or one per prompt")
-        pictures = [] if images is None else flat_pictures(images)
-        if len(pictures) != sum(places):
-            counts = ", ".join(f"prompt {n + 1} has {count}" for n, count in enumerate(places))
-            raise ValueError(f"{len(pictures)} picture(s) for {sum(places)} {mark} ({counts}): "
-                             "give one for each")
-        return pictures
+        items = images if isinstance(images, (list, tuple)) else []
+        lists = [item is None or isinstance(item, (list, tuple)) for item in items]
+        if any(lists) and lists != [True] * len(prompts):
+            raise ValueError(f"images has {len(items)} item(s), lists among them, for "
+                             f"{len(prompts)} prompt(s): give a flat list, or one list per prompt")
+        groups = [flat_pictures([] if group is None else group)
+                  for group in (items if any(lists) else [images])]
+        for n, group in enumerate(groups):
+            who, own = (f"prompt {n + 1}", places[n : n + 1]) if any(lists) else ("text", places)
+            if len(group) != sum(own):
+                raise ValueError(f"{who} has {' + '.join(map(str, own))} {mark} but {len(group)} "
+                                 "picture(s): give one for each")
+        return [picture for group in groups for picture in group]
 
     def prompt_ids(self, prompt: str, completion: bool) -> list[int]:
         """One prompt -> its T ids: <s> text <racm3:break> <image> x S <eoss> text <reserved08706>

@@ -193,15 +193,15 @@ def test_image_options_reach_the_image_processor(bpe):
     (dict(), "prompt is missing"),
     (dict(text=[["a"]]), "prompt is missing"),
     (dict(images=picture(1)), "prompt is missing"),
-    (dict(text="a<image>"), "0 picture(s) for 1 <image>"),
-    (dict(text="a", images=picture(1)), "1 picture(s) for 0 <image>"),
-    (dict(text="a<image>", images=[picture(1)] * 2), "2 picture(s) for 1 <image>"),
+    (dict(text="a<image>"), "1 <image> but 0 picture(s)"),
+    (dict(text="a", images=picture(1)), "0 <image> but 1 picture(s)"),
+    (dict(text="a<image>", images=[picture(1)] * 2), "1 <image> but 2 picture(s)"),
     (dict(text=["a<image>", "b<image><image>"], images=[picture(1)] * 2, padding=True),
-     "prompt 1 has 1, prompt 2 has 2"),
+     "text has 1 + 2 <image> but 2"),
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2, []]), "prompt 1 has 1 <image>"),
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)], None]), "prompt 2 has 1 <image>"),
-    (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2]), "1 lists of pictures for 2"),
-    (dict(text=["a<image>", "b<image>"], images=[[picture(1)], picture(2)]), "mixes lists and"),
+    (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2]), "lists among them, for 2"),
+    (dict(text=["a<image>", "b<image>"], images=[[picture(1)], picture(2)]), "one list per prompt"),
     (dict(text="a<image>", images="picture.png"), "No such file"),
     (dict(text="a<image>", images="https://a.b/c.png"), "nothing is fetched"),
     (dict(text=["a", "a longer one"]), "padding=True"),
@@ -318,7 +318,7 @@ def test_pictures_of_answers_come_after_those_of_their_prompts(either):
 
 @pytest.mark.parametrize("answers, images, words", [
     (["a"], None, "2 prompt(s) need as many answers"), (["a", ""], None, "not empty"),
-    (["a", 3], None, "each a text"), (["<image>", "a"], None, "prompt 1 has 1"),
+    (["a", 3], None, "each a text"), (["<image>", "a"], None, "text has 1 + 0"),
     (["<image>", "a"], [[], [picture(1)]], "prompt 1 has 1 <image> but 0"),
 ])
 def test_answers_that_do_not_fit_their_prompts_are_named(bpe, answers, images, words):
