@@ -193,20 +193,15 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
     picture = np.full((side, side, 3), BACKGROUNDS[scene.background], np.float32)  # (N, N, 3)
     middles = np.arange(side, dtype=np.float32) + 0.5  # (N,), of the pixels
     for thing in scene.things:
-        cy, cx = thing_centre(thing, side)
-        radius = SIZES[thing.size] * REACH[thing.shape] * side
-        alpha = coverage(thing.shape, middles[:, None] - cy, middles - cx, radius)  # (N, N)
+        radius = SIZES[thing.size] * REACH[thing.shape]  # this, cy and cx in picture widths
+        # The middle of a triangle's height lies a quarter of its radius above its centre.
+        drop = radius / 4 if thing.shape == "triangle" else 0.0
+        cy = (2 * thing.place[0] + 1) / 6 + thing.dy + drop
+        cx = (2 * thing.place[1] + 1) / 6 + thing.dx
+        y, x = middles[:, None] - cy * side, middles - cx * side  # (N, 1), (N,)
+        alpha = coverage(thing.shape, y, x, radius * side)  # (N, N)
         picture += alpha[..., None] * (np.array(COLOURS[thing.colour], np.float32) - picture)
     return np.clip(picture.round(), 0, 255).astype(np.uint8)
-
-
-def thing_centre(thing: Thing, side: int) -> tuple[float, float]:
-    """The centre (y, x) of a thing in pixels."""
-    # The middle of a triangle's height lies a quarter of its radius above its centre.
-    drop = 0.25 * SIZES[thing.size] * REACH["triangle"] if thing.shape == "triangle" else 0.0
-    y = (2 * thing.place[0] + 1) / 6 + thing.dy + drop
-    x = (2 * thing.place[1] + 1) / 6 + thing.dx
-    return y * side, x * side
 
 
 def render_pixels(scenes: Sequence[Scene]) -> np.ndarray:
