@@ -52,15 +52,7 @@ from chameleon_extras.release import load_processor
 from processor import ChameleonImageProcessor, ChameleonProcessor
 from tiny_world import evaluate, language, world
 from tiny_world.code_rows import add_code_rows, add_learned, bake
-from tiny_world.documents import (
-    Corpus,
-    OwnData,
-    Pictures,
-    Rows,
-    Shares,
-    Writer,
-    read_examples,
-)
+from tiny_world.documents import Corpus, OwnData, Pictures, Rows, Shares, Writer, read_examples
 from tiny_world.run import Run, autocast, fingerprint, gathered, rate, shard
 from tiny_world.vqvae_stage import VQ, train_vqvae
 from tokenizer import BEGIN_IMAGE, END_IMAGE, END_OF_TURN, SentencePieceTokenizer, image_token_name

@@ -33,7 +33,7 @@ from torch import Tensor
 from chameleon import ChameleonForConditionalGeneration, KVCache, allowed_keys
 from chameleon_extras.sheets import code_grid, data_uri, enlarge, heat_on
 from processor import ChameleonImageProcessor
-from tokenizer import Tokenizer, image_code_from_name, image_token_name
+from tokenizer import IMAGE_TOKEN, Tokenizer, image_token_name
 
 SHADES = " ░▒▓█"
 CHUNK = 128  # positions whose logits exist at one time: 4096 x 65536 would take 1 GiB
@@ -94,7 +94,7 @@ def kind_and_name(tokenizer: Tokenizer, token_id: int) -> tuple[str, str]:
     name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace(" ", "·"))
     if token_id not in tokenizer.special_ids:
         return "text", name
-    return "control" if image_code_from_name(text) is None else "code", name
+    return "code" if IMAGE_TOKEN.fullmatch(text) else "control", name
 
 
 @torch.inference_mode()
