@@ -82,11 +82,12 @@ class PackedLinear(nn.Module):
         return part
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        kept = {name: getattr(self, name) for name in ("scale", "ones") if hasattr(self, name)}
+        before = self.scale
         super()._apply(fn, recurse)
-        for name, before in kept.items():
-            if getattr(self, name).dtype != before.dtype:
-                setattr(self, name, before.to(self.scale.device))
+        if self.scale.dtype != before.dtype:
+            self.scale = before.to(self.scale.device)
+        if hasattr(self, "ones"):  # after `to_empty` they would hold no numbers
+            self.ones = torch.ones_like(self.scale, dtype=torch.bfloat16)
         return self
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:

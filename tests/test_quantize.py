@@ -356,6 +356,8 @@ def test_a_state_dict_replaces_packed_weights_and_plain_ones_are_refused(kind):
             assert one.model.layers[0].mlp.up_proj._kernel is not None
         assert torch.equal(one(ids).logits, two(ids).logits)
         assert not torch.equal(one(ids).logits, before)
+        one.to_empty(device="cpu").load_state_dict(two.state_dict())
+        assert torch.equal(one(ids).logits, two(ids).logits)
     with pytest.raises(ValueError, match="load plain weights before you quantize"):
         one.load_state_dict(plain.state_dict(), strict=False)
 
