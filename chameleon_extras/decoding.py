@@ -593,8 +593,12 @@ class Decoder:
             if any(hasattr(module, "base_layer") for module in model.modules()):  # peft's
                 raise ValueError("compile=True reads plain layers: call merge_and_unload() of the "
                                  "adapter before")
-            attends = {attention.attend for attention in attentions(model)} - {*ATTENTIONS.values()}
-            if (attends or not is_known(model.model) or len(self.places) != len(layers)
+            attends = {attention.attend for attention in attentions(model)}
+            for name, attend in ATTENTIONS.items():
+                if attend in attends:
+                    check_attention(name, model.device, model.dtype, compiled)
+            if (attends - {*ATTENTIONS.values()} or not is_known(model.model)
+                    or len(self.places) != len(layers)
                     or place_of(chameleon.allowed_keys) != "chameleon"):
                 raise ValueError("compile=True goes through the layers itself, with a mask of its "
                                  "own, and each has one ChameleonAttention. A forward or hook of "

@@ -941,6 +941,14 @@ class OwnAttention(ChameleonAttention):
         return y * self.by / (self.layer + 1) ** 3, weights
 
 
+@needs_compiler
+def test_a_compiled_decoder_checks_the_attention_that_was_chosen_before(monkeypatch):
+    model, checked = decoding.set_attention(small_model(), "flash"), []
+    monkeypatch.setattr(decoding, "check_attention", lambda *given: checked.append(given))
+    decoding.Decoder(model, compiled=True, attention=None)
+    assert checked == [("flash", model.device, model.dtype, True)]
+
+
 def test_code_of_ones_own_in_the_layers_acts_in_each_compiled_step(traced):
     """Such code may read anything, so nothing that was compiled may outlast what it read."""
     ids, options = torch.tensor([[0, 80, 81]]), dict(max_new_tokens=4, eos_token_id=[])
