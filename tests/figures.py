@@ -48,7 +48,7 @@ from tiny_world.evaluate import SEED, load  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 OUT = Path("figures")  # not examples/figures: a first try must not replace the READMEs' figures
-REQUEST = "Draw a large yellow star above a blue square."  # for growing.png
+REQUEST = "Draw a large yellow star above a small blue square."  # for growing.png
 WIDTH, ROW = 920, 44  # of stream.svg, in pixels: its width, and the height of a line of tokens
 STYLE = """
 text{font:12px monospace;fill:#1f2328}.id{font-size:9px;fill:#59636e}.note{fill:#59636e}

@@ -30,7 +30,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 917, "generate.py": 787, "README.md": 220}
-ALL_LINES, ALL_FILES = 11_210, 29
+ALL_LINES, ALL_FILES = 11_151, 29
 
 
 def own_modules(node: ast.stmt) -> list[str]:

@@ -311,7 +311,7 @@ def test_the_model_card_has_the_rows_of_the_evaluation_and_its_numbers_are_quote
     quoted = re.findall(r"\d[\d.]* %", section("The tiny checkpoint", README))
     kinds = "caption of one thing", "drawing of one thing", "edit"
     assert [n.replace(" ", "") for n in quoted] == [n for kind in kinds for n in table[kind]]
-    for kind in ("relation", "thing", "drawing of two", "edit"):
+    for kind in ("two pictures: which", "drawing of two", "edit"):
         for right in table[kind]:
             assert f"{100 - float(right.rstrip('%')):.1f} %" in section("Limits", CARD)
 

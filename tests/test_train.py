@@ -984,7 +984,7 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     assert not (alone / "config.json").exists()
     # The weights before fit the options and the tokenizer, or are not used.
     for stage, option in ((["sft", "--norm-order", "swin"], "--norm-order pre: give it to sft"),
-                          (["tokenizer", "--seed", "5"], "is the one that pretrain has read with")):
+                          (["tokenizer", "--seed", "5"], "would change, and pretrain has used it")):
         assert train.main([*stage, "--out", str(out)]) == 2
         assert option in capsys.readouterr().err
     # Another stage's weights of another kind are named, not loaded.
@@ -1488,15 +1488,15 @@ def tiny():
 # than it did.
 FLOORS = {
     "caption of one thing": (0.96, 0.96), "caption of two": (0.96, 0.96),
-    "caption of three": (0.94, 0.94), "colour": (0.96, 0.96), "shape": (0.96, 0.96),
+    "caption of three": (0.94, 0.94), "colour": (0.96, 0.95), "shape": (0.95, 0.95),
     "count": (0.96, 0.93), "background": (0.96, 0.96), "existence": (0.95, 0.95),
-    "relation": (0.90, 0.90), "size": (0.96, 0.95), "place": (0.96, 0.95),
-    "thing": (0.94, 0.91), "two pictures: in common": (0.96, 0.96),
-    "two pictures: difference": (0.96, 0.96), "two pictures: which": (0.95, 0.94),
-    "second turn": (0.95, 0.93),
+    "relation": (0.95, 0.95), "size": (0.95, 0.95), "place": (0.96, 0.95),
+    "thing": (0.95, 0.94), "two pictures: in common": (0.96, 0.96),
+    "two pictures: difference": (0.96, 0.95), "two pictures: which": (0.90, 0.88),
+    "second turn": (0.95, 0.95), "third turn": (0.96, 0.95), "fourth turn": (0.94, 0.95),
 }  # fmt: skip
 DRAWN = {  # sampled once
-    "drawing of one thing": (0.93, 0.93), "drawing of two": (0.91, 0.82), "edit": (0.95, 0.87),
+    "drawing of one thing": (0.95, 0.90), "drawing of two": (0.90, 0.83), "edit": (0.95, 0.91),
 }  # fmt: skip
 
 
