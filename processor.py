@@ -591,7 +591,7 @@ class ChameleonProcessor:
 
     def match(self, prompts: list[str], images: Pictures | None, replies: list[str]
               ) -> list[Picture]:
-        """All pictures in the order of their places. ValueError, naming the prompt, on a mismatch.
+        """All pictures in the order of their places. ValueError, with both counts, on a mismatch.
 
         DIFFERS: transformers leaves this to the model, which can only compare the batch's totals.
         """
@@ -602,8 +602,8 @@ class ChameleonProcessor:
         items = images if isinstance(images, (list, tuple)) else []
         lists = [item is None or isinstance(item, (list, tuple)) for item in items]
         if any(lists) and lists != [True] * len(prompts):
-            raise ValueError(f"images has {len(items)} item(s), lists among them, for "
-                             f"{len(prompts)} prompt(s): give a flat list, or one list per prompt")
+            raise ValueError(f"images has {len(items)} item(s), lists or None among them, for "
+                             f"{len(prompts)} prompt(s): give pictures only or one list per prompt")
         groups = [flat_pictures([] if group is None else group)
                   for group in (items if any(lists) else [images])]
         for n, group in enumerate(groups):

@@ -143,9 +143,9 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") 
 #
 # Where a thing has to be found or compared, the answer describes the scene before it concludes. A
 # model of this size does not learn a bare "Yes." or "No.". It can look up what it has written, and
-# it learns to do so from text alone (Corpus.practice). The sentence after the description names a
-# thing in the words of the question: "Where is the star?" - "A small red star at the top. The star
-# is at the top." The model copies these words, and they lead to the thing in the description.
+# it learns to do so from text alone (Corpus.practice). If the question names a thing, the sentence
+# after the description repeats these words: "Where is the star?" - "A small red star at the top.
+# The star is at the top." The model copies them, and they lead to the thing in the description.
 
 
 def look(scene: Scene) -> str:
