@@ -351,8 +351,8 @@ class Contexts:
 def rows_of(head: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
     """The head for these ids alone: (..., D) -> (..., len(ids))."""
     plain = not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
-    if plain and hasattr(head, "rows"):  # a quantized layer selects its own rows
-        return head.rows(ids)
+    if plain and (rows := getattr(head, "rows", None)):  # a quantized layer selects its own rows
+        return rows(ids)
     if not plain or type(head) is not nn.Linear or head.bias is not None:
         return lambda hidden: head(hidden)[..., ids]  # the whole head, with what was added to it
     part = nn.Linear(head.in_features, len(ids), bias=False, device="meta")

@@ -116,7 +116,7 @@ class VocabularyMap(torch.nn.Module):
                              f"{image_token_name(ids.index(None))}: codes must be 0..K-1 "
                              "without a gap")
         marks = [self.image_token_id, self.begin_image_id, self.end_image_id, self.end_of_turn_id]
-        if twice := {i for i, n in Counter([*ids, *marks]).items() if n > 1} - {None}:
+        if twice := [i for i, n in Counter([*ids, *marks]).items() if i is not None and n > 1]:
             raise ValueError("each image token and mark needs an id of its own, but the vocabulary "
                              f"gives two of them the id {min(twice)}")
         # The release has id = code + 4, but a converted vocabulary may be in another order.
