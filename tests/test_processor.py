@@ -200,7 +200,7 @@ def test_image_options_reach_the_image_processor(bpe):
      "text has 1 + 2 <image> but 2"),
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2, []]), "prompt 1 has 1 <image>"),
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)], None]), "prompt 2 has 1 <image>"),
-    (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2]), "lists or None among them, for 2"),
+    (dict(text=["a<image>", "b<image>"], images=[[picture(1)] * 2]), "or None among them, for 2"),
     (dict(text=["a<image>", "b<image>"], images=[[picture(1)], picture(2)]), "one list per prompt"),
     (dict(text="a<image>", images="picture.png"), "No such file"),
     (dict(text="a<image>", images="https://a.b/c.png"), "nothing is fetched"),
