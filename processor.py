@@ -601,13 +601,14 @@ class ChameleonProcessor:
         places = [prompt.count(mark) + reply.count(mark) for prompt, reply in zip(prompts, replies)]
         items = images if isinstance(images, (list, tuple)) else []
         lists = [item is None or isinstance(item, (list, tuple)) for item in items]
-        if any(lists) and lists != [True] * len(prompts):
+        grouped = any(lists)
+        if grouped and lists != [True] * len(prompts):
             raise ValueError(f"images has {len(items)} item(s), lists or None among them, for "
                              f"{len(prompts)} prompt(s): give pictures only or one list per prompt")
         groups = [flat_pictures([] if group is None else group)
-                  for group in (items if any(lists) else [images])]
+                  for group in (items if grouped else [images])]
         for n, group in enumerate(groups):
-            who, own = (f"prompt {n + 1}", places[n : n + 1]) if any(lists) else ("text", places)
+            who, own = (f"prompt {n + 1}", [places[n]]) if grouped else ("text", places)
             if len(group) != sum(own):
                 raise ValueError(f"{who} has {' + '.join(map(str, own))} {mark} but {len(group)} "
                                  "picture(s): give one for each")

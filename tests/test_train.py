@@ -1541,6 +1541,15 @@ def test_half_of_the_table_shows_held_out_pairs_and_the_other_half_none(monkeypa
                    for scene in shown.pop())
 
 
+def test_a_later_turn_follows_the_right_answers_to_the_turns_before(monkeypatch):
+    given = iter([("q1", "a1"), None, ("q2", "a2"), None, None, ("q3", "a3")])  # None: no question
+    monkeypatch.setattr(documents.language, "QUESTIONS", {"any": lambda *_: next(given)})
+    turns, answer = evaluate.later_turn(3, rng(), False)
+    said = [[part for part in turn if isinstance(part, str)] for turn in turns]
+    assert said == [["q1"], ["a1"], ["q2"], ["a2"], ["q3"]] and answer == "a3"
+    assert [len(turn) for turn in turns] == [2, 1, 1, 1, 1]  # the picture comes once
+
+
 def test_a_share_is_that_of_the_answers_that_are_right_to_the_letter(monkeypatch):
     def almost(model, processor, conversations):
         right = [wanted.pop(0) for _ in conversations]

@@ -173,9 +173,8 @@ def ask_field(rng: np.random.Generator, scene: Scene, field: str) -> Turn | None
     """Colour, shape, size or place of a thing that the question names by its other fields."""
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing, hide=field)
-    value = getattr(thing, field)
-    value = {"shape": article, "place": PLACES.get}.get(field, str)(value)
-    answer = f"{look(scene)} The {name} is {value}."
+    words = {"shape": article(thing.shape), "place": PLACES[thing.place]}
+    answer = f"{look(scene)} The {name} is {words.get(field, getattr(thing, field))}."
     return name and (pick(rng, WORDINGS[field]).format(name), answer)
 
 
