@@ -88,7 +88,7 @@ UNREAD = 8  # columns at the end of a cache that no view reads
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LONGEST = 4096  # terms of one sum in a compiled loop on a CPU
 ONE_THREAD = RLock()  # compiled code, whose guards torch checks, is called by one at a time
-AT_ONCE = 8  # columns of v summed in one round; torch.compile unrolls sums of so few
+PART = 64  # bytes of a row of v; a compiled loop has one sum for each part
 
 
 def in_memory(x: Tensor) -> Tensor:
@@ -242,17 +242,17 @@ def one_query_loops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
                     dropout: float) -> tuple[Tensor, None]:
     """`one_query_attention` for torch.compile on a CPU: the same, but better loops come of it.
 
-    The query is made fp32 once, not once for each key. And AT_ONCE columns of v are summed in each
-    round: one column a round would wait for the sum before it, at two thirds of the speed.
+    The query is made fp32 once, not once for each key. And each row of v is cut into parts, whose
+    sums torch.compile joins into one loop: it reads every row once, from end to end. A single sum
+    would become a loop over one part of all rows, then over the next, at two thirds of the speed.
     """
     q32 = in_memory(q.float().squeeze(2).unflatten(1, (k.shape[1], -1)))  # (B, Hkv, H/Hkv, Dh)
     scores = q32 @ k.float().mT * q.shape[-1] ** -0.5  # (B, Hkv, H/Hkv, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = in_memory(F.dropout(torch.softmax(scores, dim=-1), dropout))
-    weights = weights.unflatten(-1, (-1, AT_ONCE))[..., None]  # (B, Hkv, H/Hkv, L/8, 8, 1)
-    columns = v.float().unflatten(2, (-1, AT_ONCE)).unsqueeze(2)  # (B, Hkv, 1, L/8, 8, Dh)
-    y = (weights * columns).sum(-2).sum(-2)  # (B, Hkv, H/Hkv, Dh)
+    weights = in_memory(F.dropout(torch.softmax(scores, dim=-1), dropout))[..., None]  # (..., L, 1)
+    parts = v.unsqueeze(2).split(PART // v.itemsize, dim=-1)  # each (B, Hkv, 1, L, 32 in 16 bits)
+    y = torch.cat([(weights * part.float()).sum(-2) for part in parts], -1)  # (B, Hkv, H/Hkv, Dh)
     return y.to(q.dtype).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
 
 
@@ -265,8 +265,7 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     """
     if q.shape[2] > 1:
         return sdpa_attention(q, k, v, mask, dropout)
-    loops = (torch.compiler.is_compiling() and k.device.type == "cpu"
-             and k.shape[2] % AT_ONCE == 0)  # so is every cache of generate.py
+    loops = torch.compiler.is_compiling() and k.device.type == "cpu"
     return (one_query_loops if loops else one_query_attention)(q, k, v, mask, dropout)
 
 
@@ -358,7 +357,8 @@ def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
         sums.append([])
         for row in x:
             first, *others = [w_b.float() * x_b for w_b, x_b in zip(w, row)]
-            sums[-1].append(sum(others, first).sum(-1).sum(-1))  # (O/4,)
+            parts = sum(others, first).sum(-1)  # (..., splits)
+            sums[-1].append(parts.sum(-1) if splits > 1 else parts.squeeze(-1))  # (O/4,)
     return torch.stack([torch.cat(row) for row in zip(*sums)])  # (n, O)
 
 
