@@ -753,19 +753,19 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
                 elif row not in drawn:
                     if text := readers[row].feed(i):
                         yield Piece(row, text)
-                elif len(drawn[row]) == S:
-                    del drawn[row]  # this is end-image
                 else:
                     drawn[row].append(i)
                     n = len(drawn[row])
                     if n == S or (every and n % every == 0):
                         yield picture(row)
+                    if n == S:
+                        del drawn[row]  # the next id is end-image, which is no text
     except KeyboardInterrupt as stop:
         interrupt = stop  # first hand over what is done
     for row, reader in enumerate(readers):
         if rest := reader.flush():
             yield Piece(row, rest)
-        if 0 < len(drawn.get(row, [])) < S:
+        if drawn.get(row):
             yield picture(row)
     if interrupt:
         raise interrupt

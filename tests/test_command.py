@@ -401,6 +401,20 @@ def test_ctrl_c_hands_over_what_is_done_and_goes_on_up(untrained_folder, after, 
     assert all(piece.image.size == (16, 16) for piece in made)
 
 
+def test_ctrl_c_while_a_picture_is_decoded_does_not_lose_it(untrained_folder, monkeypatch):
+    def interrupted_once(*arguments):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "decode_pictures", interrupted_once)
+    model = ChameleonForConditionalGeneration.from_pretrained(untrained_folder)
+    steps = module.stream(model, torch.tensor([[0, 300]]), mode="image")
+    made = pieces(model, load_tokenizer(untrained_folder), steps)
+    assert next(made).drawn == 16
+    with pytest.raises(KeyboardInterrupt):
+        next(made)
+
+
 def test_ctrl_c_on_the_command_saves_the_partial_picture_and_exits_130(run, tmp_path, monkeypatch):
     stream = module.stream
     monkeypatch.setattr(command, "stream", lambda *a, **o: interrupted(stream(*a, **o), 9))
