@@ -90,8 +90,7 @@ def drawing(count: int, rng: np.random.Generator, held_out: bool) -> Item:
 def edit(rng: np.random.Generator, held_out: bool) -> Item:
     """A picture of one thing and a request to change it."""
     before, after = world.sample_edit(rng, held_out)
-    text, (thing,) = language.ask_edit(rng, before, after), after.things
-    named = {field: getattr(thing, field) for field in ("colour", "shape", "size", "place")}
+    text, named = language.ask_edit(rng, before, after), after.things[0].only(world.FIELDS)
     return [prompt(rng, text, (before,))], language.Request(text, (named,), after.background)
 
 

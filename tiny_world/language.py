@@ -56,10 +56,10 @@ WORDINGS = {
 }  # fmt: skip
 EDIT_PROMPTS = {
     "colour": ("Draw this in {}.", "Make it {}.", "Change the colour to {}."),
-    "shape": ("Draw this as {}.", "Make it {}.", "Turn this into {}."),
+    "shape": ("Draw this as a {}.", "Make it a {}.", "Turn this into a {}."),
     "size": ("Make it {}.", "Draw this {}."),
     "place": ("Draw this {}.", "Put it {}."),
-    "background": ("Draw this on {} background.", "Put it on {} background."),
+    "background": ("Draw this on a {} background.", "Put it on a {} background."),
 }
 DRAW_PROMPTS = (
     "Draw {}.", "Draw me {}.", "Generate an image of {}.", "Show me {}.", "Paint {}.",
@@ -98,9 +98,9 @@ def sentence(words: str) -> str:
     return words[0].upper() + words[1:] + "."
 
 
-def listed(words: list[str]) -> str:
-    """["a", "b", "c"] -> "a, b and c" """
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def listed(words: list[str], last: str = "and") -> str:
+    """["a", "b", "c"] -> "a, b and c". `last` stands between the last two."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def relation(first: Thing, second: Thing) -> str:
@@ -111,14 +111,13 @@ def relation(first: Thing, second: Thing) -> str:
 def caption(scene: Scene) -> str:
     """The one caption: "A small red circle above a large blue square on a white background." """
     names = [article(str(thing)) for thing in scene.things]
-    if len(names) == 2:
-        names = [f"{names[0]} {relation(*scene.things)} {names[1]}"]
-    return sentence(f"{listed(names)} on a {scene.background} background")
+    between = relation(*scene.things) if len(names) == 2 else "and"
+    return sentence(f"{listed(names, between)} on a {scene.background} background")
 
 
-def matches(thing: Thing, **named: str) -> bool:
-    """Has the thing these values of colour, shape, size or place?"""
-    return all(getattr(thing, field) == value for field, value in named.items())
+def how_many(scene: Scene, named: dict) -> int:
+    """The number of things with these values of colour, shape, size or place."""
+    return sum(thing.only(named) == named for thing in scene.things)
 
 
 def phrase(rng: np.random.Generator, size: str = "", colour: str = "", shape: str = "") -> str:
@@ -128,12 +127,10 @@ def phrase(rng: np.random.Generator, size: str = "", colour: str = "", shape: st
 
 def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
     """Words that fit this thing alone and do not name its field `hide`; None if there are none."""
-    fitting = []
-    for fields in (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"),
-                   ("size", "colour"), ()):  # (): "object" fits alone if there is one thing
-        named = {field: getattr(thing, field) for field in fields}
-        if hide not in fields and sum(matches(t, **named) for t in scene.things) == 1:
-            fitting.append(named)
+    ways = (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour"),
+            ())  # (): "object" fits alone if there is one thing
+    fitting = [thing.only(fields) for fields in ways
+               if hide not in fields and how_many(scene, thing.only(fields)) == 1]
     return phrase(rng, **pick(rng, fitting)) if fitting else None
 
 
@@ -193,8 +190,7 @@ def ask_background(rng: np.random.Generator, scene: Scene) -> Turn:
 def ask_count(rng: np.random.Generator, scene: Scene) -> Turn:
     groups = {}  # number -> the descriptions that fit so many things
     for named in DESCRIPTIONS + [{}] * 3:  # {}: "How many shapes are there?"
-        number = sum(matches(thing, **named) for thing in scene.things)
-        groups.setdefault(number, []).append(named)
+        groups.setdefault(how_many(scene, named), []).append(named)
     number = pick(rng, groups)
     words = phrase(rng, **pick(rng, groups[number])) + "s"
     return pick(rng, WORDINGS["count"]).format(words), f"{look(scene)} {NUMBERS[number]}."
@@ -203,10 +199,8 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Turn:
 def ask_existence(rng: np.random.Generator, scene: Scene) -> Turn:
     """Half of the answers are yes. A "no" keeps a field of a real thing where it can."""
     fields = pick(rng, (("colour",), ("shape",), ("colour", "shape"), ("colour", "shape")))
-    thing, wanted = pick(rng, scene.things), bool(rng.random() < 0.5)
-    named = {field: getattr(thing, field) for field in fields}
-    while not wanted and (named not in DESCRIPTIONS
-                          or any(matches(t, **named) for t in scene.things)):
+    named, wanted = pick(rng, scene.things).only(fields), rng.random() < 0.5
+    while not wanted and (named not in DESCRIPTIONS or how_many(scene, named)):
         field = pick(rng, fields)
         named[field] = pick(rng, COLOURS if field == "colour" else SHAPES)
     question = pick(rng, WORDINGS["existence"]).format(article(phrase(rng, **named)))
@@ -220,8 +214,7 @@ def relate(rng: np.random.Generator, scene: Scene) -> tuple[tuple, tuple, tuple]
     if len(scene.things) < 2:
         return None
     i, j = rng.choice(len(scene.things), 2, replace=False)
-    axes = [n for n in (0, 1) if scene.things[i].place[n] != scene.things[j].place[n]]
-    axis = pick(rng, axes)
+    axis = pick(rng, [n for n in (0, 1) if scene.things[i].place[n] != scene.things[j].place[n]])
     first, second = sorted((scene.things[i], scene.things[j]), key=lambda t: t.place[axis])
     words = ("to the left of", "to the right of") if axis else ("above", "below")
     if rng.random() < 0.5:
@@ -272,7 +265,7 @@ def state(rng: np.random.Generator, scene: Scene) -> str:
     if kind == "background":
         return sentence(f"the background is {scene.background}")
     if kind == "absence":
-        absent = [n for n in DESCRIPTIONS if not any(matches(t, **n) for t in scene.things)]
+        absent = [named for named in DESCRIPTIONS if not how_many(scene, named)]
         return sentence(f"there is no {phrase(rng, **pick(rng, absent))}")
     if kind == "relation" and (related := relate(rng, scene)):
         _, names, words = related
@@ -310,10 +303,8 @@ def ask_which(rng: np.random.Generator, first: Scene, second: Scene, field: str 
         differs = chosen.background != other.background
         words = f"a {chosen.background} background"
     else:
-        fields = ("colour", "shape") if field == "both" else (field,)
-        thing = pick(rng, chosen.things)
-        named = {name: getattr(thing, name) for name in fields}
-        differs = not any(matches(t, **named) for t in other.things)
+        named = chosen.things[0].only(("colour", "shape") if field == "both" else (field,))
+        differs = not how_many(other, named)
         words = article(phrase(rng, **named))
     answer = f"{look_at_both(first, second)} The {'first' if chosen is first else 'second'}."
     return (pick(rng, WORDINGS["which"]).format(words), answer) if differs else None
@@ -326,11 +317,8 @@ def ask_difference(rng: np.random.Generator, first: Scene, second: Scene) -> Tur
 
 def ask_edit(rng: np.random.Generator, before: Scene, after: Scene) -> str:
     """The request that turns `before` into `after`, for example "Draw this in blue." """
-    thing, change = after.things[0], changed(before, after)
-    words = {
-        "colour": thing.colour, "shape": article(thing.shape), "size": thing.size,
-        "place": PLACES[thing.place], "background": article(after.background),
-    }  # fmt: skip
+    (thing,), change = after.things, changed(before, after)
+    words = vars(thing) | {"place": PLACES[thing.place], "background": after.background}
     return pick(rng, EDIT_PROMPTS[change]).format(words[change])
 
 
@@ -352,19 +340,17 @@ def ask_drawing(rng: np.random.Generator, scene: Scene) -> Request:
     """A request that the scene fulfils. It always names colour and shape, sometimes the rest."""
     named, words = [], []
     for thing in scene.things:
-        fields = ["colour", "shape"] + ["size"] * bool(rng.random() < 0.5)
-        named.append({field: getattr(thing, field) for field in fields})
+        named.append(thing.only(["colour", "shape"] + ["size"] * (rng.random() < 0.5)))
         words.append(article(phrase(rng, **named[-1])))
         if len(scene.things) == 1 and rng.random() < 0.3:
             named[-1]["place"] = thing.place
             words[-1] += " " + PLACES[thing.place]
-    how = ""
-    if len(words) == 2 and rng.random() < 0.7:
-        how = relation(*scene.things)
-        words = [f"{words[0]} {how} {words[1]}"]
+    between = relation(*scene.things) if len(words) == 2 and rng.random() < 0.7 else ""
     background = scene.background if rng.random() < 0.5 else ""
-    text = listed(words) + (f" on a {background} background" if background else "")
-    return Request(text, tuple(named), background, how)
+    text = listed(words, between or "and")
+    if background:
+        text += f" on a {background} background"
+    return Request(text, tuple(named), background, between)
 
 
 def fulfils(scene: Scene, request: Request) -> bool:
@@ -374,7 +360,7 @@ def fulfils(scene: Scene, request: Request) -> bool:
     if request.background not in ("", scene.background):
         return False
     for things in permutations(scene.things):
-        named = all(matches(t, **wanted) for t, wanted in zip(things, request.things))
+        named = all(t.only(wanted) == wanted for t, wanted in zip(things, request.things))
         in_order = things[0].place < things[-1].place  # as `relation` needs them
         if named and (not request.relation or in_order and request.relation == relation(*things)):
             return True

@@ -15,7 +15,7 @@ pixels and no words. Sentences without a picture name them, as people talk of th
 seen. A decoder that names or draws these pairs has learned colour and shape separately.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -30,7 +30,8 @@ COLOURS = {
     "purple": (144, 48, 184),
     "orange": (246, 128, 20),
 }
-SHAPES = ("circle", "square", "triangle", "star")
+# Radius (of a square: half its side) relative to the circle's, so that all are about equally wide.
+SHAPES = {"circle": 1.0, "square": 0.90, "triangle": 1.22, "star": 1.2}
 SIZES = {"small": 0.1, "large": 0.15}  # radius of a circle, in picture widths
 BACKGROUNDS = {"white": 255, "black": 0, "gray": 128}
 # (row, column) of a 3 x 3 grid -> the words for it
@@ -42,9 +43,10 @@ PLACES = {
 SIDE = 36  # pixels: each place is 12 x 12, exactly 3 x 3 patches of a VQ-VAE that divides by 4
 HELD_OUT = frozenset({("purple", "star"), ("green", "triangle")})
 JITTER = 1 / 48  # largest random offset of a thing from its place, in picture widths
-# Radius (of a square: half its side) relative to the circle's, so that all are about equally wide.
-REACH = {"circle": 1.0, "square": 0.90, "triangle": 1.22, "star": 1.2}
 BLOB = 0.25  # above this squared error per covered pixel, the reader recognizes no shape
+
+
+FIELDS = ("colour", "shape", "size", "place")  # of a thing, as words name them
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Thing:
     def __str__(self) -> str:
         return f"{self.size} {self.colour} {self.shape}"
 
+    def only(self, fields: Iterable[str]) -> dict:
+        """Some of its fields: only(("colour", "shape")) -> {"colour": "red", "shape": "star"}"""
+        return {field: getattr(self, field) for field in fields}
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -66,10 +72,15 @@ class Scene:
     things: tuple[Thing, ...]  # reading order: top to bottom, then left to right
 
 
+def pairs(*scenes: Scene) -> set[tuple[str, str]]:
+    """The (colour, shape) of all things."""
+    return {(thing.colour, thing.shape) for scene in scenes for thing in scene.things}
+
+
 def pick(rng: np.random.Generator, options):
     """One of the options (a sequence, or a dict's keys), all equally likely."""
     options = options if isinstance(options, Sequence) else list(options)
-    return options[int(rng.integers(len(options)))]
+    return options[rng.integers(len(options))]
 
 
 def sample_thing(rng: np.random.Generator, place: tuple[int, int],
@@ -89,15 +100,14 @@ def sample_scene(rng: np.random.Generator, count: int | None = None,
     held_out: True makes the first thing drawn a HELD_OUT pair, and only that; False allows none;
     None allows any.
     """
-    count = count or int(rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25)))
-    places, things = list(PLACES), []
-    for place in rng.permutation(len(places))[:count]:
-        while True:
-            thing = sample_thing(rng, places[place], held_out and not things)  # None stays None
-            if all((t.colour, t.shape) != (thing.colour, thing.shape) for t in things):
-                break
-        things.append(thing)
-    return Scene(pick(rng, BACKGROUNDS), tuple(sorted(things, key=lambda t: t.place)))
+    count = count or rng.choice((1, 2, 3), p=(0.35, 0.4, 0.25))
+    places, things = list(PLACES), {}  # (colour, shape) -> Thing
+    order = rng.permutation(len(places))
+    while len(things) < count:
+        place = places[order[len(things)]]
+        thing = sample_thing(rng, place, held_out and not things)  # None stays None
+        things.setdefault((thing.colour, thing.shape), thing)
+    return Scene(pick(rng, BACKGROUNDS), tuple(sorted(things.values(), key=lambda t: t.place)))
 
 
 def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene]:
@@ -105,17 +115,16 @@ def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
 
     held_out: the first scene shows a HELD_OUT pair; else neither does.
     """
-    wanted = pick(rng, ((True, False), (False, True), (True, True), (False, False)))
+    shared = pick(rng, (["colour"], ["shape"], ["colour", "shape"], []))
     while True:
         first, second = sample_scene(rng, 1, held_out), sample_scene(rng, 1)
-        thing, other = first.things[0], second.things[0]
-        if wanted[0]:
-            other = replace(other, colour=thing.colour)
-        if wanted[1]:
-            other = replace(other, shape=thing.shape)
-        same = thing.colour == other.colour, thing.shape == other.shape
-        if same == wanted and (held_out or (other.colour, other.shape) not in HELD_OUT):
-            return first, replace(second, things=(other,))
+        (thing,), (other,) = first.things, second.things
+        other = replace(other, **thing.only(shared))
+        second = replace(second, things=(other,))
+        same = [field for field in ("colour", "shape")
+                if getattr(thing, field) == getattr(other, field)]
+        if same == shared and (held_out or not HELD_OUT & pairs(second)):
+            return first, second
 
 
 def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene]:
@@ -124,25 +133,21 @@ def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
     held_out: the first scene shows a HELD_OUT pair; else neither does.
     """
     before = sample_scene(rng, 1, held_out)
-    field = pick(rng, ("colour", "shape", "size", "place", "background"))
+    field = pick(rng, (*FIELDS, "background"))
     while True:
         other = sample_scene(rng, 1).things[0]
         after = replace(before, background=pick(rng, BACKGROUNDS))
         if field != "background":
-            thing = replace(before.things[0], **{field: getattr(other, field)})
-            after = replace(before, things=(thing,))
-        pair = after.things[0].colour, after.things[0].shape
-        if after != before and (held_out or pair not in HELD_OUT):
+            after = replace(before, things=(replace(before.things[0], **other.only([field])),))
+        if after != before and (held_out or not HELD_OUT & pairs(after)):
             return before, after
 
 
 def changed(before: Scene, after: Scene) -> str:
     """The name of the field that `sample_edit` changed."""
-    if before.background != after.background:
-        return "background"
     (old,), (new,) = before.things, after.things
-    return next(name for name in ("colour", "shape", "size", "place")
-                if getattr(old, name) != getattr(new, name))
+    return next((field for field in FIELDS if getattr(old, field) != getattr(new, field)),
+                "background")
 
 
 def sample_twin(rng: np.random.Generator, scene: Scene) -> Scene:
@@ -151,14 +156,10 @@ def sample_twin(rng: np.random.Generator, scene: Scene) -> Scene:
         things = []
         for thing in scene.things:
             other = sample_thing(rng, thing.place)
-            field = pick(rng, ("colour", "shape", "both"))
-            if field != "shape":
-                thing = replace(thing, colour=other.colour)
-            if field != "colour":
-                thing = replace(thing, shape=other.shape)
-            things.append(thing)
+            fields = pick(rng, (["colour"], ["shape"], ["colour", "shape"]))
+            things.append(replace(thing, **other.only(fields)))
         twin = replace(scene, things=tuple(things))
-        if twin != scene and not HELD_OUT & {(t.colour, t.shape) for t in things}:
+        if twin != scene and not HELD_OUT & pairs(twin):
             return twin
 
 
@@ -191,15 +192,14 @@ def coverage(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndar
 def render(scene: Scene, side: int = SIDE) -> np.ndarray:
     """scene -> picture (N, N, 3) uint8, `side` pixels wide."""
     picture = np.full((side, side, 3), BACKGROUNDS[scene.background], np.float32)  # (N, N, 3)
-    middles = np.arange(side, dtype=np.float32) + 0.5  # (N,), of the pixels
+    y, x = np.indices((side, side), np.float32) + 0.5  # (N, N), (N, N): the middles of the pixels
     for thing in scene.things:
-        radius = SIZES[thing.size] * REACH[thing.shape]  # this, cy and cx in picture widths
+        radius = SIZES[thing.size] * SHAPES[thing.shape]  # this, cy and cx in picture widths
         # The middle of a triangle's height lies a quarter of its radius above its centre.
         drop = radius / 4 if thing.shape == "triangle" else 0.0
         cy = (2 * thing.place[0] + 1) / 6 + thing.dy + drop
         cx = (2 * thing.place[1] + 1) / 6 + thing.dx
-        y, x = middles[:, None] - cy * side, middles - cx * side  # (N, 1), (N,)
-        alpha = coverage(thing.shape, y, x, radius * side)  # (N, N)
+        alpha = coverage(thing.shape, y - cy * side, x - cx * side, radius * side)  # (N, N)
         picture += alpha[..., None] * (np.array(COLOURS[thing.colour], np.float32) - picture)
     return np.clip(picture.round(), 0, 255).astype(np.uint8)
 
@@ -231,7 +231,7 @@ def read_scene(picture: np.ndarray | Image.Image) -> Scene:
     background = min(BACKGROUNDS, key=lambda name: np.abs(middle - BACKGROUNDS[name]).sum())
     level = BACKGROUNDS[background]
     things = (read_place(picture - level, place, level) for place in PLACES)
-    return Scene(background, tuple(thing for thing in things if thing))
+    return Scene(background, tuple(filter(None, things)))
 
 
 def read_place(difference: np.ndarray, place: tuple[int, int], background: float) -> Thing | None:
@@ -240,24 +240,20 @@ def read_place(difference: np.ndarray, place: tuple[int, int], background: float
     rows, columns = (slice(round(side * i / 3), round(side * (i + 1) / 3)) for i in place)
     window = difference[rows, columns]  # (h, w, 3)
 
-    def coverage_by(colour: str) -> tuple[float, np.ndarray]:
-        """Fits pixels by coverage * direction -> the squared error, the coverage (h, w)."""
-        direction = np.array(COLOURS[colour], np.float32) - background  # (3,)
+    fits = {}  # colour -> the squared error, and the coverage (h, w)
+    for colour, rgb in COLOURS.items():
+        direction = np.array(rgb, np.float32) - background  # (3,), pixel = coverage * direction
         alpha = np.clip(window @ direction / (direction @ direction), 0, 1)  # (h, w)
-        return np.square(window - alpha[..., None] * direction).sum(), alpha
-
-    colour = min(COLOURS, key=lambda name: coverage_by(name)[0])
-    alpha = coverage_by(colour)[1]  # (h, w)
+        fits[colour] = np.square(window - alpha[..., None] * direction).sum(), alpha
+    colour = min(fits, key=lambda name: fits[name][0])
+    alpha = fits[colour][1]  # (h, w)
     if alpha.sum() < 0.5 * (SIZES["small"] * side) ** 2:  # a small star has 3.5 times as much
         return None
-    y = np.arange(alpha.shape[0])[:, None] + 0.5  # (h, 1)
-    x = np.arange(alpha.shape[1])[None] + 0.5  # (1, w)
+    y, x = np.indices(alpha.shape) + 0.5  # (h, w), (h, w)
     cy, cx = (alpha * y).sum() / alpha.sum(), (alpha * x).sum() / alpha.sum()
-
-    def error(form: tuple[str, str]) -> float:
-        shape, size = form
-        template = coverage(shape, y - cy, x - cx, SIZES[size] * REACH[shape] * side)  # (h, w)
-        return np.square(alpha - template).sum() / template.sum()
-
-    shape, size = form = min(product(SHAPES, SIZES), key=error)
-    return Thing(colour, shape if error(form) < BLOB else "blob", size, place)
+    errors = {}  # (shape, size) -> squared error per covered pixel
+    for shape, size in product(SHAPES, SIZES):
+        template = coverage(shape, y - cy, x - cx, SIZES[size] * SHAPES[shape] * side)  # (h, w)
+        errors[shape, size] = np.square(alpha - template).sum() / template.sum()
+    shape, size = best = min(errors, key=errors.get)
+    return Thing(colour, shape if errors[best] < BLOB else "blob", size, place)
