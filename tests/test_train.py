@@ -160,7 +160,7 @@ def test_a_given_picture_is_read_blurred(corpus):
     writer, before = corpus.writer, corpus.pictures.edits[0][0]
     own, changed = writer.codes[before], []
     for _ in range(60):
-        (given,) = corpus.given(before)
+        given = corpus.given(before)
         document = writer.chat(((given, "What is this?"), ("A star.",)))
         assert document.ids == writer.chat(((before, "What is this?"), ("A star.",))).ids
         assert (given.read // 4 == own // 4).all()  # one of the codes that look alike
@@ -281,7 +281,7 @@ def test_slips_in_drawings_and_blur_in_prompts_and_nothing_else(corpus, tokenize
 
 
 def test_pictures_come_on_either_side_and_some_drawings_have_no_prompt(corpus):
-    assert len({corpus.place_pictures("?", (None,))[0] is None for _ in range(40)}) == 2
+    assert len({corpus.prompt("?", None)[0] is None for _ in range(40)}) == 2
     for draw in (corpus.drawing, lambda: corpus.pretrain(256)):
         assert any(len(draw().ids) == vqvae_stage.VQ.codes_per_image + 4 for _ in range(300))
 
@@ -327,7 +327,9 @@ def test_rows_are_full_and_hold_only_what_was_drawn(corpus, tokenizer, draw):
 @pytest.mark.parametrize("text", ["No.", "A red star at the top. No.", "A" + " very" * 30 + "."])
 def test_what_an_answer_concludes_weighs_as_much_as_its_length_forbids(corpus, tokenizer, text):
     """The last sentence and </s> share CONCLUSION_WEIGHT, but no token weighs less than 1."""
-    ids, weights = corpus.writer.answer(text, [tokenizer.eos_token_id])
+    document = corpus.writer.chat((("Why?",), (text,)))
+    begun = document.ids.index(tokenizer.vocabulary.end_of_turn_id) + 1
+    ids, weights = document.ids[begun:], document.weight[begun:]
     assert ids == [*tokenizer.text_ids(text), tokenizer.eos_token_id] and len(weights) == len(ids)
     last = len(tokenizer.text_ids(text.split(". ")[-1])) + 1
     assert weights[:-last] == [1.0] * (len(ids) - last)
@@ -448,8 +450,7 @@ def test_sentences_without_a_picture_name_what_no_picture_shows(corpus, tokenize
     assert "purple star" in " ".join(said) and "green triangle" in " ".join(said)
     heard = [text for text in said if "purple star" in text or "green triangle" in text]
     assert len(heard) >= 50  # half of the scenes for sure, what no picture will make up for
-    shown = {(t.colour, t.shape) for scene in corpus.pictures.scenes() for t in scene.things}
-    assert not shown & world.HELD_OUT
+    assert not world.pairs(*corpus.pictures.scenes()) & world.HELD_OUT
 
 
 def test_every_step_has_its_shares_of_practice():
@@ -474,10 +475,8 @@ def test_packed_branches_get_the_logits_they_would_get_alone(small_model):
     """The mask and the positions together: packing changes nothing but the speed."""
     g = torch.Generator().manual_seed(0)
     shared, one, two = (torch.randint(74, V, (n,), generator=g).tolist() for n in (6, 4, 5))
-    packed = Document()
-    packed.add(shared, 0.0)
-    packed.add(one, 1.0, 1)
-    packed.add(two, 1.0, 2)
+    ids = shared + one + two
+    packed = Document(ids, [1.0] * 15, [0] * 6 + [1] * 4 + [2] * 5, ids)
 
     class Once:
         def __init__(self):
@@ -837,7 +836,7 @@ def test_the_vqvae_learns_from_held_out_compositions_too(tmp_path, monkeypatch):
 
     def watch(scenes):
         things = seen.setdefault(len(scenes), set())  # 6 a step, 16 where the codebook starts
-        things |= {(t.colour, t.shape) for scene in scenes for t in scene.things}
+        things |= world.pairs(*scenes)
         return render(scenes)
 
     monkeypatch.setattr(world, "render_pixels", watch)
@@ -1525,20 +1524,18 @@ def test_half_of_the_table_shows_held_out_pairs_and_the_other_half_none(monkeypa
     for name, sample in (evaluate.ROWS | evaluate.DRAWINGS).items():
         for held_out in [False, True] * 8:
             turns, wanted = sample(generator, held_out)
-            things = [t for turn in turns for part in turn if not isinstance(part, str)
-                      for t in part.things]
-            pairs = [(t.colour, t.shape) for t in things]
+            pairs = world.pairs(*(part for turn in turns for part in turn
+                                  if not isinstance(part, str)))
             if not pairs:  # what is to be drawn
-                pairs = [(fields["colour"], fields["shape"]) for fields in wanted.things]
-            assert bool(world.HELD_OUT & set(pairs)) == held_out, name
+                pairs = {(fields["colour"], fields["shape"]) for fields in wanted.things}
+            assert bool(world.HELD_OUT & pairs) == held_out, name
             if name == "edit":
                 assert wanted.background and len(wanted.things[0]) == 4
     monkeypatch.setattr(world, "render_pixels", lambda scenes: 1 / 0 if shown.append(scenes) else 0)
     for held_out in (False, True):
         with pytest.raises(TypeError):  # it stops where pictures would be rendered
             evaluate.survival(None, 9, held_out)
-        assert all(held_out == any((t.colour, t.shape) in world.HELD_OUT for t in scene.things)
-                   for scene in shown.pop())
+        assert all(held_out == bool(world.HELD_OUT & world.pairs(scene)) for scene in shown.pop())
 
 
 def test_a_later_turn_follows_the_right_answers_to_the_turns_before(monkeypatch):

@@ -21,6 +21,7 @@ the codebook, E their width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -34,7 +35,7 @@ from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras.files import Line, read_lines, write_atomically
 from processor import IGNORE, ChameleonProcessor, load_image
 from tiny_world import language, world
-from tiny_world.world import Scene
+from tiny_world.world import Scene, pick
 from tokenizer import Tokenizer
 from vqvae import ChameleonVQVAE
 
@@ -81,17 +82,15 @@ class Pictures:
         `progress(range, name)` shows a progress bar while one iterates over what it returns.
         """
         scenes = self.scenes()
-        try:
-            codes = np.fromfile(cache, np.int16).reshape(len(scenes), -1)  # (N, S)
-        except (OSError, ValueError):  # missing, damaged, or of other pictures
-            codes = np.empty((0, 0))
+        ends = encode_scenes(vq, scenes[:10] + scenes[-10:])  # (20, S)
+        # One array from the start: many small results between large temporary tensors would
+        # fragment the heap, to 17 GB for 110,000 pictures.
+        codes = np.full((len(scenes), ends.shape[1]), -1, np.int16)  # (N, S)
+        with suppress(OSError, ValueError):  # the file is missing, damaged, or of other pictures
+            codes = np.fromfile(cache, np.int16).reshape(codes.shape)
         # Codes of other pictures or of another VQ-VAE must not be used. So the first and the last
         # are compared: another `count` may give the same first pictures, but other twins.
-        ends = encode_scenes(vq, scenes[:10] + scenes[-10:])  # (20, S)
         if not np.array_equal([*codes[:10], *codes[-10:]], ends):
-            # One array from the start: many small results between large temporary tensors would
-            # fragment the heap, to 17 GB for 110,000 pictures.
-            codes = np.empty((len(scenes), ends.shape[1]), np.int16)  # (N, S)
             for n in progress(range(0, len(scenes), 50), "codes"):
                 codes[n : n + 50] = encode_scenes(vq, scenes[n : n + 50])
             write_atomically(cache, codes.tofile)
@@ -120,13 +119,16 @@ class Document:
     branch: list[int] = field(default_factory=list)  # 0 is the shared beginning
     read: list[int] = field(default_factory=list)  # the inputs: `ids` with some corrupted codes
 
-    def add(self, ids: list[int], weight: float | list[float], branch: int = 0,
-            read: list[int] | None = None) -> None:
-        """Appends tokens."""
-        self.ids += ids
-        self.read += read or ids
-        self.weight += weight if isinstance(weight, list) else [weight] * len(ids)
-        self.branch += [branch] * len(ids)
+    def add(self, ids: list[int], weight: float, read: list[int] | None = None) -> None:
+        """Appends tokens of one weight to the shared beginning."""
+        self.extend(Document(ids, [weight] * len(ids), [0] * len(ids), read or ids))
+
+    def extend(self, other: "Document", branch: int = 0) -> None:
+        """Appends all tokens of another document, as tokens of a branch."""
+        self.ids += other.ids
+        self.weight += other.weight
+        self.branch += [branch] * len(other.ids)
+        self.read += other.read
         assert len(self.read) == len(self.weight) == len(self.ids)  # else `packed` would shift them
 
 
@@ -141,87 +143,77 @@ class Writer:
     """Writes text and scenes as ids, in exactly the format of ChameleonProcessor.
 
         <s> text <racm3:break> S codes <eoss> text <reserved08706> answer </s>
+
+    The parts of a document are text (str), pictures (Scene or Picture) and special tokens (int).
     """
 
     def __init__(self, tokenizer: Tokenizer, codes: dict) -> None:
-        self.tokenizer, self.codes = tokenizer, codes
-        v = tokenizer.vocabulary
-        self.code_to_id = v.code_to_id.numpy()
-        self.bos, self.eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-        self.turn = [v.end_of_turn_id]
-        self.begin, self.end = [v.begin_image_id], [v.end_image_id]
+        self.tokenizer, self.codes, v = tokenizer, codes, tokenizer.vocabulary
+        self.code_to_id, self.end_of_turn = v.code_to_id.numpy(), v.end_of_turn_id
+        self.begin_image, self.end_image = v.begin_image_id, v.end_image_id
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def write(self, document: Document, parts: Sequence, text: float, image: float) -> None:
-        """Appends parts: text (str) and pictures (Scene or Picture).
-
-        `text` and `image` are the loss weights of a text token and of a picture's token.
-        """
+        """Appends parts. `text` and `image` are the loss weights of a text token and of a code."""
         for part in parts:
             if isinstance(part, str):
                 document.add(self.tokenizer.text_ids(part), text)
-                continue
-            both = part if isinstance(part, Picture) else (self.codes[part], self.codes[part])
-            ids, read = (self.code_to_id[codes].tolist() for codes in both)
-            weight = [text, *[image] * len(ids), text]
-            document.add(self.begin + ids + self.end, weight, read=self.begin + read + self.end)
+            elif isinstance(part, int):
+                document.add([part], text)
+            else:
+                both = part if isinstance(part, Picture) else (self.codes[part], self.codes[part])
+                ids, read = (self.code_to_id[codes].tolist() for codes in both)
+                document.add([self.begin_image], text)
+                document.add(ids, image, read)
+                document.add([self.end_image], text)
 
-    def answer(self, text: str, end: list[int]) -> tuple[list[int], list[float]]:
-        """An answer -> its ids with `end`, and the loss weight of each.
+    def turn(self, prompt: Sequence, answer: Sequence, end: int) -> Document:
+        """A prompt and an answer, which alone is in the loss.
 
-        The last sentence is the conclusion, and often a single word. It weighs CONCLUSION_WEIGHT
-        in total (or 1 a token, if that is more), so that a long description does not outweigh it.
+        The answer's last sentence is its conclusion, and often a single word. It weighs
+        CONCLUSION_WEIGHT in total (or 1 a token, if that is more), so that a long description does
+        not outweigh it. With an empty prompt the answer is a plain statement, and all its tokens
+        have the same weight.
         """
-        ids = self.tokenizer.text_ids(text) + end
-        last = len(end) + len(self.tokenizer.text_ids(text.rsplit(". ", 1)[-1]))
-        return ids, [1.0] * (len(ids) - last) + [max(1.0, CONCLUSION_WEIGHT / last)] * last
+        turn = Document()
+        if prompt:
+            self.write(turn, (*prompt, self.end_of_turn), 0.0, 0.0)
+        self.write(turn, (*answer, end), 1.0, IMAGE_WEIGHT)
+        if prompt and isinstance(answer[-1], str):
+            last = len(self.tokenizer.text_ids(answer[-1].rsplit(". ", 1)[-1])) + 1  # with `end`
+            turn.weight[-last:] = [max(1.0, CONCLUSION_WEIGHT / last)] * last
+        return turn
 
     def chat(self, *turns: tuple[Sequence, Sequence]) -> Document:
         """Prompts and answers, each of text and pictures. Only the answers are in the loss."""
-        document = Document()
-        document.add(self.bos, 0.0)
-        for n, (prompt, (*parts, last)) in enumerate(turns, start=1):
-            end = self.eos if n == len(turns) else self.turn
-            self.write(document, prompt, 0.0, 0.0)
-            document.add(self.turn, 0.0)
-            self.write(document, parts, 1.0, IMAGE_WEIGHT)
-            if isinstance(last, str):
-                document.add(*self.answer(last, end))
-            else:
-                self.write(document, (last,), 1.0, IMAGE_WEIGHT)
-                document.add(end, 1.0)
+        document = Document([self.bos], [0.0], [0], [self.bos])
+        for n, (prompt, answer) in enumerate(turns, start=1):
+            end = self.eos if n == len(turns) else self.end_of_turn
+            document.extend(self.turn(prompt, answer, end))
         return document
 
     def completion(self, *parts: str | Scene) -> Document:
         """Text and pictures without turns. Every token is in the loss."""
-        document = Document()
-        document.add(self.bos, 0.0)
-        self.write(document, parts, 1.0, IMAGE_WEIGHT)
-        document.add(self.eos, 1.0)
-        return document
+        return self.chat(((), parts))
 
     def branches(self, shared: tuple, turns: list[tuple[str, str]], image: float,
                  room: int) -> Document:
         """A shared beginning and one branch for each turn, as many as fit into `room` tokens.
 
-        A turn is (question, answer). With an empty question the answer is a plain statement, and
-        all its tokens weigh 1. With an empty `shared`, no picture tells what the answer's first
-        sentence describes, so that sentence is not in the loss.
+        A turn is (question, answer), see `turn`. With an empty `shared`, no picture tells what the
+        answer's first sentence describes, so that sentence is not in the loss.
         """
-        document = Document()
-        document.add(self.bos, 0.0)
+        document = Document([self.bos], [0.0], [0], [self.bos])
         self.write(document, shared, image, image)
         for branch, (question, text) in enumerate(turns, start=1):
-            question = self.tokenizer.text_ids(question) + self.turn if question else []
-            answer, weight = self.answer(text, self.eos)
-            if not question:
-                weight = 1.0
-            elif not shared:
+            turn = self.turn((question,) if question else (), (text,), self.eos)
+            if not shared:
                 seen = len(self.tokenizer.text_ids(text.split(". ")[0])) + 1  # and the full stop
-                weight[:seen] = [0.0] * seen
-            if len(document.ids) + len(question) + len(answer) > room:
+                seen += turn.ids.index(self.end_of_turn) + 1
+                turn.weight[:seen] = [0.0] * seen
+            if len(document.ids) + len(turn.ids) > room:
                 break
-            document.add(question, 0.0, branch)
-            document.add(answer, weight, branch)
+            document.extend(turn, branch)
         return document
 
 
@@ -251,19 +243,13 @@ class Corpus:
         self.writer, self.pictures, self.rng = writer, pictures, rng
         self.asked = np.array(list(ASKED.values())) / sum(ASKED.values())
 
-    def chance(self, p: float) -> bool:
-        return bool(self.rng.random() < p)
-
-    def one_of(self, options):
-        return world.pick(self.rng, options)
-
     def scene(self) -> Scene:
-        return self.one_of(self.pictures.singles)
+        return pick(self.rng, self.pictures.singles)
 
     def busy_scene(self) -> Scene:
         """A scene, less often of one thing, whose answers depend little on the question."""
         scene = self.scene()
-        while len(scene.things) == 1 and self.chance(0.5):
+        while len(scene.things) == 1 and self.rng.random() < 0.5:
             scene = self.scene()
         return scene
 
@@ -271,14 +257,13 @@ class Corpus:
         """A random question that has an answer for this scene, and the answer."""
         while True:
             name = self.rng.choice(list(ASKED), p=self.asked)
-            turn = language.QUESTIONS[name](self.rng, scene)
-            if turn:
+            if turn := language.QUESTIONS[name](self.rng, scene):
                 return language.vary(self.rng, turn[0]), turn[1]
 
-    def place_pictures(self, question: str, scenes: tuple) -> tuple:
+    def prompt(self, question: str, *pictures: Scene | Picture) -> tuple:
         """Question and pictures as parts of a prompt, in either order with equal probability."""
-        gap = self.one_of(GAPS)
-        return (question + gap, *scenes) if self.chance(0.5) else (*scenes, gap + question)
+        gap, behind = pick(self.rng, GAPS), self.rng.random() < 0.5
+        return (question + gap, *pictures) if behind else (*pictures, gap + question)
 
     # --- pretraining: statements, no turns
 
@@ -297,9 +282,9 @@ class Corpus:
         if kind < 0.45:  # a picture, then its caption and description
             return writer.completion(scene, " ".join(self.statements(scene, 2)))
         if kind < 0.77:  # a caption or a request, then the picture
-            words = (language.caption(scene) if self.chance(0.5)
+            words = (language.caption(scene) if rng.random() < 0.5
                      else language.sentence(language.ask_drawing(rng, scene).text))
-            prompt = () if self.chance(EMPTY_PROMPT) else (language.vary(rng, words),)
+            prompt = () if rng.random() < EMPTY_PROMPT else (language.vary(rng, words),)
             return writer.completion(*prompt, scene)
         if kind < 0.85:  # interleaved
             other = self.scene()
@@ -324,14 +309,13 @@ class Corpus:
         if kind < 0.14:  # many questions about one picture
             scene = self.busy_scene()
             turns = [self.question(scene) for _ in range(14)]
-            gap = self.one_of(GAPS)
+            gap = pick(self.rng, GAPS)
             turns = [(gap + question, answer) for question, answer in turns]
-            return self.writer.branches(self.given(scene), turns, 0.0, room)
+            return self.writer.branches((self.given(scene),), turns, 0.0, room)
         if kind < 0.23:  # one question
             scene = self.busy_scene()
             question, answer = self.question(scene)
-            prompt = self.place_pictures(question, self.given(scene))
-            return self.writer.chat((prompt, (answer,)))
+            return self.writer.chat((self.prompt(question, self.given(scene)), (answer,)))
         if kind < 0.33:
             return self.conversation()
         if kind < 0.61:
@@ -340,8 +324,7 @@ class Corpus:
             return self.two_pictures(room)
         if kind < 0.98:
             return self.edit()
-        question = self.one_of(language.SMALL_TALK)
-        answer = language.SMALL_TALK[question]
+        question, answer = pick(self.rng, list(language.SMALL_TALK.items()))
         return self.writer.chat(((language.vary(self.rng, question),), (answer,)))
 
     def conversation(self) -> Document:
@@ -352,19 +335,18 @@ class Corpus:
         """
         rng, turns, after = self.rng, [], None
         scene = self.busy_scene()
-        if self.chance(0.5):
-            scene, after = self.one_of(self.pictures.edits)
-        if self.chance(0.5):
-            request = self.one_of(language.DRAW_PROMPTS).format(
-                language.ask_drawing(rng, scene).text)
+        if rng.random() < 0.5:
+            scene, after = pick(rng, self.pictures.edits)
+        if rng.random() < 0.5:
+            request = pick(rng, language.DRAW_PROMPTS).format(language.ask_drawing(rng, scene).text)
             turns = [((language.vary(rng, request),), (self.drawn(scene),))]
         for _ in range(1 if after else rng.integers(2, 5)):
             question, answer = self.question(scene)
-            prompt = (question,) if turns else self.place_pictures(question, self.given(scene))
-            turns.append((prompt, (answer,)))
-            if len(self.writer.chat(*turns).ids) > self.row_tokens:
-                turns.pop()
+            prompt = (question,) if turns else self.prompt(question, self.given(scene))
+            longer = [*turns, (prompt, (answer,))]
+            if len(self.writer.chat(*longer).ids) > self.row_tokens:
                 break
+            turns = longer
         if after:
             request = language.vary(rng, language.ask_edit(rng, scene, after))
             turns.append(((request,), (self.drawn(after),)))
@@ -382,28 +364,25 @@ class Corpus:
         order of a real answer: question, description, conclusion.
         """
         rng, turns = self.rng, []
-        in_order, kind = self.chance(0.35), rng.random()
+        in_order, kind = rng.random() < 0.35, rng.random()
         while len(turns) < (12 if in_order else 30):
             if in_order or not turns:  # a new scene for each turn, or one scene for all
-                count = int(rng.choice((1, 2, 3), p=(0.2, 0.35, 0.45)))
-                scene = self.told_scene(count)
-                pair = world.sample_pair(rng, self.chance(0.3))
-                while pair[0].things[0].colour == pair[1].things[0].colour and self.chance(0.6):
-                    pair = world.sample_pair(rng, self.chance(0.3))  # equal colours are too easy
-                edit = world.sample_edit(rng, self.chance(0.3))
-            share, field = rng.random(), "background" if self.chance(0.4) else ""
+                scene = self.told_scene(rng.choice((1, 2, 3), p=(0.2, 0.35, 0.45)))
+                pair = world.sample_pair(rng, rng.random() < 0.3)
+                while pair[0].things[0].colour == pair[1].things[0].colour and rng.random() < 0.6:
+                    pair = world.sample_pair(rng, rng.random() < 0.3)  # equal colours are too easy
+                edit = world.sample_edit(rng, rng.random() < 0.3)
+            share, field = rng.random(), "background" if rng.random() < 0.4 else ""
             if kind < 0.5:
                 turn = self.question(scene)
             elif kind > 1 - self.shares.places:  # instead of questions about pairs, see below
                 turn = language.ask_thing(rng, scene)
-            elif kind < 0.7:
-                turn = language.ask_difference(rng, *edit)
-                if share < 0.4:
-                    turn = language.ask_which(rng, *edit, field)
             else:
-                turn = language.ask_common(rng, *pair)
-                if share < 0.5:
-                    turn = language.ask_which(rng, *pair, field)
+                two, ask, which = ((edit, language.ask_difference, 0.4) if kind < 0.7 else
+                                   (pair, language.ask_common, 0.5))
+                turn = ask(rng, *two)
+                if share < which:
+                    turn = language.ask_which(rng, *two, field)
             if turn and ". " in turn[1]:  # a description and a conclusion
                 turns.append((language.vary(rng, turn[0]), turn[1]))
         if in_order:
@@ -414,7 +393,7 @@ class Corpus:
 
     def told_scene(self, count: int) -> Scene:
         """A scene for words alone: at least half have a pair that no picture shows."""
-        return world.sample_scene(self.rng, count, True if self.chance(0.5) else None)
+        return world.sample_scene(self.rng, count, True if self.rng.random() < 0.5 else None)
 
     def again(self) -> tuple[str, str]:
         """A description of three to eight things, and all of them again in another order.
@@ -422,7 +401,7 @@ class Corpus:
         This is the purest exercise in looking things up. Once colour and shape are said, only the
         description tells the place, and a guess is seldom right.
         """
-        scene = self.told_scene(int(self.rng.integers(3, 9)))
+        scene = self.told_scene(self.rng.integers(3, 9))
         said = [language.found(thing) for thing in scene.things]
         order = self.rng.permutation(len(said))
         return language.look(scene), " ".join(said[i] for i in order)
@@ -433,16 +412,16 @@ class Corpus:
 
     def drawing(self) -> Document:
         """A request to draw, and the picture; sometimes a caption behind it, or no request."""
-        scene = self.scene()
-        if self.chance(EMPTY_PROMPT):
+        rng, scene = self.rng, self.scene()
+        if rng.random() < EMPTY_PROMPT:
             return self.writer.completion(scene)
-        wanted = language.ask_drawing(self.rng, scene).text
-        request = self.one_of(language.DRAW_PROMPTS).format(wanted)
+        wanted = language.ask_drawing(rng, scene).text
+        request = pick(rng, language.DRAW_PROMPTS).format(wanted)
         answer = (self.drawn(scene),)
-        if self.chance(0.1):
-            request = request.rstrip(".?") + self.one_of(language.THEN_SAY)
+        if rng.random() < 0.1:
+            request = request.rstrip(".?") + pick(rng, language.THEN_SAY)
             answer = (scene, language.caption(scene))
-        return self.writer.chat(((language.vary(self.rng, request),), answer))
+        return self.writer.chat(((language.vary(rng, request),), answer))
 
     def drawn(self, scene: Scene) -> Scene | Picture:
         """A picture to be drawn, with corrupted inputs: codes of its twin replace some of its own.
@@ -452,49 +431,46 @@ class Corpus:
         tip of a star as a triangle, because no picture of the training set shows a purple star.
         """
         twin = self.pictures.twins.get(scene)
-        share = self.one_of(CORRUPTED_DRAWING)
+        share = pick(self.rng, CORRUPTED_DRAWING)
         if twin is None or not share:
             return scene
         codes, other = self.writer.codes[scene], self.writer.codes[twin]
         corrupted = self.rng.random(len(codes)) < share  # (S,)
         return Picture(codes, np.where(corrupted, other, codes))
 
-    def given(self, *scenes: Scene) -> tuple[Picture, ...]:
-        """Pictures of a question, with corrupted inputs.
+    def given(self, scene: Scene) -> Picture:
+        """A picture of a question, with corrupted inputs.
 
         Some codes are replaced by one of their nearest neighbours in the codebook, which decode to
         almost the same pixels. So neighbours come to mean the same. Otherwise a code that occurs
         in blue stars only would mean "blue" in a purple star, too. code_rows.py has the same aim.
         """
-        alike, pictures = self.pictures.alike, []
-        for scene in scenes:
-            codes = self.writer.codes[scene]
-            other = alike[codes, self.rng.integers(alike.shape[1], size=len(codes))]  # (S,)
-            corrupted = self.rng.random(len(codes)) < self.one_of(CORRUPTED_PROMPT)  # (S,)
-            pictures.append(Picture(codes, np.where(corrupted, other, codes)))
-        return tuple(pictures)
+        rng, codes, alike = self.rng, self.writer.codes[scene], self.pictures.alike
+        other = alike[codes, rng.integers(alike.shape[1], size=len(codes))]  # (S,)
+        corrupted = rng.random(len(codes)) < pick(rng, CORRUPTED_PROMPT)  # (S,)
+        return Picture(codes, np.where(corrupted, other, codes))
 
     def edit(self) -> Document:
         """A picture with a request to change it, and the changed picture."""
-        before, after = self.one_of(self.pictures.edits)
+        before, after = pick(self.rng, self.pictures.edits)
         request = language.vary(self.rng, language.ask_edit(self.rng, before, after))
-        return self.writer.chat((self.place_pictures(request, (before,)), (self.drawn(after),)))
+        return self.writer.chat((self.prompt(request, before), (self.drawn(after),)))
 
     def two_pictures(self, room: int) -> Document:
         """Two pictures with a branch for each of several questions, or with one question."""
         rng = self.rng
-        if self.chance(0.5):
-            two, ask = self.one_of(self.pictures.edits), language.ask_difference
+        if rng.random() < 0.5:
+            two, ask = pick(rng, self.pictures.edits), language.ask_difference
         else:
-            two, ask = self.one_of(self.pictures.pairs), language.ask_common
+            two, ask = pick(rng, self.pictures.pairs), language.ask_common
         asks = (ask, language.ask_which, language.ask_which, language.ask_both)
         turns = [ask(rng, *two) for ask in asks]
         turns = [(language.vary(rng, turn[0]), turn[1]) for turn in turns if turn]
-        if self.chance(0.7):
+        if rng.random() < 0.7:
             turns = [turns[i] for i in rng.permutation(len(turns))]  # the last may not fit
-            return self.writer.branches(self.given(*two), turns, 0.0, room)
-        question, answer = self.one_of(turns)
-        return self.writer.chat((self.place_pictures(question, self.given(*two)), (answer,)))
+            return self.writer.branches(tuple(map(self.given, two)), turns, 0.0, room)
+        question, answer = pick(rng, turns)
+        return self.writer.chat((self.prompt(question, *map(self.given, two)), (answer,)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -584,15 +560,15 @@ def read_examples(folder: Path) -> list[Line]:
     examples = []
     for line in chain(*(read_lines(file, "prompt", "answer") for file in files)):
         places = line.prompt.count("<image>") + line.answer.count("<image>")
-        if places != len(line.images):
-            raise ValueError(f"{line.where}: {places} <image> but {len(line.images)} file(s) in "
-                             "'images'")
-        examples.append(line._replace(images=[folder / name for name in line.images]))
+        paths = [folder / name for name in line.images]
         try:
-            for path in examples[-1].images:
+            if places != len(paths):
+                raise ValueError(f"{places} <image> but {len(paths)} file(s) in 'images'")
+            for path in paths:
                 load_image(path)
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from None
+        examples.append(line._replace(images=paths))
     if not examples:
         raise ValueError(f"{folder}: its .jsonl files are empty")
     return examples
@@ -623,8 +599,8 @@ class OwnData:
                 ids[ids == mark] = torch.cat([known[path] for path in paths])
             if len(ids) > limit:
                 raise ValueError(f"{where}: {len(ids)} tokens, the model holds {limit}")
-            self.documents.append(Document())
-            self.documents[-1].add(ids.tolist(), weight.tolist())
+            ids = ids.tolist()
+            self.documents.append(Document(ids, weight.tolist(), [0] * len(ids), ids))
 
     def batch(self, step: int, B: int) -> dict[str, Tensor]:
         """As `Rows.batch`, one document a row. Each epoch is a random permutation of its own."""
