@@ -153,8 +153,9 @@ class Writer:
         self.begin_image, self.end_image = v.begin_image_id, v.end_image_id
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-    def write(self, document: Document, parts: Sequence, text: float, image: float) -> None:
-        """Appends parts. `text` and `image` are the loss weights of a text token and of a code."""
+    def write(self, parts: Sequence, text: float, image: float) -> Document:
+        """Parts -> tokens. `text` and `image` are the loss weights of a text token and a code."""
+        document = Document()
         for part in parts:
             if isinstance(part, str):
                 document.add(self.tokenizer.text_ids(part), text)
@@ -166,6 +167,7 @@ class Writer:
                 document.add([self.begin_image], text)
                 document.add(ids, image, read)
                 document.add([self.end_image], text)
+        return document
 
     def turn(self, prompt: Sequence, answer: Sequence, end: int) -> Document:
         """A prompt and an answer, which alone is in the loss.
@@ -175,10 +177,8 @@ class Writer:
         not outweigh it. With an empty prompt the answer is a plain statement, and all its tokens
         have the same weight.
         """
-        turn = Document()
-        if prompt:
-            self.write(turn, (*prompt, self.end_of_turn), 0.0, 0.0)
-        self.write(turn, (*answer, end), 1.0, IMAGE_WEIGHT)
+        turn = self.write((*prompt, self.end_of_turn) if prompt else (), 0.0, 0.0)
+        turn.extend(self.write((*answer, end), 1.0, IMAGE_WEIGHT))
         if prompt and isinstance(answer[-1], str):
             last = len(self.tokenizer.text_ids(answer[-1].rsplit(". ", 1)[-1])) + 1  # with `end`
             turn.weight[-last:] = [max(1.0, CONCLUSION_WEIGHT / last)] * last
@@ -186,7 +186,7 @@ class Writer:
 
     def chat(self, *turns: tuple[Sequence, Sequence]) -> Document:
         """Prompts and answers, each of text and pictures. Only the answers are in the loss."""
-        document = Document([self.bos], [0.0], [0], [self.bos])
+        document = self.write((self.bos,), 0.0, 0.0)
         for n, (prompt, answer) in enumerate(turns, start=1):
             end = self.eos if n == len(turns) else self.end_of_turn
             document.extend(self.turn(prompt, answer, end))
@@ -203,13 +203,13 @@ class Writer:
         A turn is (question, answer), see `turn`. With an empty `shared`, no picture tells what the
         answer's first sentence describes, so that sentence is not in the loss.
         """
-        document = Document([self.bos], [0.0], [0], [self.bos])
-        self.write(document, shared, image, image)
+        document = self.write((self.bos,), 0.0, 0.0)
+        document.extend(self.write(shared, image, image))
         for branch, (question, text) in enumerate(turns, start=1):
             turn = self.turn((question,) if question else (), (text,), self.eos)
-            if not shared:
-                seen = len(self.tokenizer.text_ids(text.split(". ")[0])) + 1  # and the full stop
-                seen += turn.ids.index(self.end_of_turn) + 1
+            if question and not shared:
+                seen = turn.ids.index(self.end_of_turn) + 1
+                seen += len(self.tokenizer.text_ids(text.split(". ")[0])) + 1  # and the full stop
                 turn.weight[:seen] = [0.0] * seen
             if len(document.ids) + len(turn.ids) > room:
                 break

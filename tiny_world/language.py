@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
 
-import numpy as np
+from numpy.random import Generator
 
 from tiny_world.world import COLOURS, HELD_OUT, PLACES, SHAPES, Scene, Thing, changed, pick
 
@@ -77,7 +77,7 @@ SMALL_TALK = {
 THEN_SAY = (", then say what it is.", " and describe it.", ", then describe it.")
 
 
-def vary(rng: np.random.Generator, text: str) -> str:
+def vary(rng: Generator, text: str) -> str:
     """A text as people type it: British or American spelling, case, with or without full stop."""
     if rng.random() < 0.4:
         text = text.replace("olour", "olor")
@@ -120,12 +120,12 @@ def how_many(scene: Scene, named: dict) -> int:
     return sum(thing.only(named) == named for thing in scene.things)
 
 
-def phrase(rng: np.random.Generator, size: str = "", colour: str = "", shape: str = "") -> str:
+def phrase(rng: Generator, size: str = "", colour: str = "", shape: str = "") -> str:
     """The named fields in order: "small red circle", "red shape" or "red object"."""
     return " ".join(filter(None, (size, colour, shape or pick(rng, ("shape", "object")))))
 
 
-def refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
+def refer(rng: Generator, scene: Scene, thing: Thing, hide: str = "") -> str | None:
     """Words that fit this thing alone and do not name its field `hide`; None if there are none."""
     ways = (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour"),
             ())  # (): "object" fits alone if there is one thing
@@ -162,11 +162,11 @@ def look_at_both(first: Scene, second: Scene) -> str:
     return "The first shows {}, the second {}.".format(*shown)
 
 
-def ask_caption(rng: np.random.Generator, scene: Scene) -> Turn:
+def ask_caption(rng: Generator, scene: Scene) -> Turn:
     return pick(rng, WORDINGS["caption"]), caption(scene)
 
 
-def ask_field(rng: np.random.Generator, scene: Scene, field: str) -> Turn | None:
+def ask_field(rng: Generator, scene: Scene, field: str) -> Turn | None:
     """Colour, shape, size or place of a thing that the question names by its other fields."""
     thing = pick(rng, scene.things)
     name = refer(rng, scene, thing, hide=field)
@@ -175,7 +175,7 @@ def ask_field(rng: np.random.Generator, scene: Scene, field: str) -> Turn | None
     return name and (pick(rng, WORDINGS[field]).format(name), answer)
 
 
-def ask_thing(rng: np.random.Generator, scene: Scene) -> Turn:
+def ask_thing(rng: Generator, scene: Scene) -> Turn:
     """What is at a place, which is empty in about a third of the questions."""
     place = pick(rng, scene.things).place if rng.random() < 0.6 else pick(rng, PLACES)
     there = [thing for thing in scene.things if thing.place == place]
@@ -183,11 +183,11 @@ def ask_thing(rng: np.random.Generator, scene: Scene) -> Turn:
     return f"What is {PLACES[place]}?", f"{look(scene)} {answer}"
 
 
-def ask_background(rng: np.random.Generator, scene: Scene) -> Turn:
+def ask_background(rng: Generator, scene: Scene) -> Turn:
     return pick(rng, WORDINGS["background"]), sentence(scene.background)
 
 
-def ask_count(rng: np.random.Generator, scene: Scene) -> Turn:
+def ask_count(rng: Generator, scene: Scene) -> Turn:
     groups = {}  # number -> the descriptions that fit so many things
     for named in DESCRIPTIONS + [{}] * 3:  # {}: "How many shapes are there?"
         groups.setdefault(how_many(scene, named), []).append(named)
@@ -196,7 +196,7 @@ def ask_count(rng: np.random.Generator, scene: Scene) -> Turn:
     return pick(rng, WORDINGS["count"]).format(words), f"{look(scene)} {NUMBERS[number]}."
 
 
-def ask_existence(rng: np.random.Generator, scene: Scene) -> Turn:
+def ask_existence(rng: Generator, scene: Scene) -> Turn:
     """Half of the answers are yes. A "no" keeps a field of a real thing where it can."""
     fields = pick(rng, (("colour",), ("shape",), ("colour", "shape"), ("colour", "shape")))
     named, wanted = pick(rng, scene.things).only(fields), rng.random() < 0.5
@@ -207,7 +207,7 @@ def ask_existence(rng: np.random.Generator, scene: Scene) -> Turn:
     return question, f"{look(scene)} {'Yes' if wanted else 'No'}."
 
 
-def relate(rng: np.random.Generator, scene: Scene) -> tuple[tuple, tuple, tuple] | None:
+def relate(rng: Generator, scene: Scene) -> tuple[tuple, tuple, tuple] | None:
     """Two things, their names, and two words: where the first is seen from the second, and the
     opposite. None without two things, or without names for them.
     """
@@ -223,7 +223,7 @@ def relate(rng: np.random.Generator, scene: Scene) -> tuple[tuple, tuple, tuple]
     return None if None in names else ((first, second), names, words)
 
 
-def ask_relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
+def ask_relation(rng: Generator, scene: Scene) -> Turn | None:
     """Above, below, left or right: which of two, yes or no, or what is there."""
     related = relate(rng, scene)
     if not related:
@@ -254,7 +254,7 @@ QUESTIONS = {
 }  # fmt: skip
 
 
-def state(rng: np.random.Generator, scene: Scene) -> str:
+def state(rng: Generator, scene: Scene) -> str:
     """A true statement about the scene, never the caption."""
     kind = pick(rng, ("thing", "thing", "place", "count", "background", "absence", "relation"))
     thing = pick(rng, scene.things)
@@ -279,20 +279,19 @@ def state(rng: np.random.Generator, scene: Scene) -> str:
 # Two pictures of one thing each, from `sample_pair` or `sample_edit`.
 
 
-def ask_both(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
+def ask_both(rng: Generator, first: Scene, second: Scene) -> Turn:
     """What both pictures show. All other answers about two pictures begin with this one."""
     return pick(rng, WORDINGS["both"]), look_at_both(first, second)
 
 
-def ask_common(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
+def ask_common(rng: Generator, first: Scene, second: Scene) -> Turn:
     a, b = first.things[0], second.things[0]
     words = [a.colour] * (a.colour == b.colour) + [a.shape + "s"] * (a.shape == b.shape)
     answer = f"Both are {' '.join(words)}." if words else "Nothing."
     return pick(rng, WORDINGS["common"]), f"{look_at_both(first, second)} {answer}"
 
 
-def ask_which(rng: np.random.Generator, first: Scene, second: Scene, field: str = ""
-              ) -> Turn | None:
+def ask_which(rng: Generator, first: Scene, second: Scene, field: str = "") -> Turn | None:
     """A colour, a shape or a background that only one of the two pictures has.
 
     `field` names which of these is asked about, by default a random one.
@@ -310,12 +309,12 @@ def ask_which(rng: np.random.Generator, first: Scene, second: Scene, field: str 
     return (pick(rng, WORDINGS["which"]).format(words), answer) if differs else None
 
 
-def ask_difference(rng: np.random.Generator, first: Scene, second: Scene) -> Turn:
+def ask_difference(rng: Generator, first: Scene, second: Scene) -> Turn:
     answer = f"{look_at_both(first, second)} The {changed(first, second)}."
     return pick(rng, WORDINGS["difference"]), answer
 
 
-def ask_edit(rng: np.random.Generator, before: Scene, after: Scene) -> str:
+def ask_edit(rng: Generator, before: Scene, after: Scene) -> str:
     """The request that turns `before` into `after`, for example "Draw this in blue." """
     (thing,), change = after.things, changed(before, after)
     words = vars(thing) | {"place": PLACES[thing.place], "background": after.background}
@@ -336,7 +335,7 @@ class Request:
     relation: str = ""  # between the two things
 
 
-def ask_drawing(rng: np.random.Generator, scene: Scene) -> Request:
+def ask_drawing(rng: Generator, scene: Scene) -> Request:
     """A request that the scene fulfils. It always names colour and shape, sometimes the rest."""
     named, words = [], []
     for thing in scene.things:

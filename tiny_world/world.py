@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image
 
 COLOURS = {
@@ -77,14 +78,13 @@ def pairs(*scenes: Scene) -> set[tuple[str, str]]:
     return {(thing.colour, thing.shape) for scene in scenes for thing in scene.things}
 
 
-def pick(rng: np.random.Generator, options):
+def pick(rng: Generator, options):
     """One of the options (a sequence, or a dict's keys), all equally likely."""
     options = options if isinstance(options, Sequence) else list(options)
     return options[rng.integers(len(options))]
 
 
-def sample_thing(rng: np.random.Generator, place: tuple[int, int],
-                 held_out: bool | None = False) -> Thing:
+def sample_thing(rng: Generator, place: tuple[int, int], held_out: bool | None = False) -> Thing:
     """A thing at `place`. `held_out`: is its (colour, shape) in HELD_OUT? None: it may be."""
     while True:
         colour, shape = pick(rng, COLOURS), pick(rng, SHAPES)
@@ -93,8 +93,7 @@ def sample_thing(rng: np.random.Generator, place: tuple[int, int],
             return Thing(colour, shape, pick(rng, SIZES), place, float(dy), float(dx))
 
 
-def sample_scene(rng: np.random.Generator, count: int | None = None,
-                 held_out: bool | None = False) -> Scene:
+def sample_scene(rng: Generator, count: int | None = None, held_out: bool | None = False) -> Scene:
     """A random scene of `count` things, by default one to three, no two alike in colour and shape.
 
     held_out: True makes the first thing drawn a HELD_OUT pair, and only that; False allows none;
@@ -110,7 +109,7 @@ def sample_scene(rng: np.random.Generator, count: int | None = None,
     return Scene(pick(rng, BACKGROUNDS), tuple(sorted(things.values(), key=lambda t: t.place)))
 
 
-def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene]:
+def sample_pair(rng: Generator, held_out: bool = False) -> tuple[Scene, Scene]:
     """Two scenes of one thing each, which share colour, shape, both or nothing.
 
     held_out: the first scene shows a HELD_OUT pair; else neither does.
@@ -127,7 +126,7 @@ def sample_pair(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene
             return first, second
 
 
-def sample_edit(rng: np.random.Generator, held_out: bool = False) -> tuple[Scene, Scene]:
+def sample_edit(rng: Generator, held_out: bool = False) -> tuple[Scene, Scene]:
     """A scene of one thing, and the same with one field changed.
 
     held_out: the first scene shows a HELD_OUT pair; else neither does.
@@ -150,7 +149,7 @@ def changed(before: Scene, after: Scene) -> str:
                 "background")
 
 
-def sample_twin(rng: np.random.Generator, scene: Scene) -> Scene:
+def sample_twin(rng: Generator, scene: Scene) -> Scene:
     """The scene with other colours, other shapes or both at the same places."""
     while True:
         things = []
