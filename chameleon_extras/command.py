@@ -49,7 +49,6 @@ from chameleon_extras.sheets import (
     check_sheet,
     contact_sheet,
     parts_of,
-    picture_format,
     save_picture,
     there_and_back,
     write_document,
@@ -61,24 +60,28 @@ from tokenizer import Tokenizer, check_ids
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 DOCUMENT_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # in the folder of a document
-# The sampling options of text and of pictures, under the names of `stream`.
-OF_TEXT = ("temperature", "top_k", "top_p", "repetition_penalty")
-OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text", "guidance_image")
 MAX_COUNT = 1000
 MAX_STDIN = 10**7  # characters of --prompt -
+
+# The options of text and of pictures have the names that they have in `stream`.
+OF_TEXT = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+OF_PICTURES = ("image_temperature", "image_top_k", "image_top_p", "guidance_text", "guidance_image")
 OF_WEIGHTS = ("model", "vqgan", "device", "dtype", "quantize", "attention")
-OF_ANSWERS = (*OF_WEIGHTS, *OF_TEXT, "max_new_tokens", "seed", "compile")
-# The options that each of these commands reads, and the reason for refusing others. Of several
-# commands the first counts.
+OF_TALKS = (*OF_WEIGHTS, *OF_TEXT, *OF_PICTURES, "seed", "compile", "context")
+OF_MODES = (*OF_WEIGHTS, "prompt", "image", "completion", "mode", "seed", "compile", "stats")
+# Each command, and the options that it reads. Of several commands the first counts.
 READ_BY = {
-    "demo": ({*OF_ANSWERS, *OF_PICTURES, "context"}, "--demo is a page"),
-    "chat": ({*OF_ANSWERS, *OF_PICTURES, "context"}, "--chat reads its prompts line by line"),
-    "prompts": ({*OF_ANSWERS, "batch", "completion", "out"}, "--prompts answers a file in text"),
-    "explain": ({*OF_WEIGHTS, "prompt", "completion", "image", "out"},
-                "--explain shows one step of one prompt"),
-    "reconstruct": ({"model", "vqgan", "device", "image", "out"},
-                    "--reconstruct only sends pictures through the VQ-VAE"),
+    "--demo": OF_TALKS,
+    "--chat": OF_TALKS,
+    "--prompts": (*OF_WEIGHTS, *OF_TEXT, "seed", "compile", "batch", "completion", "out"),
+    "--explain": (*OF_WEIGHTS, "prompt", "image", "completion", "out"),
+    "--reconstruct": ("model", "vqgan", "device", "image", "out"),
+    "--mode text": (*OF_MODES, *OF_TEXT),
+    "--mode image": (*OF_MODES, *OF_PICTURES, "out", "count", "scale"),
+    "--mode interleaved": (*OF_MODES, *OF_TEXT, *OF_PICTURES, "out"),
 }
+DEFAULT_OUT = {"--mode image": Path("picture.png"), "--mode interleaved": Path("document"),
+               "--reconstruct": Path("reconstruction.png")}
 RECONSTRUCTED = 512  # pixels of a picture's longer side on the sheet of --reconstruct, at most
 DRAWN = 144  # on a contact sheet, smaller pictures are enlarged to at most so many pixels
 ASKS_TO_DRAW = re.compile(r"\s*(please\s+|can you\s+)*(draw|paint|sketch)\b", re.IGNORECASE)
@@ -105,7 +108,9 @@ three examples:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """-> the options, and in `given` the names of those that differ from their defaults."""
+    """-> the options, and besides them the `command` of READ_BY that they ask for, and `given`, the
+    names of those that differ from their defaults.
+    """
     parser = OneLineParser("generate.py", description="Text and pictures, in and out.",
                            epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -178,13 +183,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "others: that kernel alone")
     options = parser.parse_args(arguments)
     options.given = [k for k, v in vars(options).items() if v != parser.get_default(k)]
+    asked = [command for command in READ_BY if command[2:] in options.given]
+    options.command = asked[0] if asked else f"--mode {options.mode}"
     return options
 
 
 def sampling(options: argparse.Namespace) -> dict:
     """The options of `stream` that the command has under the same names, and do_sample."""
-    names = (*OF_TEXT, *OF_PICTURES, "max_new_tokens")
-    return {n: getattr(options, n) for n in names} | {"do_sample": options.temperature > 0}
+    values = {name: getattr(options, name) for name in (*OF_TEXT, *OF_PICTURES)}
+    return values | {"do_sample": options.temperature > 0}
 
 
 def seed(text: str) -> int:
@@ -202,26 +209,17 @@ def seed(text: str) -> int:
 
 def check_unused(options: argparse.Namespace) -> None:
     """ValueError for an option that would have no effect, and for torchrun where it has none."""
-    ignored, why = set(), ""
-    if special := [name for name in READ_BY if name in options.given]:
-        read, why = READ_BY[special[0]]
-        ignored = set(options.given) - read - {special[0]}
-        if ranks() > 1 and special[0] != "reconstruct":
-            raise ValueError(f"--{special[0]} is for one process: leave torchrun out")
-    elif "batch" in options.given:
-        ignored, why = {"batch"}, "only --prompts has batches"
-    elif options.context:
-        ignored, why = {"context"}, "only --chat and --demo have earlier turns"
-    elif options.mode == "text":
-        ignored, why = (*OF_PICTURES, "scale"), "--mode text draws nothing"
-    elif options.mode == "image":
-        ignored, why = (*OF_TEXT, "max_new_tokens"), "--mode image writes no text"
+    command = options.command
+    if ranks() > 1 and not command.startswith(("--mode", "--reconstruct")):
+        raise ValueError(f"{command} is for one process: leave torchrun out")
     for name in options.given:
         option = "--" + name.replace("_", "-")
-        if name in ignored:
-            raise ValueError(f"{why}: leave {option} out")
+        if name not in READ_BY[command] and option != command:
+            readers = ", ".join(other for other, read in READ_BY.items() if name in read)
+            raise ValueError(f"{command} does not read {option}: leave {option} out"
+                             + (f" (it is for {readers})" if readers else ""))
         prefix = name.removesuffix("top_k").removesuffix("top_p")
-        if name.endswith(("top_k", "top_p")) and not vars(options)[prefix + "temperature"]:
+        if prefix != name and not vars(options)[prefix + "temperature"]:
             raise ValueError(f"{option} is for sampling, but temperature 0 takes the most likely "
                              f"token: add --{prefix.replace('_', '-')}temperature 1")
 
@@ -239,38 +237,30 @@ def place_images(prompts: list[str], count: int) -> list[str]:
 
 def check_output(options: argparse.Namespace) -> None:
     """ValueError for an --out that does not fit. Sets the default of --out."""
-    if options.explain and len(options.prompt) > 1:
-        raise ValueError("--explain walks one prompt: give one --prompt")
+    out, command = options.out, options.command
+    if len(options.prompt) > 1 and command in ("--explain", "--mode interleaved"):
+        raise ValueError(f"{command} takes one prompt: give one --prompt")
     if not 1 <= options.batch <= 1024:
         raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
-    if not 1 <= options.count <= (MAX_COUNT if options.mode == "image" else 1):
-        raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}, for --mode image")
+    if not 1 <= options.count <= MAX_COUNT:
+        raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}")
     if options.count > 1 and not options.image_temperature:
         raise ValueError("--image-temperature 0 draws one picture again and again: raise it, or "
                          "leave --count out")
-    if not 0 <= options.scale <= 64 or (options.scale and options.mode == "interleaved"):
-        raise ValueError("--scale is a whole factor, 1 to 64, for --mode image")
-    if options.mode == "interleaved" and len(options.prompt) > 1:
-        raise ValueError("--mode interleaved writes one document: give one --prompt")
-    out, draws = options.out, options.mode == "image" or options.reconstruct
+    if not 0 <= options.scale <= 64:
+        raise ValueError("--scale is a whole factor, 1 to 64")
     if out is None:
-        defaults = {"image": "picture.png", "interleaved": "document"}
-        name = "reconstruction.png" if options.reconstruct else defaults.get(options.mode)
-        options.out = Path(name) if name else None
-    elif options.mode == "interleaved":
+        options.out = DEFAULT_OUT.get(command)
+    elif command == "--mode interleaved":
         check_folder(out)
-    elif not (draws or options.explain or options.prompts):
-        raise ValueError("--out is for pictures: add --mode image or --mode interleaved")
-    elif options.explain and out.suffix.lower() not in (".html", ".htm"):
+    elif command == "--explain" and out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--explain draws a page: name --out {out.stem or 'walk'}.html")
     elif not out.parent.is_dir():
         raise ValueError(f"the folder {out.parent} of {out.name} does not exist: make it first")
     elif out.exists() and not out.is_file():
         raise ValueError(f"--out {out} is a folder or a device: name a file")
-    elif draws:
-        picture_format(out)
-        if others := [path for path in numbered_names(options) if os.path.lexists(path)]:
-            raise ValueError(f"--out {out} would replace {others[0]}, too: name another file")
+    elif others := [path for path in numbered_names(options) if os.path.lexists(path)]:
+        raise ValueError(f"--out {out} would replace {others[0]}, too: name another file")
 
 
 def check_folder(folder: Path) -> None:

@@ -292,8 +292,8 @@ def test_lines_may_come_from_a_file_and_other_options_are_refused(untrained_fold
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--chat", "--prompt", "a"], "line by line: leave --prompt out"),
-    (["--context", "last", "--prompt", "a"], "only --chat and --demo have earlier turns"),
+    (["--chat", "--prompt", "a"], "--chat does not read --prompt: leave --prompt out"),
+    (["--context", "last", "--prompt", "a"], "leave --context out (it is for --demo, --chat)"),
 ])
 def test_options_that_do_not_go_together_are_one_line(arguments, message, capsys):
     assert module.main(arguments) == 2

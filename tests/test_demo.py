@@ -165,7 +165,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert err == 'generate.py: --demo needs gradio: pip install -e ".[demo]"\n'
     assert module.main(["--demo", "--prompt", "a"]) == 2
-    assert "--demo is a page: leave --prompt out" in capsys.readouterr().err
+    assert "--demo does not read --prompt: leave --prompt out" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- a real browser
