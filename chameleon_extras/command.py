@@ -12,8 +12,9 @@ import os
 import re
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -61,7 +62,7 @@ from tokenizer import Tokenizer, check_ids
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 DOCUMENT_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # in the folder of a document
 MAX_COUNT = 1000
-MAX_STDIN = 10**7  # characters of --prompt -
+MAX_STDIN = 10**6  # characters of --prompt -
 
 # The options of text and of pictures have the names that they have in `stream`.
 OF_TEXT = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
@@ -389,10 +390,8 @@ def answer(options: argparse.Namespace) -> None:
         raise ValueError("give a --prompt, or --chat for a conversation (see --help)")
     options.prompt = [read_stdin() if prompt == "-" else prompt for prompt in options.prompt]
     prompts = place_images(options.prompt, len(options.image))
-    longest = max(map(len, processor.tokenizer.vocab))  # characters of a token, at most
-    pictures = len(options.image) // len(prompts) * processor.image_seq_length
-    # The least number of tokens: a far too long prompt is refused before it is tokenized.
-    room_behind(config, pictures + max(map(len, prompts)) // longest, options.mode)
+    longest = max(len(processor.prompt_ids(prompt, options.completion)) for prompt in prompts)
+    room = room_behind(config, longest, options.mode)  # before the pictures are read: maybe many
     inputs = processor(text=prompts, images=options.image or None, padding=True,
                        padding_side="left", return_for_text_completion=options.completion)
     check_pair(config, processor, inputs)
@@ -400,7 +399,6 @@ def answer(options: argparse.Namespace) -> None:
         count, side = options.count * len(prompts), config.vq_config.resolution
         options.scale = options.scale or (max(1, DRAWN // side) if count > 1 else 1)
         check_sheet(options.out, count, side * options.scale)
-    room = room_behind(config, inputs["input_ids"].shape[1], options.mode)
     check_writable(options)
     room, picture = min(room, options.max_new_tokens or room), processor.image_seq_length + 2
     if options.mode == "interleaved" and room < picture:
@@ -412,12 +410,16 @@ def answer(options: argparse.Namespace) -> None:
     if options.explain:
         return write_walk(options, model, processor.tokenizer, inputs)
     decoder = Decoder(model, options.compile, options.attention)
-    steps = stream(model, **inputs, mode=options.mode, seed=options.seed, decoder=decoder,
-                   num_return_sequences=options.count, **sampling(options))
     stats = Stats(model)
-    make = {"text": write_text, "image": write_pictures, "interleaved": write_interleaved}
+    steps = stats.watch(stream(
+        model, **inputs, mode=options.mode, seed=options.seed, decoder=decoder,
+        num_return_sequences=options.count, **sampling(options)))
+    write = {"text": write_text, "image": write_pictures, "interleaved": write_interleaved}
     try:
-        make[options.mode](options, model, processor.tokenizer, stats.watch(steps))
+        if own_rank() > 0:  # all ranks compute the same ids, and rank 0 shows them
+            deque(steps, maxlen=0)
+        else:
+            write[options.mode](options, pieces(model, processor.tokenizer, with_bar(steps, model)))
     finally:
         if options.stats:
             say(stats.report(decoder.cache))
@@ -451,44 +453,7 @@ def read_stdin() -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Output
-
-
-def write_text(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """Streams one answer to stdout. The answers of a batch come in order, when all are done."""
-    if len(options.prompt) == 1:
-        try:
-            for piece in pieces(model, tokenizer, steps):
-                print(piece.text, end="", flush=True)
-        finally:
-            print(flush=True)
-        return
-    ids = []
-    try:
-        for step in steps:
-            ids.append(step)
-    finally:  # after Ctrl-C, too: what is written is printed
-        for prompt, row in zip(options.prompt, torch.stack(ids, dim=1).tolist() if ids else []):
-            say(prompt)
-            print(tokenizer.decode(row, skip_special_tokens=True), flush=True)
-
-
-def write_pictures(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
-    """One picture to --out. Of several, a contact sheet to --out and each picture beside it."""
-    done = [None] * len(options.prompt) * options.count
-    try:
-        for piece in pieces(model, tokenizer, with_bar(steps, model)):
-            done[piece.row] = piece.image
-    finally:  # after Ctrl-C, too: what is drawn is saved
-        ignore_stops()
-        pictures = [picture for picture in done if picture is not None]
-        if pictures:
-            choose_name(options)
-            for path, picture in zip(numbered_names(options), pictures):
-                save_picture(picture, path)
-            seen = [ImageOps.scale(picture, options.scale, Image.NEAREST) for picture in pictures]
-            save_picture(seen[0] if len(done) == 1 else contact_sheet(seen), options.out)
-            say(f"{options.out}: {len(pictures)} picture(s), seed {options.seed}")
+# Output: what `pieces` yields is an answer
 
 
 def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
@@ -503,16 +468,50 @@ def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
                             disable=None)
 
 
-def write_interleaved(options: argparse.Namespace, model, tokenizer: Tokenizer, steps) -> None:
+def write_text(options: argparse.Namespace, answer: Iterator) -> None:
+    """Streams one answer to stdout. The answers of a batch come in order, when all are done."""
+    texts = [""] * len(options.prompt)
+    try:
+        for piece in answer:
+            texts[piece.row] += piece.text
+            if len(texts) == 1:
+                print(piece.text, end="", flush=True)
+    finally:  # after Ctrl-C, too: what is written is printed
+        if len(texts) == 1:
+            print(flush=True)
+        else:
+            for prompt, text in zip(options.prompt, texts):
+                say(prompt)
+                print(text, flush=True)
+
+
+def write_pictures(options: argparse.Namespace, answer: Iterator) -> None:
+    """One picture to --out. Of several, a contact sheet to --out and each picture beside it."""
+    pictures = []
+    try:
+        for piece in answer:
+            pictures.append(piece.image)
+    finally:  # after Ctrl-C, too: what is drawn is saved
+        ignore_stops()
+        if pictures:
+            choose_name(options)
+            singles = numbered_names(options)
+            for path, picture in zip(singles, pictures):
+                save_picture(picture, path)
+            seen = [ImageOps.scale(picture, options.scale, Image.NEAREST) for picture in pictures]
+            save_picture(contact_sheet(seen) if singles else seen[0], options.out)
+            say(f"{options.out}: {len(pictures)} picture(s), seed {options.seed}")
+
+
+def write_interleaved(options: argparse.Namespace, answer: Iterator) -> None:
     """Streams text to stdout, with a line for each picture. Writes the document to --out."""
     made, pictures, in_line = [], 0, False
     choose_name(options)
-    if own_rank() == 0:
-        options.out.mkdir(parents=True, exist_ok=True)  # at once: so other processes take others
-    with hold(options.out) if own_rank() == 0 else nullcontext():
+    options.out.mkdir(parents=True, exist_ok=True)  # at once: so other processes take others
+    with hold(options.out):
         check_folder(options.out)
         try:
-            for piece in pieces(model, tokenizer, with_bar(steps, model)):
+            for piece in answer:
                 made.append(piece)
                 if piece.image is not None:
                     pictures += 1

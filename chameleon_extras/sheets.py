@@ -149,8 +149,6 @@ def write_document(folder: Path, parts: Sequence[str | Image.Image]) -> None:
 
     The HTML page contains the pictures, and follows the reader's light or dark mode.
     """
-    if own_rank() > 0:
-        return
     folder.mkdir(parents=True, exist_ok=True)
     markdown, body, n = [], [], 0
     for part in parts:
