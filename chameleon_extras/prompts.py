@@ -19,7 +19,7 @@ from chameleon_extras.command import check_pair, load_model, place_images, sampl
 from chameleon_extras.decoding import Decoder
 from chameleon_extras.files import Line, hold, read_lines, say
 from generate import generate, room_behind, seeds_of
-from processor import ChameleonProcessor, load_image
+from processor import ChameleonProcessor
 
 
 def read_prompts(file: Path) -> list[Line]:
@@ -75,21 +75,25 @@ def answered(out: Path, asked: list[Line]) -> int:
     return done
 
 
+def inputs_of(lines: list[Line], options: argparse.Namespace,
+              processor: ChameleonProcessor) -> dict:
+    """Prompts -> what the model reads. ValueError for a prompt or a picture that it cannot read."""
+    pictures = [options.prompts.parent / name for line in lines for name in line.images]
+    return processor(text=[line.prompt for line in lines], images=pictures or None, padding=True,
+                     padding_side="left", return_for_text_completion=options.completion)
+
+
 def answer_all(options: argparse.Namespace, config: ChameleonConfig,
                processor: ChameleonProcessor) -> None:
     """--prompts. Checks all lines before the weights are read."""
     asked, rooms = read_prompts(options.prompts), []
-    for one in asked:
+    for line in asked:
         try:
-            ids = processor.prompt_ids(one.prompt, options.completion)
-            rooms.append(room_behind(config, len(ids)))
-            for name in one.images:
-                image = load_image(options.prompts.parent / name)
-                if processor.image_processor.do_resize:
-                    processor.image_processor.resized_size(image.height, image.width)
+            inputs = inputs_of([line], options, processor)
+            rooms.append(room_behind(config, inputs["input_ids"].shape[1]))
         except ValueError as error:
-            raise ValueError(f"{one.where}: {error}") from None
-    check_pair(config, processor, {})
+            raise ValueError(f"{line.where}: {error}") from None
+    check_pair(config, processor, inputs)
     seeds_of(options.seed, len(asked))
     if min(rooms) < (options.max_new_tokens or 256) and options.batch > 1:
         options.batch = 1
@@ -115,15 +119,12 @@ def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, aske
     decoder = Decoder(model, options.compile, options.attention)
     with tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar:
         for start in range(done, len(asked), options.batch):
-            rows = range(start, min(start + options.batch, len(asked)))
-            pictures = [options.prompts.parent / name for n in rows for name in asked[n].images]
-            inputs = processor(text=[asked[n].prompt for n in rows], images=pictures or None,
-                               padding=True, padding_side="left",
-                               return_for_text_completion=options.completion)
-            ids = generate(model, **inputs.to(model.device), **sampling(options), decoder=decoder,
-                           seed=[options.seed + n for n in rows])
+            lines = asked[start : start + options.batch]
+            inputs = inputs_of(lines, options, processor).to(model.device)
+            ids = generate(model, **inputs, **sampling(options), decoder=decoder,
+                           seed=options.seed + start)  # row b adds b
             new = ids[:, inputs["input_ids"].shape[1] :]  # (B, new)
-            for n, answer in zip(rows, processor.batch_decode(new, skip_special_tokens=True)):
-                file.write(written(asked[n], answer, file.encoding or "utf-8") + "\n")
+            for line, answer in zip(lines, processor.batch_decode(new, skip_special_tokens=True)):
+                file.write(written(line, answer, file.encoding or "utf-8") + "\n")
             file.flush()
-            bar.update(len(rows))
+            bar.update(len(lines))
