@@ -27,18 +27,15 @@ class Stats:
     """Watches one `generate.stream` of a model; `report` is a line of text."""
 
     def __init__(self, model: ChameleonForConditionalGeneration) -> None:
-        self.model = model
-        self.seconds, self.rows, self.codes = [], 1, 0
-        self.is_code = set(model.model.vocabulary.code_to_id.tolist())
+        self.model, self.seconds, self.ids = model, [], []  # of each step
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
 
     def watch(self, steps: Iterator[Tensor]) -> Iterator[Tensor]:
         start = time.perf_counter()
         for ids in steps:
-            self.rows, first = len(ids), int(ids[0])  # to read an id is part of making it
             self.seconds.append(time.perf_counter() - start)
-            self.codes += first in self.is_code
+            self.ids.append(ids)
             yield ids
             start = time.perf_counter()
 
@@ -46,17 +43,18 @@ class Stats:
         """What was seen, with the cache of the last step. Measures the memory's bandwidth, too."""
         if len(self.seconds) < 2:
             return f"{len(self.seconds)} step(s): too few to tell a speed"
-        later = self.seconds[1:]
+        later, rows = self.seconds[1:], len(self.ids[0])
         step = statistics.median(later)  # not the mean: a few steps may have compiled
-        share = self.codes / len(self.seconds)
-        read = step_bytes(self.model, share)
+        codes = self.model.model.vocabulary.code_to_id.cpu()
+        is_code = torch.isin(torch.stack(self.ids)[:, 0], codes)  # of the first row
+        read = step_bytes(self.model, is_code.double().mean().item())
         if cache is not None:
             column = sum(b.nbytes for b in (*cache.k, *cache.v)) / cache.max_length
             read += column * (cache.length - len(later) / 2)  # as long as it was on average
         peak = peak_memory(self.model.device)  # before `bandwidth`, which takes memory, too
         rate, most = read / step, bandwidth(self.model.device)
-        return (f"{len(self.seconds)} steps of {self.rows} row(s): first after "
-                f"{self.seconds[0]:.3f} s, then {self.rows / step:.1f} tokens/s "
+        return (f"{len(self.seconds)} steps of {rows} row(s): first after "
+                f"{self.seconds[0]:.3f} s, then {rows / step:.1f} tokens/s "
                 f"({1000 * step:.2f} ms a step); reads {rate / 1e9:.1f} GB/s, "
                 f"{100 * rate / most:.0f} % of the {most / 1e9:.1f} GB/s measured here; "
                 f"peak memory {peak / 1e9:.2f} GB")
