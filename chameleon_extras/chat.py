@@ -104,9 +104,8 @@ class Conversation:
     def finished(self, made: list[int]) -> list[int]:
         """An answer's ids as a turn: no unfinished picture, and one end of turn at its end."""
         names, tokenizer = self.processor.tokenizer.vocabulary, self.processor.tokenizer
-        if names.begin_image_id in made:
-            begun = len(made) - 1 - made[::-1].index(names.begin_image_id)
-            made = made if names.end_image_id in made[begun:] else made[:begun]
+        while made.count(names.begin_image_id) > made.count(names.end_image_id):
+            made = made[:-1]
         ends = {tokenizer.eos_token_id, names.end_of_turn_id, tokenizer.pad_token_id}
         return [i for i in made if i not in ends] + [names.end_of_turn_id]
 
