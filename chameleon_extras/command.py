@@ -368,7 +368,7 @@ def answer(options: argparse.Namespace) -> None:
     check_unused(options)
     check_output(options)
     seeds_of(options.seed, options.count * len(options.prompt))
-    if sys.stdout is None and options.mode == "text" and not options.reconstruct:
+    if sys.stdout is None and options.out is None:
         raise ValueError("stdout is closed, and the answer goes there: leave >&- out")
     if options.model == TINY and not TINY.is_dir():
         raise ValueError("the checkpoint tiny/ comes with a clone of the repository, not with an "
@@ -403,7 +403,7 @@ def answer(options: argparse.Namespace) -> None:
     room, picture = min(room, options.max_new_tokens or room), processor.image_seq_length + 2
     if options.mode == "interleaved" and room < picture:
         say(f"no picture will come: it takes {picture} tokens, and only {room} may follow")
-    if options.mode == "text" and not options.explain and any(map(ASKS_TO_DRAW.match, prompts)):
+    if options.command == "--mode text" and any(map(ASKS_TO_DRAW.match, prompts)):
         say("--mode text answers in words: add --mode image for a drawing")
     model = load_model(options)
     inputs = inputs.to(model.device)

@@ -103,7 +103,8 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
     options.out.touch()
     with hold(options.out), open(options.out, "a", encoding="utf-8", newline="\n") as file:
         done = answered(options.out, asked)
-        answer_rest(options, processor, asked, done, file)
+        if done < len(asked):
+            answer_rest(options, processor, asked, done, file)
         before = f", {done} of them from before, with that run's options" if done else ""
         say(f"{options.out}: {len(asked)} answer(s){before}")
 
@@ -113,8 +114,6 @@ def answer_rest(options: argparse.Namespace, processor: ChameleonProcessor, aske
     """Writes the answers after the first `done` to `file`."""
     from tqdm import tqdm
 
-    if done == len(asked):
-        return
     model = load_model(options)
     decoder = Decoder(model, options.compile, options.attention)
     with tqdm(total=len(asked), initial=done, unit="prompt", disable=None) as bar:
