@@ -141,22 +141,20 @@ class Terminal:
             sys.stdin.reconfigure(errors="surrogateescape")  # a turn with such bytes is refused
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "")
-                if line.split()[:1] == ["/quit"]:
-                    return
-                try:
-                    self.answer(line)
-                except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                    if isinstance(error, OSError) and error.errno and not error.filename:
-                        raise  # not of a file: stdout is full, or has no reader
-                    say(line_of(error))  # the chat goes on
+                self.answer(input("> " if sys.stdin.isatty() else ""))
             except EOFError:
                 return
             except KeyboardInterrupt:
                 print(flush=True)
+            except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                if isinstance(error, OSError) and error.errno and not error.filename:
+                    raise  # not of a file: stdout is full, or has no reader
+                say(line_of(error))  # the chat goes on
 
     def answer(self, line: str) -> None:
-        """One line of the user. ValueError or OSError in one line for what cannot work."""
+        """One line of the user. ValueError or OSError in one line for what cannot work; EOFError
+        for /quit, as at the end of input.
+        """
         word, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         if word in ("/draw", "/both"):
@@ -174,6 +172,8 @@ class Terminal:
             self.save(rest)
         elif word == "/help":
             print(HELP, flush=True)
+        elif word == "/quit":
+            raise EOFError
         elif word.startswith("/") and "/" not in word[1:]:
             raise ValueError(f"{word} is no command: /help lists them")
         elif line.strip() or self.waiting:

@@ -61,7 +61,8 @@ from tokenizer import Tokenizer, check_ids
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 DOCUMENT_FILE = re.compile(r"document\.(md|html)|\d+\.png")  # in the folder of a document
-MAX_COUNT = 1000
+AMOUNTS = (("batch", "number of prompts", 1024), ("count", "number of pictures", 1000),
+           ("scale", "whole factor", 64))  # from 1 to so many
 MAX_STDIN = 10**6  # characters of --prompt -
 
 # The options of text and of pictures have the names that they have in `stream`.
@@ -137,7 +138,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="file for a picture, replaced if it is there (with --count, none of the pictures "
         "beside it may be there); folder for an interleaved document")
     add("--count", type=int, default=1, metavar="N",
-        help=f"so many pictures of each prompt, and a sheet of all (default 1; 1 to {MAX_COUNT})")
+        help="so many pictures of each prompt, and a sheet of all (default 1; 1 to 1000)")
     add("--scale", type=int, default=0, metavar="N",
         help="enlarge the picture or sheet at --out by a whole factor (1 to 64; default: 1; on a "
         f"sheet, up to {DRAWN} pixels); the pictures beside a sheet stay as drawn")
@@ -241,15 +242,12 @@ def check_output(options: argparse.Namespace) -> None:
     out, command = options.out, options.command
     if len(options.prompt) > 1 and command in ("--explain", "--mode interleaved"):
         raise ValueError(f"{command} takes one prompt: give one --prompt")
-    if not 1 <= options.batch <= 1024:
-        raise ValueError(f"--batch is a number of prompts, 1 to 1024, not {options.batch}")
-    if not 1 <= options.count <= MAX_COUNT:
-        raise ValueError(f"--count is a number of pictures, 1 to {MAX_COUNT}")
+    for name, what, most in AMOUNTS:
+        if name in options.given and not 1 <= vars(options)[name] <= most:
+            raise ValueError(f"--{name} is a {what}, 1 to {most}")
     if options.count > 1 and not options.image_temperature:
         raise ValueError("--image-temperature 0 draws one picture again and again: raise it, or "
                          "leave --count out")
-    if not 0 <= options.scale <= 64:
-        raise ValueError("--scale is a whole factor, 1 to 64")
     if out is None:
         options.out = DEFAULT_OUT.get(command)
     elif command == "--mode interleaved":

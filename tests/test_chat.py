@@ -195,6 +195,7 @@ def test_too_little_memory_ends_a_turn_and_not_the_chat(lines, monkeypatch, caps
     monkeypatch.setattr("builtins.input", lambda _: "Hello")
     terminal.run()
     assert capsys.readouterr().err.count("the memory is not enough") == 2
+    monkeypatch.undo()
     monkeypatch.setattr("builtins.input", lambda _: "/quit now")
     terminal.run()
 
