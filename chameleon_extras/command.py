@@ -212,10 +212,10 @@ def seed(text: str) -> int:
 def check_unused(options: argparse.Namespace) -> None:
     """ValueError for an option that would have no effect, and for torchrun where it has none."""
     command = options.command
-    if ranks() > 1 and not command.startswith(("--mode", "--reconstruct")):
-        raise ValueError(f"{command} is for one process: leave torchrun out")
     for name in options.given:
         option = "--" + name.replace("_", "-")
+        if ranks() > 1 and name in ("demo", "chat", "prompts", "explain", "compile"):
+            raise ValueError(f"{option} is for one process: leave torchrun out")
         if name not in READ_BY[command] and option != command:
             readers = ", ".join(other for other, read in READ_BY.items() if name in read)
             raise ValueError(f"{command} does not read {option}: leave {option} out"
@@ -342,8 +342,6 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
     if ranks() > 1:  # started by torchrun
         device = join(device)
         check_ranks(config, ranks(), kind)
-        if options.compile:
-            raise ValueError("--compile is for one device: start without torchrun")
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" and not kind else "bfloat16"
     dtype = getattr(torch, dtype)

@@ -92,7 +92,7 @@ def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
         assert written.count(f"{name} save: every rank has only a part") == 2
     assert "compiled True" in lines
     assert "text 0" in lines and "picture 0" in lines and "int8 0" in lines
-    assert "compile 2" in lines and "--compile is for one device" in errors
+    assert "compile 2" in lines and "--compile is for one process" in errors
     assert (tmp_path / "two.png").read_bytes() == (tmp_path / "one.png").read_bytes()
     assert not list(tmp_path.glob("*.part"))
 
