@@ -19,7 +19,6 @@ surprises more, because alignment never trains on prompts (section 3). Codes are
 
 import html
 import math
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -188,22 +187,12 @@ def pictures_of(model: ChameleonForConditionalGeneration, input_ids: Tensor, ids
 
 def report(walk: Walk) -> str:
     """The walk as text."""
-    widest = max(len(name) for name, _, _ in walk.shapes)
     parts = [
         [f"{len(walk.tokens)} tokens, {len(walk.codes)} picture(s), a vocabulary of "
          f"{len(walk.probs)}"],
         ["place      id  token                 surprise  entropy   (bits)", *token_lines(walk)],
         *(picture_lines(walk, n, codes) for n, codes in enumerate(walk.codes)),
-        mask_lines(walk),
-        [f"{'module':{widest}}  {'gives':20} in letters",
-         *(f"{name:{widest}}  {str(shape):20} {letters}" for name, letters, shape in walk.shapes)],
-        ["the last token's attention, mean over heads, layer by layer",
-         *(f"  {name:10}" + "".join(f" {share:4.0%}" for share in shares)
-           for name, shares in attention_shares(walk))],
-        [next_line(walk),
-         *(f"{i:7}  {name:20}  {p:6.1%} {'█' * round(30 * p)}".rstrip()
-           for i, name, p in walk.best)],
-    ]
+        mask_lines(walk), shape_lines(walk), attention_lines(walk), next_lines(walk)]
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
@@ -237,21 +226,18 @@ def heat(walk: Walk, n: int) -> Tensor:
 
 
 def picture_lines(walk: Walk, n: int, codes: Tensor) -> list[str]:
-    h, w = codes.shape
-    first = int(codes[0, 0])
-    picture, weights = walk.images[n], heat(walk, n)
-    start = walk.segments[2 * n + 1][1]
+    (h, w), first = codes.shape, int(codes[0, 0])
+    start, picture, weights = walk.segments[2 * n + 1][1], walk.images[n], heat(walk, n)
     lines = [f"picture {n + 1}: {picture.width} x {picture.height} pixels, {w} x {h} codes, "
              f"the ids from place {start} on",
              f"its first code {first} is named {image_token_name(first)}, which is id "
              f"{walk.tokens[start].id}"]
-    shaded = shades(weights)
-    rows = [" ".join(f"{code:4}" for code in row[:GRID].tolist()) for row in codes[:GRID]]
-    if w <= GRID and h <= GRID:
-        lines += [f"{row}    |{shade}|" for row, shade in zip(rows, shaded)]
+    rows = [" ".join(f"{code:4}" for code in row[:GRID]) for row in codes[:GRID].tolist()]
+    if max(h, w) <= GRID:
+        lines += [f"{row}    |{shade}|" for row, shade in zip(rows, shades(weights))]
     else:
-        lines += [row + " ..." for row in rows] + [f"|{shade}|" for shade in shaded]
-    return [*lines, f"shaded: attention of the last token, the darkest {float(weights.max()):.2%}"]
+        lines += [f"{row} ..." for row in rows] + [f"|{shade}|" for shade in shades(weights)]
+    return [*lines, f"shaded: attention of the last token, the darkest {weights.max():.2%}"]
 
 
 def shades(weights: Tensor) -> list[str]:
@@ -272,17 +258,27 @@ def mask_lines(walk: Walk) -> list[str]:
     return lines
 
 
-def attention_shares(walk: Walk) -> list[tuple[str, list[float]]]:
-    """The last token's attention to each segment, layer by layer."""
-    return [(name, walk.attention[:, start:end].sum(1).tolist())
-            for name, start, end in walk.segments]
+def shape_lines(walk: Walk) -> list[str]:
+    widest = max(len(name) for name, _, _ in walk.shapes)
+    return [f"{'module':{widest}}  {'gives':20} in letters",
+            *(f"{name:{widest}}  {str(shape):20} {letters}"
+              for name, letters, shape in walk.shapes)]
 
 
-def next_line(walk: Walk) -> str:
-    p = walk.probs
-    entropy = float(-torch.xlogy(p, p).sum()) / math.log(2)
+def attention_lines(walk: Walk) -> list[str]:
+    lines = ["the last token's attention, mean over heads, layer by layer"]
+    for name, start, end in walk.segments:
+        shares = walk.attention[:, start:end].sum(1).tolist()
+        lines.append(f"  {name:10}" + "".join(f" {share:4.0%}" for share in shares))
+    return lines
+
+
+def next_lines(walk: Walk) -> list[str]:
+    entropy = -torch.xlogy(walk.probs, walk.probs).sum() / math.log(2)
     shares = ", ".join(f"{kind} {share:.1%}" for kind, share in walk.shares.items())
-    return f"next token: {entropy:.2f} bits; {shares}"
+    return [f"next token: {entropy:.2f} bits; {shares}",
+            *(f"{i:7}  {name:20}  {p:6.1%} {'█' * round(30 * p)}".rstrip()
+              for i, name, p in walk.best)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -295,13 +291,12 @@ STYLE = """
 --line:#3d444d;--text:#12314f;--code:#4a3a08;--control:#5b1e1c;--bar:#4493f8}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;
 margin:2rem auto;padding:0 1rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}
-small,td.s{color:var(--soft)}
+small,figcaption{color:var(--soft)}figcaption{font-size:.8rem}
 .t{display:inline-block;border-radius:4px;padding:0 .3rem;margin:1px;font-family:monospace}
 .t small{display:block;font-size:.65rem}.text{background:var(--text)}.code{background:var(--code)}
-.control{background:var(--control)}table{border-collapse:collapse}td{padding:.1rem .7rem .1rem 0}
-td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-family:monospace}
-figure{display:inline-block;margin:0 1rem 1rem 0}figcaption{color:var(--soft);font-size:.8rem}
-img{image-rendering:pixelated}.bar{fill:var(--bar)}.line{stroke:var(--line);fill:none}
+.control{background:var(--control)}pre{overflow-x:auto}img{image-rendering:pixelated}
+figure{display:inline-block;margin:0 1rem 1rem 0}.bar{fill:var(--bar)}
+.line{stroke:var(--line);fill:none;vector-effect:non-scaling-stroke}
 """
 
 
@@ -316,21 +311,11 @@ def page(walk: Walk, title: str) -> str:
     for n, codes in enumerate(walk.codes):
         parts += [f"<h2>Picture {n + 1}: {codes.shape[1]} x {codes.shape[0]} codes</h2>",
                   *picture_figures(walk, n, codes)]
-    parts += ["<h2>Who may look at whom</h2>", mask_figure(walk), "<h2>Shapes</h2>", table(
-        f"<td><code>{name}</code><td><code>{shape}</code><td class=s>{letters}"
-        for name, letters, shape in walk.shapes)]
-    parts += ["<h2>The last token's attention, layer by layer</h2>", table(
-        f"<td>{name}" + "".join(f"<td class=n>{share:.0%}" for share in shares)
-        for name, shares in attention_shares(walk))]
-    parts += [f"<h2>{html.escape(next_line(walk).capitalize())}</h2>", table(
-        f"<td class=n>{i}<td><code>{html.escape(name)}</code><td class=n>{p:.1%}<td>"
-        f'<svg width="{300 * p:.1f}" height="12"><rect class="bar" width="100%" height="12"/></svg>'
-        for i, name, p in walk.best)]
+    parts += ["<h2>Who may look at whom</h2>", mask_figure(walk)]
+    for heading, lines in (("Shapes", shape_lines(walk)), ("Attention", attention_lines(walk)),
+                           ("Next token", next_lines(walk))):
+        parts += [f"<h2>{heading}</h2><pre>", html.escape("\n".join(lines)), "</pre>"]
     return "\n".join(parts) + "\n"
-
-
-def table(rows: Iterable[str]) -> str:
-    return "\n".join(["<table>", *(f"<tr>{row}" for row in rows), "</table>"])
 
 
 def chip(token: Token) -> str:
@@ -351,14 +336,12 @@ def picture_figures(walk: Walk, n: int, codes: Tensor) -> list[str]:
             f"<figcaption>{caption}</figcaption></figure>" for caption, image in drawings.items()]
 
 
-def mask_figure(walk: Walk, side: int = 240) -> str:
+def mask_figure(walk: Walk) -> str:
     """Queries downwards, keys to the right. Lines separate text and pictures."""
     T, keys = len(walk.tokens), walk.allowed.sum(1).tolist()  # each query sees the first so many
-    scale = side / T
-    edge = " ".join(f"{n * scale:.1f},{t * scale:.1f}" for t, n in enumerate(keys, start=1))
-    starts = [start * scale for _, start, _ in walk.segments[1:]]
-    lines = "".join(f"M0 {at:.1f}H{side}M{at:.1f} 0V{side}" for at in starts)
-    return (f'<figure><svg width="{side}" height="{side}"><polygon class="bar" fill-opacity=".6" '
-            f'points="0,0 {edge} 0,{side}"/><path class="line" d="{lines}"/></svg><figcaption>'
-            f"{sum(keys)} of {T} x {T} pairs; a token of a picture, too, looks back only"
-            "</figcaption></figure>")
+    edge = " ".join(f"{n},{t}" for t, n in enumerate(keys, start=1))
+    lines = "".join(f"M0 {start}H{T}M{start} 0V{T}" for _, start, _ in walk.segments[1:])
+    return (f'<figure><svg width="240" height="240" viewBox="0 0 {T} {T}"><polygon class="bar" '
+            f'fill-opacity=".6" points="0,0 {edge} 0,{T}"/><path class="line" d="{lines}"/></svg>'
+            f"<figcaption>{sum(keys)} of {T} x {T} pairs; a token of a picture, too, looks back "
+            "only</figcaption></figure>")
