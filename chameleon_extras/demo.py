@@ -8,7 +8,6 @@ Who needs it: whoever shows the model to others. It listens on 127.0.0.1 only, t
 browser has a conversation of its own, and they take turns at the model.
 """
 
-import html
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -19,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from chameleon_extras.chat import Conversation
-from chameleon_extras.explain import Token, bits, glances, kind_and_name
+from chameleon_extras.explain import bits, chip, glances, kind_and_name
 from chameleon_extras.files import line_of, say
-from chameleon_extras.sheets import data_uri, enlarge, gray_grid, heat_on
-from generate import Piece, decode_pictures
+from chameleon_extras.sheets import data_uri, enlarge, gray_grid, heat_on, parts_of
+from generate import decode_pictures
 from processor import load_image, rgb_levels
 
 MODES = {"Answer": "text", "Draw": "image", "Both": "interleaved"}
@@ -34,7 +33,7 @@ STYLE = """
 :root:has(.dark){color-scheme:dark}
 .side .t{display:inline-block;border-radius:3px;margin:1px;padding:1px 4px;
 font:.8rem/1.3 monospace;vertical-align:top;text-align:center}
-.side .one{width:8px;height:10px;padding:0;vertical-align:middle}
+.side .code:empty{width:8px;height:10px;padding:0;vertical-align:middle}
 .side .text{background:var(--text)}.side .code{background:var(--code)}
 .side .control{background:var(--control)}.side small{display:block;opacity:.8}
 .side .bar{display:block;height:4px;background:var(--bar)}
@@ -49,45 +48,35 @@ class Visit:
     """What one browser sees: its conversation, and the messages (role, text or picture)."""
 
     def __init__(self, conversation: Conversation) -> None:
-        self.conversation, self.messages = conversation, []
-        self.stopped = self.unfinished = False  # is the last message a picture that grows?
+        self.conversation, self.messages, self.stopped = conversation, [], False
 
     def ask(self, text: str, files: list[str], mode: str, **options) -> Iterator[None]:
         """A turn. At each yield the messages have changed; `stopped` ends the answer."""
-        self.stopped = self.unfinished = False
+        self.stopped, said = False, []
         S = self.conversation.processor.image_seq_length
+        every = 1 if S < 256 else math.isqrt(S)  # a large picture grows row by row
         self.messages += [("user", text)] if text else []
         try:
             pictures = [load_image(file) for file in files]
             self.messages += [("user", large(picture)) for picture in pictures]
             yield
-            every = 1 if S < 256 else math.isqrt(S)  # a large picture grows row by row
+            start = len(self.messages)
             with closing(self.conversation.ask(text, pictures, MODES[mode], every, **options)
                          ) as steps:
                 for piece in steps:
-                    self.show(piece, S)
+                    if said and 0 < said[-1].drawn < S:  # the picture that has grown
+                        said.pop()
+                    said.append(piece._replace(image=piece.image and large(piece.image)))
+                    self.messages[start:] = [("assistant", part) for part in parts_of(said)]
                     yield
                     if self.stopped:
                         break
-            if self.messages[-1][0] == "user" and not self.stopped:
+            if not said and not self.stopped:
                 self.messages.append(("assistant", "(the answer has no words)"))
                 yield
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             self.messages.append(("assistant", f"({line_of(error)})"))
             yield
-
-    def show(self, piece: Piece, S: int) -> None:
-        """A piece becomes a message, or continues the last one."""
-        if self.unfinished:
-            self.messages.pop()
-        self.unfinished = 0 < piece.drawn < S
-        role, last = self.messages[-1]
-        if piece.image is not None:
-            self.messages.append(("assistant", large(piece.image)))
-        elif role == "assistant" and isinstance(last, str):
-            self.messages[-1] = role, last + piece.text
-        else:
-            self.messages.append(("assistant", piece.text))
 
 
 def large(picture: Image.Image) -> Image.Image:
@@ -106,38 +95,40 @@ def row(conversation: Conversation) -> str:
     chips, count = [], dict.fromkeys(KINDS, 0)
     for i in conversation.ids:
         kind, name = kind_and_name(conversation.processor.tokenizer, i)
-        name = html.escape(name)
         count[kind] += 1
-        chips.append(f'<span class="t code one" title="{name} = {i}"></span>' if kind == "code" else
-                     f'<span class="t {kind}" title="{i}">{name}</span>')
-    total = " ".join(f'<span class="t {kind}">{n} {KINDS[kind]}</span>'
-                     for kind, n in count.items())
+        chips.append(chip(kind, "" if kind == "code" else name, f"{name} = {i}"))
+    total = " ".join(chip(kind, f"{n} {KINDS[kind]}") for kind, n in count.items())
     rest = f"{conversation.room()[0]} more fit." if conversation.whole else (
         "This is all that the model sees: the turn, and for a question the last pictures.")
-    return (f'<div class="side"><p>{len(chips)} ids: {total} {rest}</p>{"".join(chips)}</div>')
+    return f'<div class="side"><p>{len(chips)} ids: {total} {rest}</p>{"".join(chips)}</div>'
 
 
 def walk(conversation: Conversation) -> str:
     """The last answer as HTML: each token's entropy, and where it looked in one of the pictures."""
     model, processor, start = conversation.model, conversation.processor, conversation.start
-    S = processor.image_seq_length
-    shown = conversation.ids[: start + WALKED + S]
+    S, begin = processor.image_seq_length, processor.tokenizer.vocabulary.begin_image_id
+    side, shown = math.isqrt(S), conversation.ids[: start + WALKED + S]
     if len(shown) <= start:
         return '<div class="side"></div>'
     ids = torch.tensor([shown], device=model.device)  # (1, T)
     tokens, looks = glances(model, processor.tokenizer, ids, start)
-    begin = processor.tokenizer.vocabulary.begin_image_id
     places = [n + 1 for n, i in enumerate(shown) if i == begin and n + S < len(shown)]
-    pictures = {n: decoded(model, ids[:, n : n + S]) for n in places}
-    parts, codes = [], [token for token in tokens if token.kind == "code"]
-    for place, (token, look) in enumerate(zip(tokens, looks), start):
-        weights = {n: look[n : n + S] for n in places if n + S <= place}
-        most = max(weights, key=lambda n, w=weights: float(w[n].sum()), default=None)
-        if token.kind != "code":
-            parts.append(chip(token, most and heat_on(
-                pictures[most], weights[most].view(math.isqrt(S), -1)).resize((54, 54))))
-    parts += [entropies(codes[n : n + S]) for n in range(0, len(codes) - S + 1, S)]
-    looked = ", and where it looked in the picture that it looked at most" * bool(places)
+    pictures = [(decoded(model, ids[:, n : n + S]), looks[:, n : n + S]) for n in places]
+    parts, drawn = [], [token.entropy for token in tokens if token.kind == "code"]
+    for n, token in enumerate(tokens):
+        if token.kind == "code":
+            continue
+        below = (f'<small>{bits(token.entropy)}</small><span class="bar" '
+                 f'style="width:{min(100, 15 * token.entropy):.0f}%"></span>')
+        if pictures:
+            picture, weights = max(pictures, key=lambda pair, n=n: pair[1][n].sum())
+            if weights[n].any():  # else the pictures come after this token
+                heat = heat_on(picture, weights[n].view(side, side)).resize((54, 54))
+                below += f'<img alt="where it looked" src="{data_uri(heat)}">'
+        parts.append(chip(token.kind, token.name, str(token.id), below))
+    parts += [entropies(torch.tensor(drawn[n : n + S]).view(side, side))
+              for n in range(0, len(drawn) - S + 1, S)]
+    looked = ", and where it looked in the picture that it looked at most" * bool(pictures)
     return ('<div class="side"><p>The last answer. Below each token its entropy in bits, which '
             f"says how open the choice was{looked}.</p>{''.join(parts)}</div>")
 
@@ -150,16 +141,8 @@ def decoded(model, ids: Tensor) -> Image.Image:
         return Image.new("RGB", (SIDE, SIDE), "gray")
 
 
-def chip(token: Token, image: Image.Image | None) -> str:
-    shown = "" if image is None else f'<img alt="where it looked" src="{data_uri(image)}">'
-    return (f'<span class="t {token.kind}">{html.escape(token.name)}<small>{bits(token.entropy)}'
-            f'</small><span class="bar" style="width:{min(100, 15 * token.entropy):.0f}%"></span>'
-            f"{shown}</span>")
-
-
-def entropies(codes: list[Token]) -> str:
-    """A drawing's codes: bright where the choice was open."""
-    values = torch.tensor([code.entropy for code in codes]).view(math.isqrt(len(codes)), -1)
+def entropies(values: Tensor) -> str:
+    """The entropies of a drawing's codes (h, w): bright where the choice was open."""
     return (f'<figure><img alt="entropy of each code" width="{SIDE}" '
             f'src="{data_uri(enlarge(gray_grid(values), SIDE))}"><figcaption>entropy of each code, '
             f"white is {values.max():.1f} bits</figcaption></figure>")

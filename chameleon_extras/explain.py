@@ -307,7 +307,9 @@ def page(walk: Walk, title: str) -> str:
              f"<style>{STYLE}</style><h1>{title}</h1>",
              f"<h2>{len(walk.tokens)} tokens</h2><p><small>id, and below it the surprise in bits; "
              "blue is text, yellow codes of a picture, red control tokens</small></p><p>",
-             *map(chip, walk.tokens), "</p>"]
+             *(chip(t.kind, "▪" if t.kind == "code" else t.name,
+                    f"{t.name}: entropy {bits(t.entropy)} bits",
+                    f"<small>{t.id}<br>{bits(t.surprise)}</small>") for t in walk.tokens), "</p>"]
     for n, codes in enumerate(walk.codes):
         parts += [f"<h2>Picture {n + 1}: {codes.shape[1]} x {codes.shape[0]} codes</h2>",
                   *picture_figures(walk, n, codes)]
@@ -318,11 +320,9 @@ def page(walk: Walk, title: str) -> str:
     return "\n".join(parts) + "\n"
 
 
-def chip(token: Token) -> str:
-    name = html.escape(token.name) if token.kind != "code" else "&#9642;"
-    hint = f"{html.escape(token.name)}: entropy {bits(token.entropy)} bits"
-    return (f'<span class="t {token.kind}" title="{hint}">{name}<small>{token.id}<br>'
-            f"{bits(token.surprise)}</small></span>")
+def chip(kind: str, name: str, hint: str = "", below: str = "") -> str:
+    """A token in the colour of its kind; a hint for the mouse; below the name, HTML."""
+    return f'<span class="t {kind}" title="{html.escape(hint)}">{html.escape(name)}{below}</span>'
 
 
 def picture_figures(walk: Walk, n: int, codes: Tensor) -> list[str]:

@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -60,13 +61,12 @@ def check_sheet(path: Path, pictures: int, side: int, columns: int | None = None
 def contact_sheet(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
     """Pictures of one size, row by row. By default rows and columns are about equal."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].size
     rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + GAP) + GAP),
-                      "lightgray")
+    wide, high = (side + GAP for side in pictures[0].size)
+    sheet = Image.new("RGB", (columns * wide + GAP, rows * high + GAP), "lightgray")
     for n, picture in enumerate(pictures):
         row, column = divmod(n, columns)
-        sheet.paste(picture, (column * (width + GAP) + GAP, row * (height + GAP) + GAP))
+        sheet.paste(picture, (column * wide + GAP, row * high + GAP))
     return sheet
 
 
@@ -136,11 +136,9 @@ def data_uri(picture: Image.Image) -> str:
 def parts_of(answer: Iterable[Piece]) -> list[str | Image.Image]:
     """The pieces of an answer -> its pictures, and one text of all pieces between two pictures."""
     parts = []
-    for piece in answer:
-        if piece.text and parts and isinstance(parts[-1], str):
-            parts[-1] += piece.text
-        else:
-            parts.append(piece.text or piece.image)
+    for is_text, run in groupby(answer, key=lambda piece: piece.image is None):
+        values = [piece.image or piece.text for piece in run]
+        parts += ["".join(values)] if is_text else values
     return parts
 
 

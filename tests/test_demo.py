@@ -70,7 +70,7 @@ def test_the_row_shows_every_id_by_kind_and_escapes_what_is_typed(tiny):
     ask(visit, "<b>x</b> & <script>", [STAR], "Answer")
     page = row(talk)
     assert page.count('<span class="t') == len(talk.ids) + 3 and closed(page)
-    assert page.count("code one") == 81 and "81 codes of pictures" in page
+    assert page.count('code" title="IMG') == 81 and "81 codes of pictures" in page
     assert "<script>" not in page and "&lt;" in page and f"{1024 - len(talk.ids)} more fit" in page
 
 
@@ -252,7 +252,7 @@ def test_in_a_browser_one_asks_draws_stops_and_reloads(browsers):
     page.until(lambda: page.all(".chat img"))
     page.press("Stop")
     page.until(lambda: "ids:" in page.text())
-    codes = len(page.all(".one"))
+    codes = len(page.all(".code:empty"))
     assert codes == 0  # the unfinished picture is no part of the conversation
     page.browser.refresh()
     page.until(lambda: page.all("textarea") and "ids:" not in page.text())
