@@ -60,13 +60,23 @@ IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the ca
 class PackedLinear(nn.Module):
     """y = x W^T + b.   x (..., I) -> (..., O).   `product` is x W^T: (rows, I) -> (rows, O)
 
-    The scale, like the packed weights, keeps its dtype in .to(), .half(), .float(). ValueError for
-    a state dict of plain weights.
+    A new layer has the shapes of what `pack` makes, but no contents: it is on the meta device. The
+    scale, like the packed weights, keeps its dtype in .to(), .half(), .float(). ValueError for a
+    state dict of plain weights, and for a width that `pack` cannot divide into groups.
     """
 
     IN_A_NUMBER = 1  # so many weights are stored in each number of `weight`
     scale: Tensor
     bias: nn.Parameter | None
+    pack: Callable[[Tensor], dict[str, Tensor]]  # weight (O, I) -> {"weight": ..., "scale": ...}
+    _kernel: tuple[Tensor, Tensor] | None = None  # Int4Linear's second copy of the weights
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        # One row shows the shapes. Arithmetic on meta tensors imports half of torch's compiler.
+        for name, row in self.pack(torch.zeros(1, inputs, device="cpu")).items():
+            self.register_buffer(name, row.new_empty(outputs, *row.shape[1:], device="meta"))
+        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x.reshape(-1, x.shape[-1]).contiguous())  # (rows, O)
@@ -96,7 +106,7 @@ class PackedLinear(nn.Module):
             raise ValueError(f"{prefix}weight is {given.dtype}, but this layer is quantized: load "
                              "plain weights before you quantize")
         super()._load_from_state_dict(state, prefix, *rest)
-        if getattr(self, "_kernel", None):  # Int4Linear's, made of the weights before
+        if self._kernel:  # made of the weights before
             self._kernel = None
             self.prepare(1, torch.bfloat16)  # now: code that is compiled already would not
 
@@ -105,13 +115,10 @@ class Int8Linear(PackedLinear):
     """y = scale * (x W^T) + b"""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8))
-        self.register_buffer("scale", torch.ones(outputs, dtype=torch.float32))
+        super().__init__(inputs, outputs)
         # The CPU kernel's own scale must be bf16. Ones leave the scaling to us, in fp32.
         ones = torch.ones(outputs, dtype=torch.bfloat16, device="cpu")
         self.register_buffer("ones", ones, persistent=False)
-        self.register_parameter("bias", None)
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -150,17 +157,12 @@ class Int4Linear(PackedLinear):
     IN_A_NUMBER = 2
     VALUES = tuple(range(-8, 8))  # what the 16 numbers of 4 bits stand for, times the scale
     GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
-    SCALE = torch.bfloat16  # as the CPU kernel wants it
+    _known: Tensor | None = None  # `table`, made when first used
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.group = group_size(inputs, self.GROUPS)
-        self.register_buffer("weight", torch.zeros(outputs, inputs // 2, dtype=torch.uint8))
-        shape = outputs, inputs // self.group
-        self.register_buffer("scale", torch.ones(shape, dtype=self.SCALE))
-        self.register_parameter("bias", None)
-        # Made when first used: the weight in the order of the CPU's kernel, and `table`.
-        self._kernel, self._known = None, None
+    @property
+    def group(self) -> int:
+        """How many inputs share a scale."""
+        return self.weight.shape[1] * self.IN_A_NUMBER // self.scale.shape[1]
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -168,7 +170,8 @@ class Int4Linear(PackedLinear):
         groups = weight.float().unflatten(1, (-1, group_size(weight.shape[1])))  # (O, I/g, g)
         # From -8 to 7: the value of the largest magnitude lands on -8, whatever its sign is.
         extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))  # (O, I/g, 1)
-        scale = (extreme / -8).bfloat16()  # before the division: the stored scale decides
+        # In bf16, as the CPU's kernel wants it, and before the division: the stored scale decides.
+        scale = (extreme / -8).bfloat16()
         scale = torch.where(scale == 0, 1.0, scale)
         q = (groups / scale.float()).round().clamp(-8, 7) + 8  # 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
@@ -236,13 +239,14 @@ class NF4Linear(Int4Linear):
     unpacked in each call, which saves memory and no time, but for a compiled step on CUDA.
     """
 
-    VALUES, GROUPS, SCALE = NF4, (64,), torch.float32
+    VALUES, GROUPS = NF4, (64,)
 
     @staticmethod
     def pack(weight: Tensor) -> dict[str, Tensor]:
-        groups = weight.float().unflatten(1, (-1, NF4Linear.GROUPS[0]))  # (O, I/g, g)
+        group = group_size(weight.shape[1], NF4Linear.GROUPS)
+        groups = weight.float().unflatten(1, (-1, group))  # (O, I/g, g)
         scale = groups.abs().amax(2)  # (O, I/g)
-        values = torch.tensor(NF4, device=weight.device)  # (16,)
+        values = torch.tensor(NF4, dtype=torch.float32, device=weight.device)  # (16,)
         middles = (values[1:] + values[:-1]) / 2  # beyond one, the value above is nearer
         safe = torch.where(scale == 0, 1.0, scale)
         q = torch.bucketize(groups / safe[..., None], middles)  # (O, I/g, g), 0 .. 15
@@ -273,18 +277,12 @@ def kind_of(model: nn.Module) -> str | None:
     return next((kind for kind, layer in KINDS.items() if layer in classes), None)
 
 
-def empty_twin(inputs: int, outputs: int, kind: str) -> nn.Module:
-    """A quantized layer with shapes and no contents."""
-    with torch.device("meta"):
-        return KINDS[kind](inputs, outputs)
-
-
 def pack(weight: Tensor, kind: str) -> dict[str, Tensor]:
     """A weight (O, I) -> the tensors of its twin; memory on the way is that of ROWS_AT_ONCE."""
-    shapes = empty_twin(weight.shape[1], len(weight), kind).state_dict()
+    twin = KINDS[kind](weight.shape[1], len(weight))  # tells shapes and dtypes
     # Allocated before the temporary tensors, which then leave no holes in the heap.
     packed = {name: torch.empty(t.shape, dtype=t.dtype, device=weight.device)
-              for name, t in shapes.items()}
+              for name, t in twin.state_dict().items()}
     for start in range(0, len(weight), ROWS_AT_ONCE):
         few = slice(start, start + ROWS_AT_ONCE)
         for name, tensor in KINDS[kind].pack(weight[few]).items():
@@ -303,9 +301,9 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
-    """Puts twins, empty (on the meta device), in place of the decoder's linear layers and, but for
-    nf4, of its head -> {name: the layer that was there}. What is not `is_linear` stays as it is; a
-    model with such a layer cannot be loaded again.
+    """Puts twins without contents in place of the decoder's linear layers and, but for nf4, of its
+    head -> {name: the layer that was there}. What is not `is_linear` stays as it is; a model with
+    such a layer cannot be loaded again.
 
     ValueError for an unknown kind, or for widths that 4-bit groups do not fit, before any change.
     """
@@ -314,7 +312,7 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     layers = {name: module for name, module in model.named_modules()
               if is_linear(module) and "vqmodel" not in name
               and (kind, name) != ("nf4", "lm_head")}
-    twins = {name: empty_twin(layer.in_features, layer.out_features, kind)
+    twins = {name: KINDS[kind](layer.in_features, layer.out_features)
              for name, layer in layers.items()}
     for name, twin in twins.items():
         twin.bias = layers[name].bias
