@@ -31,7 +31,6 @@ once, use convert.py.
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -78,27 +77,15 @@ def join(device: torch.device) -> torch.device:
     return device
 
 
-def own_part(layer: nn.Module, rank: int, N: int, device: torch.device | str, dim: int = 0,
-             names: Sequence[str] = ("weight", "scale", "ones", "bias")) -> None:
-    """Keeps of a layer's tensors, where it has them, this rank's part along `dim`. In place."""
-    for name in names:
-        whole = getattr(layer, name, None)
-        if whole is not None:
-            part = whole.detach().chunk(N, dim)[rank].to(device, copy=True)  # a norm's: (H/N, Dh)
-            is_parameter = isinstance(whole, nn.Parameter)
-            setattr(layer, name, nn.Parameter(part, requires_grad=False) if is_parameter else part)
+def own_part(layer: nn.Module, rank: int, N: int, device: torch.device | str, dim: int = 0) -> None:
+    """Cuts each tensor of a layer along `dim`, if it has that, to the part of this rank. In place.
+
+    dim 0 cuts all. dim 1 cuts the matrices; a bias, and a scale for each row, have no dim 1.
+    """
+    layer._apply(lambda whole: whole if dim >= whole.ndim
+                 else whole.chunk(N, dim)[rank].to(device, copy=True))
     if isinstance(layer, Int4Linear):
         layer._kernel = None  # made of the whole weight
-
-
-def own_columns(layer: nn.Module, rank: int, N: int, device: torch.device) -> None:
-    """x (..., I) -> y (..., O) becomes x (..., I/N) -> the sum of all ranks' y (..., O). In place.
-    """
-    by_group = isinstance(layer, Int4Linear)  # int8: a scale for each row, whole on every rank
-    own_part(layer, rank, N, device, 1, ("weight", "scale") if by_group else ("weight",))
-    if rank > 0:
-        layer.bias = None  # the sum must contain it once
-    layer.register_forward_hook(lambda layer, inputs, y: torch.distributed.all_reduce(y))
 
 
 def shard(model: ChameleonForConditionalGeneration,
@@ -109,13 +96,17 @@ def shard(model: ChameleonForConditionalGeneration,
     """
     N, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     check_ranks(model.config, N, kind_of(model))
+    V, table, head = model.config.vocab_size, model.model.embed_tokens, model.lm_head
+    tied = head.weight is table.weight  # then the head is cut with the table
     for name, layer in model.named_modules():
-        if name.endswith(ROWS):
+        if name.endswith(ROWS) and not (tied and layer is head):
             own_part(layer, rank, N, device)
-        elif name.endswith(COLUMNS):
-            own_columns(layer, rank, N, device)
-    V = model.config.vocab_size
-    table, start = model.model.embed_tokens, rank * -(-V // N)  # the first id of this rank
+        elif name.endswith(COLUMNS):  # x (..., I/N) -> y (..., O), the sum of all ranks' products
+            own_part(layer, rank, N, device, dim=1)
+            if rank > 0:
+                layer.bias = None  # the sum must contain it once
+            layer.register_forward_hook(lambda layer, inputs, y: torch.distributed.all_reduce(y))
+    start = rank * -(-V // N)  # the first id of this rank
 
     def look_up(ids: Tensor) -> Tensor:
         """ids of the whole vocabulary (...) -> their rows, each from the rank that has it (..., D)
@@ -139,7 +130,7 @@ def shard(model: ChameleonForConditionalGeneration,
 
     table.forward = look_up
     model.save_pretrained = model.model.save_pretrained = refuse
-    model.lm_head.register_forward_hook(gather)
+    head.register_forward_hook(gather)
     Hkv = model.config.num_key_value_heads // N
     model.config = model.model.config = dataclasses.replace(model.config, num_key_value_heads=Hkv)
     return model.to(device)

@@ -27,10 +27,10 @@ from small import SIZES, VQ, V, batch_with_pictures, randomize, scrambled_vocabu
 torch.set_num_threads(1)
 device = parallel.join(torch.device("cpu"))
 sizes = SIZES | dict(num_hidden_layers=2, vq_config=VQ, vocabulary_map=scrambled_vocabulary())
-gqa = dict(num_key_value_heads=2, swin_norm=True)
+gqa, tied = dict(num_key_value_heads=2, swin_norm=True), dict(tie_word_embeddings=True)
 biased = dict(attention_bias=True, mlp_bias=True)
 wide = dict(hidden_size=256, intermediate_size=256, vocab_size=V + 1)
-for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa),
+for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa | tied),
                             ("biased", None, wide | biased), ("int8", "int8", gqa | biased),
                             ("int4", "int4", wide | biased), ("nf4", "nf4", wide)):
     model = ChameleonForConditionalGeneration(ChameleonConfig(**sizes | changes)).eval()
