@@ -53,8 +53,15 @@ SPACE = SentencePieceTokenizer.SPACE
 # Tokenizer and processor
 
 
-def write_tokenizer(folder: Path, data: dict) -> None:
-    """Writes tokenizer.json, which is `data` and puts <s> in front, and tokenizer_config.json."""
+def write_for_transformers(folder: Path) -> None:
+    """Beside tokenizer.model, or in place of Meta's tokenizer.json, writes the files from which
+    AutoProcessor gives the same ids. ValueError if the tokenizer's own file is broken.
+    """
+    if (folder / "tokenizer.model").is_file():
+        data = bpe_of_sentencepiece(folder / "tokenizer.model")
+    else:  # Meta's, where <image> has another name
+        ours, metas = map(json.dumps, IMAGE_PLACEHOLDERS)  # in quotes
+        data = json.loads(json.dumps(read_json(folder / "tokenizer.json")).replace(metas, ours))
     begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     bos = {"id": "<s>", "ids": [data["model"]["vocab"]["<s>"]], "tokens": ["<s>"]}
     data["post_processor"] = {  # puts <s> in front, as Meta's code does
@@ -73,34 +80,20 @@ def write_tokenizer(folder: Path, data: dict) -> None:
     })
 
 
-def write_release_tokenizer(folder: Path) -> None:
-    """Renames the placeholder in Meta's tokenizer.json to <image>, as transformers calls it."""
-    data, (ours, metas) = read_json(folder / "tokenizer.json"), IMAGE_PLACEHOLDERS
-    vocab = data["model"]["vocab"]
-    data["model"]["vocab"] = {ours if name == metas else name: vocab[name] for name in vocab}
-    for token in data.get("added_tokens") or []:
-        token["content"] = ours if token["content"] == metas else token["content"]
-    write_tokenizer(folder, data)
-
-
-def write_sentencepiece_tokenizer(folder: Path) -> None:
-    """Writes tokenizer.json beside tokenizer.model. ValueError if tokenizer.model is broken."""
-    from sentencepiece import SentencePieceProcessor
-
-    path = folder / "tokenizer.model"
-    vocab = SentencePieceTokenizer(path).vocab  # ValueError if it changes texts
-    model = SentencePieceProcessor(model_proto=path.read_bytes())
-    special = {name for name, id in vocab.items() if model.is_control(id) or model.is_unknown(id)}
-    pieces = [name for name, id in vocab.items() if name not in special and not model.is_byte(id)]
+def bpe_of_sentencepiece(path: Path) -> dict:
+    """tokenizer.model -> what a tokenizer.json with the same ids holds. ValueError if broken."""
+    tokenizer = SentencePieceTokenizer(path)
+    vocab, model, special = tokenizer.vocab, tokenizer._model, tokenizer.special_ids
+    pieces = [name for name, id in vocab.items() if id not in special and not model.is_byte(id)]
     pieces.sort(key=lambda name: -model.get_score(vocab[name]))  # in the order of training
     known = set(pieces)
     merges = [[piece[:k], piece[k:]] for piece in pieces for k in range(1, len(piece))
               if piece[:k] in known and piece[k:] in known]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    write_tokenizer(folder, {
+    return {
         "version": "1.0",
-        "added_tokens": [{"id": vocab[name], "content": name, "special": True, **flags}
-                         for name in sorted(special, key=vocab.get)],
+        "added_tokens": [{"id": id, "content": tokenizer.name_of(id), "special": True, **flags}
+                         for id in sorted(special)],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -108,15 +101,7 @@ def write_sentencepiece_tokenizer(folder: Path) -> None:
         ]},
         "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
                   "vocab": vocab, "merges": merges},
-    })
-
-
-def write_for_transformers(folder: Path) -> None:
-    """Beside the tokenizer's own file, those from which AutoProcessor gives the same ids."""
-    if (folder / "tokenizer.model").is_file():
-        write_sentencepiece_tokenizer(folder)
-    elif (folder / "tokenizer.json").is_file():
-        write_release_tokenizer(folder)
+    }
 
 
 def write_processor(source: Path, folder: Path) -> None:
@@ -127,8 +112,8 @@ def write_processor(source: Path, folder: Path) -> None:
     for name in TOKENIZER_AND_PROCESSOR:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if files and not (folder / "tokenizer.json").is_file():
+    has_one = any((source / name).is_file() for name in TOKENIZER_FILES)
+    if has_one and not (folder / "tokenizer.json").is_file():
         if not (folder / "tokenizer.model").is_file():  # it has the name that Meta gave it
             load_tokenizer(source).save_pretrained(folder)
         write_for_transformers(folder)
