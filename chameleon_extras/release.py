@@ -150,14 +150,11 @@ def tokenizer_folder(release: Path) -> Path:
 
 def read_params(release: Path) -> dict:
     """params.json, updated by its "model" part and then by consolidate_params.json. ValueError."""
-    if not (release / "params.json").is_file():
-        raise ValueError(f"{release} lacks params.json: download it again")
     params = {}
-    for name in ("params.json", "consolidate_params.json"):
-        if (release / name).is_file():
-            values = read_json(release / name)
-            model = values.get("model")
-            params |= values | (model if isinstance(model, dict) else {})
+    for file in (release / "params.json", *release.glob("consolidate_params.json")):
+        values = read_json(file)
+        model = values.get("model")
+        params |= values | (model if isinstance(model, dict) else {})
     missing = [name for name in ("dim", "n_layers", "n_heads", "swin_norm") if name not in params]
     if missing:
         raise ValueError(f"{release / 'params.json'} lacks {', '.join(missing)}")
@@ -201,7 +198,7 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
         raise ValueError(f"{release}: params.json says vocab_size {params['vocab_size']}, "
                          f"but tok_embeddings has {V} rows")
     try:
-        c = ChameleonConfig(
+        return ChameleonConfig(
             vocab_size=V, hidden_size=params["dim"], intermediate_size=F,
             num_hidden_layers=params["n_layers"], num_attention_heads=params["n_heads"],
             num_key_value_heads=params.get("n_kv_heads"), rms_norm_eps=params.get("norm_eps", 1e-5),
@@ -211,10 +208,6 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
             eos_token_id=names.get("</s>"))
     except (TypeError, ValueError) as e:
         raise ValueError(f"{release / 'params.json'} cannot be used: {e}") from None
-    if c.num_key_value_heads % len(shards):
-        raise ValueError(f"{release}: {len(shards)} shards cannot share {c.num_key_value_heads} "
-                         "key/value heads (n_kv_heads): params.json is another model's")
-    return c
 
 
 def vq_config(release: Path, state: dict[str, Stored]) -> ChameleonVQVAEConfig:
@@ -253,21 +246,19 @@ def open_release(release: Path) -> tuple[ChameleonConfig, dict[str, Stored]]:
     params = read_params(release)
     shards = load_shards(release, params)
     config = release_config(release, params, shards, vq)
-    table = name_table(config)
-    unknown = set().union(*shards) - {metas for metas, _ in table.values()} - {"rope.freqs"}
-    if unknown:
-        raise ValueError(f"{release}: params.json does not imply {len(unknown)} of the tensors, as "
-                         f"{min(unknown)}: they do not belong together")
     tensors = {}
-    for ours, (metas, join) in table.items():
-        if any(metas not in shard for shard in shards):
+    for ours, (metas, join) in name_table(config).items():
+        parts = [shard.pop(metas, None) for shard in shards]
+        if None in parts:
             raise ValueError(f"{release}: a shard lacks {metas}, which params.json implies")
-        parts = [shard[metas] for shard in shards]
         try:
             tensors[ours] = join_stored(parts, join)
         except (RuntimeError, IndexError):
             sizes = ", ".join(str(list(part.shape)) for part in parts)
             raise ValueError(f"{release}: {metas} of {sizes} does not fit params.json") from None
+    if unknown := set().union(*shards) - {"rope.freqs"}:
+        raise ValueError(f"{release}: params.json does not imply {len(unknown)} of the tensors, as "
+                         f"{min(unknown)}: they do not belong together")
     return config, tensors | vq
 
 
@@ -297,12 +288,10 @@ def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
     if not any(name.startswith(DECODER_PREFIX) for name in new):
         raise ValueError(f"{path} has no VQ-VAE decoder: give Meta's tokenizer/vqgan.ckpt")
     if CODEBOOK in new and CODEBOOK in tensors:
-        if new[CODEBOOK].shape != tensors[CODEBOOK].shape:
-            raise ValueError(f"{path} is the VQ-VAE of another model: its codebook has the shape "
-                             f"{list(new[CODEBOOK].shape)}, not {list(tensors[CODEBOOK].shape)}")
         a, b = tensors[CODEBOOK].read().float().cpu(), new[CODEBOOK].read().float().cpu()  # (K, E)
-        if not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
-            raise ValueError(f"{path} is the VQ-VAE of another model: its codebook is not this one")
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
+            raise ValueError(f"{path} is the VQ-VAE of another model: its codebook, of the shape "
+                             f"{list(b.shape)}, is not this model's, of {list(a.shape)}")
     return tensors | new
 
 
@@ -318,11 +307,9 @@ def pairs_to_halves(c: ChameleonConfig, tensors: dict[str, Stored]) -> dict[str,
         return tensors
     tensors = dict(tensors)
     for name, (_, join) in name_table(c).items():
-        stored = tensors.get(name)
-        if stored and isinstance(join, partial):  # `halves` and `every_head`
-            # A tensor of a wrong shape stays as it is: check_tensors will report it.
-            with suppress(RuntimeError, IndexError):
-                tensors[name] = join_stored([stored], join)
+        # What is missing, or of a wrong shape, stays like that: check_tensors will report it.
+        with suppress(KeyError, RuntimeError, IndexError):
+            tensors[name] = join_stored([tensors[name]], join)  # as if it were the only shard
     return tensors
 
 
