@@ -38,7 +38,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from chameleon import ChameleonConfig, ChameleonForConditionalGeneration, ChameleonModel
+from chameleon import ChameleonConfig, ChameleonModel
 from chameleon_extras.files import Stored, open_tensors, write_atomically
 from chameleon_extras.quantize import KINDS, kind_of, pack, swap_layers
 from chameleon_extras.release import (
@@ -75,16 +75,10 @@ def open_config(folder: Path) -> tuple[ChameleonConfig, str | None]:
         raise ValueError(f"{folder} has no config.json: it is neither a Hugging Face model folder "
                          "nor Meta's release (models/7b beside tokenizer/); after transformers' "
                          "Trainer, save with model.save_pretrained(folder)")
-    values = read_json(path)
-    try:
-        if values.get("model_type", "chameleon") != "chameleon":
-            raise ValueError("it does not describe a chameleon model")
-        kind = values.get(QUANTIZED)
-        if kind not in (None, *KINDS):
-            raise ValueError(f"{QUANTIZED} {kind!r} is none of {', '.join(KINDS)}")
-        return ChameleonConfig.from_dict(values), kind
-    except (TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{path} cannot be used: {e}") from None
+    kind = read_json(path).get(QUANTIZED)
+    if kind not in (None, *KINDS):
+        raise ValueError(f"{path}: {QUANTIZED} {kind!r} is none of {', '.join(KINDS)}")
+    return ChameleonConfig.from_pretrained(folder), kind
 
 
 def file_stem(kind: str | None) -> str:
@@ -92,22 +86,20 @@ def file_stem(kind: str | None) -> str:
     return f"model.{kind}" if kind else "model"
 
 
-def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
-    """The safetensors files of a folder, else its pytorch_model.bin. ValueError if one is missing.
+def read_folder(folder: Path, kind: str | None, *arguments) -> dict[str, Stored]:
+    """All tensors of a folder: of its safetensors files, else of its pytorch_model.bin. `arguments`
+    are those of `open_tensors`. ValueError if a file is missing, or a name is in two of them.
     """
     whole = f"{file_stem(kind)}.safetensors"
     if not any(folder.glob(f"{whole}*")) and any(folder.glob(f"{PICKLE}*")):
         whole = PICKLE
-    index = folder / f"{whole}.index.json"
-    if index.is_file() and not (folder / whole).is_file():  # else it is of an earlier save
-        try:
-            # name + "" is a TypeError if a name is no string.
-            names = sorted({name + "" for name in read_json(index)["weight_map"].values()})
-        except (KeyError, AttributeError, TypeError):
-            raise ValueError(f"{index} is broken: it has no readable weight_map") from None
-    else:
-        names = [whole]
-    absent = [name for name in names if not (folder / name).is_file()]
+    index, files = folder / f"{whole}.index.json", [whole]
+    try:
+        if index.is_file() and not (folder / whole).is_file():  # else it is of an earlier save
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        absent = [file for file in files if not (folder / file).is_file()]
+    except (KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index} is broken: it has no readable weight_map") from None
     if absent:
         kinds = ("*.safetensors", "*.bin", "*.pt*", "*/*.distcp")
         others = [path.name for kind in kinds for path in sorted(folder.glob(kind))]
@@ -115,19 +107,12 @@ def checkpoint_files(folder: Path, kind: str | None) -> list[Path]:
         known = others and not index.is_file()  # else a shard is missing
         raise ValueError(f"{folder} lacks {', '.join(absent)}{there if known else ':'} download "
                          "the checkpoint again")
-    return [folder / name for name in names]
-
-
-def read_folder(folder: Path, kind: str | None, *arguments) -> dict[str, Stored]:
-    """All tensors of a folder; `arguments` are those of `open_tensors`. ValueError if a name is in
-    two files.
-    """
     tensors = {}
-    for path in checkpoint_files(folder, kind):
-        found = open_tensors(path, *arguments)
+    for file in files:
+        found = open_tensors(folder / file, *arguments)
         if twice := sorted(tensors.keys() & found.keys()):
-            raise ValueError(f"{path} holds {twice[0]}, and so does another file of its index: "
-                             "download the checkpoint again")
+            raise ValueError(f"{folder / file} holds {twice[0]}, and so does another file of its "
+                             "index: download the checkpoint again")
         tensors |= found
     return tensors
 
@@ -137,7 +122,7 @@ def open_checkpoint(folder: Path, device: str | torch.device, vqgan: Path | None
     """A folder of any layout -> config, kind of quantized weights, {Hugging Face's name: tensor}.
 
     `vqgan` names a file whose VQ-VAE replaces the folder's, see release.py. `apart` is an argument
-    of `open_safetensors`.
+    of `open_tensors`.
     """
     release = find_release(folder)
     if release:
@@ -158,6 +143,18 @@ def open_checkpoint(folder: Path, device: str | torch.device, vqgan: Path | None
             tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         tensors = pairs_to_halves(config, tensors)
     return config, kind, with_vqgan(tensors, vqgan) if vqgan else tensors
+
+
+def open_vqvae(folder: Path, device: str | torch.device
+               ) -> tuple[ChameleonVQVAEConfig, str | None, dict[str, Stored]]:
+    """As `open_checkpoint`, with the VQ-VAE's config; the folder may hold a VQ-VAE alone, too."""
+    file = folder / "config.json"
+    if file.is_file() and read_json(file).get("model_type") == ChameleonVQVAEConfig.model_type:
+        tensors = read_folder(folder, None, device)
+        return (ChameleonVQVAEConfig.from_pretrained(folder), None,
+                {VQ_PREFIX + name: tensor for name, tensor in tensors.items()})
+    config, kind, tensors = open_checkpoint(folder, device)
+    return config.vq_config, kind, tensors
 
 
 def check_layers(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored]) -> None:
@@ -202,34 +199,23 @@ def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stor
     """
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
-    for name, want in wanted.items():
-        if name not in found:
-            continue
-        shape, dtype, _ = found[name]
+    for name in [name for name in wanted if name in found]:
+        (shape, dtype, _), want = found[name], wanted[name]
         if shape != tuple(want.shape):
             problems.append(f"{name} is {list(shape)} instead of {list(want.shape)}")
-        if not want.dtype.is_floating_point or name.endswith(".scale"):  # of packed weights
-            if dtype != want.dtype:
-                problems.append(f"{name} is {dtype} instead of {want.dtype}")
-        elif not dtype.is_floating_point:
-            problems.append(f"{name} is {dtype} instead of floating")
+        packed = not want.dtype.is_floating_point or name.endswith(".scale")
+        fits = dtype == want.dtype if packed else dtype.is_floating_point
+        if not fits:
+            problems.append(f"{name} is {dtype} instead of {want.dtype if packed else 'floating'}")
     if any(name.endswith((".absmax", ".SCB", ".qweight", "_scale")) for name in found):
         raise ValueError(f"{folder} holds weights quantized elsewhere, which are not read: take "
                          "the plain ones, with --quantize or a quantization_config")
-    if VQ_PREFIX + "quantize.embedding.weight" in wanted.keys() - found.keys():
+    if any(name.endswith("quantize.embedding.weight") for name in wanted.keys() - found.keys()):
         problems.insert(0, "the VQ-VAE is missing: --vqgan of generate.py or convert takes another")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{folder}: the weights do not fit the config: "
                          f"{'; '.join(problems[:8])}{more}".replace("torch.", ""))
-
-
-def check_numbers(folder: Path, state: dict[str, Tensor]) -> None:
-    """ValueError for a weight that is inf or nan: not every kernel would carry it to the answer."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
-            raise ValueError(f"{folder}: {name} holds inf or nan in {tensor.dtype}: download the "
-                             "checkpoint again, or take another dtype".replace("torch.", ""))
 
 
 class WithoutInit(TorchFunctionMode):
@@ -243,28 +229,39 @@ class WithoutInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def dtype_of(tensors: dict[str, Stored]) -> torch.dtype:
+    """That of the embeddings: some files hold norms or the head in another. fp32 of a VQ-VAE."""
+    return next((tensor.dtype for name, tensor in tensors.items()
+                 if name.endswith("embed_tokens.weight") and tensor.dtype.is_floating_point),
+                torch.float32)
+
+
 def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path | None = None,
-               quantize: str | None = None) -> tuple[nn.Module, dict[str, Stored]]:
-    """-> model on the "meta" device, and exactly those tensors on disk that it needs. For the class
-    ChameleonModel, the model is a ChameleonForConditionalGeneration whose lm_head is None.
+               quantize: str | None = None, dtype: torch.dtype | None = None
+               ) -> tuple[nn.Module, dict[str, Stored]]:
+    """-> model on the "meta" device, and exactly those tensors on disk that it needs, by its names.
 
     With `quantize`, one of KINDS, its linear layers are quantized ones, whose tensors are packed
-    when they are read. ValueError if the folder's are quantized already, in another way.
+    when they are read. ValueError if the folder's are quantized already, in another way. The model,
+    but not its tensors, has the `dtype`; None is the file's.
     """
-    config, kind, tensors = open_checkpoint(folder, device, vqgan, apart=quantize is not None)
+    prefix = "model." if issubclass(cls, ChameleonModel) else ""  # of the names of its tensors
+    if issubclass(cls, ChameleonVQVAE):
+        prefix = VQ_PREFIX
+        config, kind, tensors = open_vqvae(folder, device)
+    else:
+        config, kind, tensors = open_checkpoint(folder, device, vqgan, quantize is not None)
+        check_layers(folder, config, tensors)
     if quantize and kind and quantize != kind:
         raise ValueError(f"{folder} holds {kind} weights: leave --quantize {quantize} out, or give "
                          "the folder they were made from")
-    check_layers(folder, config, tensors)
     with torch.device("meta"), WithoutInit():
-        has_decoder = any(name.startswith(DECODER_PREFIX) for name in tensors)
-        parts = {} if has_decoder else {"with_vq_decoder": False}
-        body = issubclass(cls, ChameleonModel)
-        model = (ChameleonForConditionalGeneration if body else cls)(config, **parts)
-        if body:
-            model.model, model.lm_head = cls(config, **parts), None
-    if body:
-        tensors = {name: t for name, t in tensors.items() if not name.startswith("lm_head.")}
+        # The VQ-VAE stays fp32. Packed weights and their scales come later, in dtypes of their own.
+        model = cls(config).to(dtype or dtype_of(tensors))
+    if not any(name.startswith(DECODER_PREFIX) for name in tensors):
+        next(part for part in model.modules() if isinstance(part, ChameleonVQVAE)).decoder = None
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+               if name.startswith(prefix)}
     if kind:
         swap_layers(model, kind)
         tensors = {name: tensor.copied() for name, tensor in tensors.items()}
@@ -277,11 +274,11 @@ def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path 
 def packed_when_read(model: nn.Module, tensors: dict[str, Stored], kind: str,
                      device: str | torch.device) -> dict[str, Stored]:
     """Quantizes the layers of a meta model -> `tensors`, with packed weights for these layers."""
-    layers, embedding = swap_layers(model, kind), "model.embed_tokens.weight"
+    layers = swap_layers(model, kind)
 
     @lru_cache(maxsize=1)  # weight and scale, read one after the other, come from one `pack`
     def packed(name: str) -> dict[str, Tensor]:
-        stored = tensors.get(name, tensors[embedding])  # a tied head
+        stored = tensors.get(name) or tensors["model.embed_tokens.weight"]  # a tied head
         return pack(stored.read().to(device), kind)
 
     found = {}
@@ -300,26 +297,23 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     """A folder of any layout -> model. `dtype` is that of from_pretrained.
 
     Weights are quantized from the numbers of the file, whatever `dtype` is. ValueError names the
-    error, in one line.
+    error, in one line. Inf and nan are one: not every kernel would carry them to the answer.
     """
-    model, tensors = open_model(cls, folder, device, vqgan, quantize)
-    if dtype is None:  # one for all: some files hold norms or the head in another
-        dtype = tensors["model.embed_tokens.weight"].dtype
+    model, tensors = open_model(cls, folder, device, vqgan, quantize, dtype)
     state = {}
     for name, want in tensors_of(model).items():
-        to = torch.float32 if name.startswith("model.vqmodel.") else dtype
-        if not want.dtype.is_floating_point or name.endswith(".scale"):
-            to = want.dtype
         try:
-            state[name] = tensors[name].read().to(device=device, dtype=to)
+            tensor = tensors[name].read().to(device=device, dtype=want.dtype)
         except ValueError as e:  # of `pack`
             raise ValueError(f"{folder}: {name}: {e}") from None
-    check_numbers(folder, state)
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{folder}: {name} holds inf or nan in {tensor.dtype}: download the "
+                             "checkpoint again, or take another dtype".replace("torch.", ""))
+        state[name] = tensor
     model.load_state_dict(state, strict=False, assign=True)  # check_tensors was strict
-    if isinstance(model.lm_head, nn.Linear):
+    if isinstance(getattr(model, "lm_head", None), nn.Linear):
         model.tie_weights()
-    model = model.to(device).eval()
-    return model.model if issubclass(cls, ChameleonModel) else model
+    return model.to(device).eval()
 
 
 def byte_size(text: str | int) -> int:
@@ -353,74 +347,42 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    documents = {"config.json": config.to_dict()}  # first: ValueError before anything is written
+    values = config.to_dict() | {  # first: ValueError before anything is written
+        "architectures": [architecture],
+        "torch_dtype": str(dtype_of(tensors)).removeprefix("torch.")}
+    documents = {"config.json": values | ({QUANTIZED: kind} if kind else {})}
     folder.mkdir(parents=True, exist_ok=True)
-    found = [match for old in folder.iterdir() if (match := OWN_FILES.fullmatch(old.name))]
-    if kind and (plain := [match[0] for match in found if match[1] is None]):
+    found = {path.name: match[1] for path in folder.iterdir()
+             if (match := OWN_FILES.fullmatch(path.name))}  # {file: its kind}
+    if kind and (plain := [name for name in found if found[name] is None]):
         raise ValueError(f"{folder} holds the weights before quantization, {plain[0]}: name "
                          "another folder")
-    shards, room = [[]], max_shard_bytes
+    shards, room = [{}], max_shard_bytes
     for name, tensor in tensors.items():
         if tensor.nbytes > room and shards[-1]:
-            shards.append([])
+            shards.append({})
             room = max_shard_bytes
-        shards[-1].append(name)
+        shards[-1][name] = tensor
         room -= tensor.nbytes
     stem, n = file_stem(kind), len(shards)
-    files = [f"{stem}.safetensors"]
-    if n > 1:
-        files = [f"{stem}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
     total = sum(tensor.nbytes for tensor in tensors.values())
-    bar = tqdm(total=total, desc=progress, unit="B", unit_scale=True, leave=False,
-               disable=None if progress else True)
-    if n > 1:  # of an earlier save: with it, a save that is cut short would be read as a mix
-        (folder / f"{stem}.safetensors.index.json").unlink(missing_ok=True)
-    for file, names in zip(files, shards):
-        shard = {}
-        for name in names:
-            shard[name] = tensors[name].read().contiguous()
-            bar.update(tensors[name].nbytes)
-        save = partial(save_file, shard, metadata={"format": "pt"})
-        write_atomically(folder / file, save)
-        del shard, save  # else memory would hold the tensors of two files
-    bar.close()
-    dtype = next((t.dtype for name, t in tensors.items() if name.endswith("embed_tokens.weight")),
-                 torch.float32)  # of a VQ-VAE alone
-    documents["config.json"] |= {"architectures": [architecture],
-                                 "torch_dtype": str(dtype).removeprefix("torch.")}
-    if kind:
-        documents["config.json"][QUANTIZED] = kind
+    files, index = [f"{stem}.safetensors"], f"{stem}.safetensors.index.json"
     if n > 1:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        documents[f"{stem}.safetensors.index.json"] = {
-            "metadata": {"total_size": total}, "weight_map": weight_map,
-        }
+        # An index of an earlier save would make one that is cut short be read as a mix of both.
+        (folder / index).unlink(missing_ok=True)
+        files = [f"{stem}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        documents[index] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with tqdm(total=total, desc=progress, unit="B", unit_scale=True, leave=False,
+              disable=None if progress else True) as bar:
+        for file, shard in zip(files, shards):
+            state = {}  # and the tensors of the file before are gone
+            for name, tensor in shard.items():
+                state[name] = tensor.read().contiguous()
+                bar.update(tensor.nbytes)
+            write_atomically(folder / file, partial(save_file, state, metadata={"format": "pt"}))
     for file, document in documents.items():
         text = json.dumps(document, indent=2) + "\n"
         write_atomically(folder / file, partial(Path.write_text, data=text, encoding="utf-8"))
-    for old in {match[0] for match in found} - {*files, *documents}:  # of an earlier save
+    for old in found.keys() - {*files, *documents}:  # of an earlier save
         (folder / old).unlink()
-
-
-# ---------------------------------------------------------------------------------------------
-# The VQ-VAE alone
-
-
-def load_vqvae(cls: type, folder: Path) -> ChameleonVQVAE:
-    """The VQ-VAE of a whole checkpoint, or of a folder of its own, in fp32."""
-    values = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if values.get("model_type") == "chameleon_vqgan":
-        config = ChameleonVQVAEConfig.from_dict(values)
-        tensors = read_folder(folder, None)
-    else:
-        whole, _, tensors = open_checkpoint(folder, "cpu")
-        config = whole.vq_config
-        tensors = {name.removeprefix(VQ_PREFIX): tensor for name, tensor in tensors.items()
-                   if name.startswith(VQ_PREFIX)}
-    with torch.device("meta"), WithoutInit():
-        model = cls(config, with_decoder=any(name.startswith("decoder.") for name in tensors))
-    check_tensors(folder, model.state_dict(), tensors)
-    state = {name: tensor.read().float() for name, tensor in tensors.items()}
-    check_numbers(folder, state)
-    model.load_state_dict(state, assign=True)
-    return model

@@ -290,45 +290,34 @@ class Stored(NamedTuple):
         return self._replace(read=lambda: self.read().clone())
 
 
-def open_safetensors(path: Path, device: str | torch.device, apart: bool = False
-                     ) -> dict[str, Stored]:
-    """A safetensors file -> {name: tensor on disk}; reads the header only. ValueError if broken.
+def open_tensors(path: Path, device: str | torch.device = "cpu", apart: bool = False
+                 ) -> dict[str, Stored]:
+    """A file of weights -> {name: tensor on disk}. ValueError if it is broken. What does not end in
+    .safetensors is a pickle.
 
-    The file stays mapped while one of its tensors is in use. With `apart`, each tensor has its own
-    mapping, so its memory is freed before the next tensor is read.
+    Of safetensors it reads the header only. The file stays mapped while one of its tensors is in
+    use. With `apart`, each has its own mapping, so its memory is freed before the next one is read.
     """
     from safetensors import SafetensorError, safe_open
 
-    how: dict = {"framework": "pt", "device": str(device)}
-    if sys.platform == "win32":  # a mapping counts as memory there, and its file cannot be replaced
-        how["backend"] = "pread"
-
-    def read_apart(name: str) -> Tensor:
-        with safe_open(path, **how) as again:
-            return again.get_tensor(name)
-
+    if path.suffix != ".safetensors":
+        return {name: Stored.of(tensor) for name, tensor in load_pickle(path).items()}
+    # On Windows a mapping counts as memory, and its file cannot be replaced.
+    how: dict = {"backend": "pread"} if sys.platform == "win32" else {}
+    opened = partial(safe_open, path, framework="pt", device=str(device), **how)
     try:
-        file, tensors = safe_open(path, **how), {}
+        file, tensors = opened(), {}
         for name in file.keys():  # noqa: SIM118, no dict
             header = file.get_slice(name)
             if header.get_dtype() not in DTYPES:
                 raise ValueError(f"{path}: {name} is {header.get_dtype()}, which is none of "
                                  f"{', '.join(DTYPES)}: weights quantized elsewhere are not read")
-            shape, dtype = tuple(header.get_shape()), DTYPES[header.get_dtype()]
-            read = partial(read_apart if apart else file.get_tensor, name)
-            tensors[name] = Stored(shape, dtype, read)
+            read = lambda name=name: (opened() if apart else file).get_tensor(name)  # noqa: E731
+            tensors[name] = Stored(tuple(header.get_shape()), DTYPES[header.get_dtype()], read)
         return tensors
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is truncated or no safetensors file ({e}): "
                          "download it again") from None
-
-
-def open_tensors(path: Path, device: str | torch.device = "cpu", apart: bool = False
-                 ) -> dict[str, Stored]:
-    """A file of weights, safetensors or pickle -> {name: tensor on disk}, by its ending."""
-    if path.suffix == ".safetensors":
-        return open_safetensors(path, device, apart)
-    return {name: Stored.of(tensor) for name, tensor in load_pickle(path).items()}
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:

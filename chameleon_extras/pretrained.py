@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from chameleon import ChameleonPreTrainedModel
-from chameleon_extras.checkpoint import load_checkpoint, load_vqvae
+from chameleon_extras.checkpoint import load_checkpoint
 from chameleon_extras.decoding import set_attention
 from chameleon_extras.files import HUB_OPTIONS, find_folder, pick_device
 from tokenizer import read_json
@@ -177,8 +177,8 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
         if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"it describes a {kind!s:.40}, not a {cls.model_type}")
         return cls.from_dict(values | changes)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be used: {error}") from None
 
 
 def load_pretrained(
@@ -206,11 +206,9 @@ def load_pretrained(
         raise ValueError(f"use_safetensors={use_safetensors}, but {folder} holds "
                          + ("none" if use_safetensors else "some, which are read first")
                          + ": leave it out")
-    if issubclass(cls, ChameleonVQVAE):
-        if kind or attention:
-            raise ValueError("a VQ-VAE has no quantization_config and no attn_implementation: "
-                             "leave them out")
-        return load_vqvae(cls, folder).to(place)
+    if issubclass(cls, ChameleonVQVAE) and (kind or attention):
+        raise ValueError("a VQ-VAE has no quantization_config and no attn_implementation: "
+                         "leave them out")
     model = load_checkpoint(cls, folder, dtype, place, quantize=kind)
     model.name_or_path = name  # peft writes it into its adapters, which find their model by it
     return set_attention(model, attention) if attention else model

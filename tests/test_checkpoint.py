@@ -213,7 +213,7 @@ BROKEN = {
     "empty config": (lambda f: (f / "config.json").write_text(""), "config.json: broken JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "broken JSON: an obj"),
     "another model": (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
-                      "does not describe a chameleon model"),
+                      "describes a llama, not a chameleon"),
     "impossible config": (lambda f: (f / "config.json").write_text('{"vocab_size": 0}'),
                           "config.json cannot be used: vocab_size must be"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
@@ -320,6 +320,8 @@ def test_all_ways_to_quantize_give_the_same_bits(tmp_path, kind, changes, shard)
 def test_the_numbers_of_the_file_are_quantized_whatever_one_computes_in(quantized, kind):
     a, b = (load_as(quantized["bf16"], kind, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert a.dtype == torch.float32 and b.dtype == torch.bfloat16
+    body = load_checkpoint(ChameleonModel, quantized["bf16"], torch.float32, "cpu", quantize=kind)
+    assert bits_equal(body, a.model)
     a, b = (model.model.layers[0].mlp.up_proj for model in (a, b))
     assert torch.equal(a.weight, b.weight)
     assert a.scale.dtype == b.scale.dtype == pack(torch.ones(1, 64), kind)["scale"].dtype
