@@ -914,20 +914,21 @@ def test_two_runs_never_share_a_state(tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["vqvae", "sft"])
 def test_a_gradient_that_is_no_number_is_not_learned(tmp_path, monkeypatch, capsys, stage):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
-    own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"})
-    data = ["--data", str(tmp_path)] if stage == "sft" else []
+    data = ["--data", str(own_folder(tmp_path, HELLO))] if stage == "sft" else []
     out = tmp_path / "o"
-    assert train.main([stage, "--steps", "2", "--out", str(out), "--model", str(TINY), *data]) == 2
+    assert train.main([stage, "--steps", "2", "--out", str(out), *data]) == 2
     message = capsys.readouterr().err
     assert f"{stage}: the gradient of step 0 is inf or nan" in message and not out.exists()
 
 
+def make_small(monkeypatch) -> None:
+    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    for name, value in dict(SIZES=train.SIZES | small, ROWS=2, PICTURES=20).items():
+        monkeypatch.setattr(train, name, value)
+
+
 def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, monkeypatch, capsys):
-    sizes = dict(train.SIZES, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                 num_attention_heads=2)  # fmt: skip
-    monkeypatch.setattr(train, "SIZES", sizes)
-    monkeypatch.setattr(train, "ROWS", 2)
-    monkeypatch.setattr(train, "PICTURES", 20)
+    make_small(monkeypatch)
     monkeypatch.setattr(train.Run, "EVERY", 1)
     # The table in small: every row of it is asked for below, of the shipped checkpoint.
     few, survival = ("caption of one thing", "two pictures: which"), evaluate.survival
@@ -973,10 +974,9 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     # Without QK-norm there are curves, but no weights that no class could read.
     alone = tmp_path / "alone"
     (tmp_path / "alone.train").mkdir()
-    for file in (out / "tokenizer.model", tmp_path / "tiny.train" / "vqvae.pt"):
-        folder = alone if file.suffix == ".model" else tmp_path / "alone.train"
-        folder.mkdir(exist_ok=True)
-        shutil.copy(file, folder)
+    alone.mkdir()
+    shutil.copy(out / "tokenizer.model", alone)
+    shutil.copy(tmp_path / "tiny.train" / "vqvae.pt", tmp_path / "alone.train")
     capsys.readouterr()
     assert train.main(["pretrain", "--no-qk-norm", "--out", str(alone), "--steps", "2"]) == 0
     assert "weights without QK-norm are not exported" in capsys.readouterr().err
@@ -995,7 +995,8 @@ def test_a_smoke_run_of_all_stages_resumes_and_leaves_a_checkpoint(tmp_path, mon
     assert torch.get_num_threads() == threads
 
 
-RANK = """
+FIRST_STEPS = ["pretrain", "--steps", "2", "--optimizer", "adamw", "--learning-rate", "1e-3"]
+RANK = f"""
 import os
 import sys
 import torch
@@ -1003,8 +1004,7 @@ import train
 torch.set_num_threads(1)
 train.SIZES |= dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2)
 train.SIZES["num_attention_heads"], train.ROWS, train.PICTURES = 2, 2, 20
-code = train.main(["pretrain", "--steps", "2", "--out", sys.argv[1],
-                   "--optimizer", "adamw", "--learning-rate", "1e-3"])
+code = train.main([*{FIRST_STEPS}, "--out", sys.argv[1]])
 os._exit(code)  # torch's own threads now and then abort a process of two that ends
 """
 
@@ -1018,15 +1018,12 @@ def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.train").mkdir()
         (tmp_path / name).mkdir()
-        torch.save({"model": vq, "step": 0, "extra": None}, tmp_path / f"{name}.train" / "vqvae.pt")
+        state = {"model": vq, "optimizer": {}, "step": 0}
+        torch.save(state, tmp_path / f"{name}.train" / "vqvae.pt")
         shutil.copy(TINY / "tokenizer.model", tmp_path / name)
     running = start_two(RANK, tmp_path / "two")
-    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    monkeypatch.setattr(train, "SIZES", train.SIZES | small)
-    monkeypatch.setattr(train, "ROWS", 2)
-    monkeypatch.setattr(train, "PICTURES", 20)
-    assert train.main(["pretrain", "--steps", "2", "--out", str(tmp_path / "one"),
-                       "--optimizer", "adamw", "--learning-rate", "1e-3"]) == 0
+    make_small(monkeypatch)
+    assert train.main([*FIRST_STEPS, "--out", str(tmp_path / "one")]) == 0
     ended(running)
     one, two = (torch.load(tmp_path / f"{n}.train" / "pretrain.pt") for n in ("one", "two"))
     assert one["model"].keys() == two["model"].keys()
@@ -1044,6 +1041,10 @@ def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
 
 # --- one's own data
 
+HELLO = {"prompt": "Hi", "answer": "Hello"}
+ZEBRAS = [{"prompt": "What is it?<image>", "images": ["a.png"], "answer": "A zebra."},
+          {"prompt": "Draw a zebra.", "images": ["a.png"], "answer": "<image>"}]
+
 
 def own_folder(tmp_path: Path, *lines: object) -> Path:
     Image.fromarray(world.render(world.sample_scene(rng()), 100)).save(tmp_path / "a.png")
@@ -1055,7 +1056,7 @@ def own_folder(tmp_path: Path, *lines: object) -> Path:
 
 def test_examples_are_read_in_order(tmp_path):
     line = {"prompt": "Is <image> like <image>?", "images": ["a.png", "a.png"], "answer": "Yes."}
-    folder = own_folder(tmp_path, line, "", {"prompt": "Hi", "answer": "Hello"})
+    folder = own_folder(tmp_path, line, "", HELLO)
     first, second = documents.read_examples(folder)
     assert first == (f"{folder / 'data.jsonl'} line 1", line["prompt"], [folder / "a.png"] * 2,
                      "Yes.")
@@ -1093,7 +1094,7 @@ def test_files_of_examples_are_read_in_the_order_of_their_names(tmp_path, monkey
 
 def test_a_line_may_fill_the_context_but_no_more(tmp_path, tiny, monkeypatch):
     model, processor = tiny
-    examples = documents.read_examples(own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}))
+    examples = documents.read_examples(own_folder(tmp_path, HELLO))
     length = len(documents.OwnData(examples, model, processor, seed=0).documents[0].ids)
     for limit in (length, length - 1):
         monkeypatch.setattr(model.config, "max_position_embeddings", limit)
@@ -1120,36 +1121,25 @@ def test_a_line_may_fill_the_context_but_no_more(tmp_path, tiny, monkeypatch):
     ],
 )
 def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, capsys, line, words):
-    folder = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"}, line)
+    folder = own_folder(tmp_path, HELLO, line)
     out = tmp_path / "out"
     assert train.main(["sft", "--data", str(folder), "--out", str(out), "--steps", "1"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "data.jsonl line 2: " in error and words in error
 
 
+def tuned(folder: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
+    """train.py sft on two lines, from tiny/ -> the weights that it left."""
+    assert train.main(["sft", "--data", str(own_folder(folder, *ZEBRAS)), "--out", str(out),
+                       *options]) == 0
+    return evaluate.load(out)[0].state_dict()
+
+
 def test_own_data_is_learned_from_the_shipped_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "OWN_ROWS", 2)
-    lines = [
-        {"prompt": "What is it?<image>", "images": ["a.png"], "answer": "A zebra."},
-        {"prompt": "Draw a zebra.", "images": ["a.png"], "answer": "<image>"},
-    ]
-    folder, out = own_folder(tmp_path, *lines), tmp_path / "out"
-    arguments = ["sft", "--data", str(folder), "--model", str(TINY), "--out", str(out)]
-    assert train.main([*arguments, "--steps", "40"]) == 0
-    model, processor = evaluate.load(out)
-    picture = Image.open(folder / "a.png")
-    assert evaluate.answer(model, processor, [[["What is it?", picture]]]) == ["A zebra."]
-
-
-ZEBRAS = [{"prompt": "What is it?<image>", "images": ["a.png"], "answer": "A zebra."},
-          {"prompt": "Draw a zebra.", "images": ["a.png"], "answer": "<image>"}]
-
-
-def tuned(folder: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
-    """train.py sft on two lines -> the weights that it left."""
-    assert train.main(["sft", "--data", str(own_folder(folder, *ZEBRAS)), "--model", str(TINY),
-                       "--out", str(out), *options]) == 0
-    return evaluate.load(out)[0].state_dict()
+    tuned(tmp_path, tmp_path / "out", "--steps", "40")
+    asked = [[["What is it?", Image.open(tmp_path / "a.png")]]]
+    assert evaluate.answer(*evaluate.load(tmp_path / "out"), asked) == ["A zebra."]
 
 
 def test_a_step_learns_its_own_gradient_and_no_more_than_the_limit(tmp_path, monkeypatch):
@@ -1173,7 +1163,7 @@ def test_a_step_learns_its_own_gradient_and_no_more_than_the_limit(tmp_path, mon
 
 def test_each_line_is_learned_in_each_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "OWN_ROWS", 4)
-    folder = own_folder(tmp_path, *[{"prompt": "Hi", "answer": "Hello"}] * 3)
+    folder = own_folder(tmp_path, *[HELLO] * 3)
     options = train.parse(["sft", "--data", str(folder), "--out", str(tmp_path / "o")])
     assert train.own_data(train.Run(options))[2] == 3  # 9 lines, 4 a step
     options.epochs = 1
@@ -1293,17 +1283,11 @@ def test_what_learns_in_part_is_resumed_too(tmp_path, kind, monkeypatch, capsys)
     monkeypatch.setattr(train.Run, "SAVE", 2)
     if kind == "lora":
         pytest.importorskip("peft")
-    Image.new("RGB", (36, 36), "red").save(tmp_path / "a.png")
-    data = ["--data", str(own_folder(tmp_path, {"prompt": "Hi", "answer": "<image>",
-                                                "images": ["a.png"]}))]
     monkeypatch.setattr(train, "rate", lambda *_: 1.0)
-    for out, steps in (("a", 2), ("a", 4), ("b", 4)):
-        assert train.main(["sft", *data, "--model", str(TINY), "--out", str(tmp_path / out),
-                           "--train", kind, "--steps", str(steps), "--seed", "3",
-                           "--dropout", "0.1"]) == 0
+    _, a, b = (tuned(tmp_path, tmp_path / out, "--train", kind, "--steps", steps, "--seed", "3",
+                     "--dropout", "0.1") for out, steps in (("a", "2"), ("a", "4"), ("b", "4")))
     assert "goes on at step 2" in capsys.readouterr().err
-    a, b, tiny = (ChameleonForConditionalGeneration.from_pretrained(folder).state_dict()
-                  for folder in (tmp_path / "a", tmp_path / "b", TINY))
+    tiny = evaluate.load(TINY)[0].state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], tiny[name]) for name in a)
 
@@ -1339,17 +1323,14 @@ def test_a_checkpoint_without_vqvae_decoder_is_tuned_and_written(tmp_path, monke
     model.model.vqmodel.decoder = None
     for part in (model, processor):
         part.save_pretrained(tmp_path / "blind")
-    folder = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"})
-    assert train.main(["sft", "--data", str(folder), "--model", str(tmp_path / "blind"), "--steps",
-                       "1", "--out", str(tmp_path / "out")]) == 0
+    tuned(tmp_path, tmp_path / "out", "--model", str(tmp_path / "blind"), "--steps", "1")
     assert evaluate.load(tmp_path / "out")[0].model.vqmodel.decoder is None
 
 
 def test_another_runs_checkpoint_is_never_replaced(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "OWN_ROWS", 1)
-    folder = own_folder(tmp_path, {"prompt": "Hi", "answer": "Hello"})
     shutil.copytree(TINY, tmp_path / "mine")
-    ask = ["sft", "--data", str(folder), "--model", str(TINY), "--steps", "1", "--out"]
+    ask = ["sft", "--data", str(own_folder(tmp_path, HELLO)), "--steps", "1", "--out"]
     assert train.main([*ask, str(tmp_path / "a")]) == 0
     before = (tmp_path / "mine" / "model.safetensors").read_bytes()
     (tmp_path / "mine.train").mkdir()  # a command that fails leaves it empty
@@ -1384,9 +1365,8 @@ def test_without_a_compiler_all_is_refused_before_its_first_stage(tmp_path, monk
 
 def test_a_saved_state_goes_on_with_its_own_options_and_data_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "OWN_ROWS", 1)
-    drawn = {"prompt": "Hi", "answer": "<image>", "images": ["a.png"]}
-    folder, out = own_folder(tmp_path, drawn), tmp_path / "out"
-    asked = ["sft", "--data", str(folder), "--model", str(TINY), "--out", str(out), "--steps", "1"]
+    folder, out = own_folder(tmp_path, ZEBRAS[1]), tmp_path / "out"
+    asked = ["sft", "--data", str(folder), "--out", str(out), "--steps", "1"]
     assert train.main(asked) == 0
     shutil.rmtree(out)
     assert train.main(asked) == 0 and (out / "model.safetensors").is_file()
@@ -1426,8 +1406,7 @@ def test_a_slow_run_is_saved_by_the_clock(tmp_path, monkeypatch, capsys):
             return loss(*arguments)
         raise KeyboardInterrupt
 
-    ask = ["sft", "--data", str(folder), "--model", str(TINY), "--steps", "4", "--out",
-           str(tmp_path / "out")]
+    ask = ["sft", "--data", str(folder), "--steps", "4", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(train, "decoder_loss", stopped)
     assert train.main(ask) == 130 and "goes on from the last save" in capsys.readouterr().err
     monkeypatch.setattr(train, "decoder_loss", step)
@@ -1552,7 +1531,7 @@ def test_a_share_is_that_of_the_answers_that_are_right_to_the_letter(monkeypatch
         right = [wanted.pop(0) for _ in conversations]
         return [text if n % 3 else text[:-1] for n, text in enumerate(right)]
 
-    wanted = [text for _, batch in evaluate.batches(evaluate.ROWS, "place", 60, False)
+    wanted = [text for _, _, batch in evaluate.batches(evaluate.ROWS, "place", 60, False)
               for text in batch]
     monkeypatch.setattr(evaluate, "answer", almost)
     assert evaluate.accuracy(None, None, "place", 60) == (33 + 6) / 60  # of 50, and of 10
@@ -1628,8 +1607,6 @@ def test_a_tied_head_does_not_learn_alone():
 
 def test_quantized_weights_are_refused_before_they_are_trained(tmp_path, untrained_folder, capsys):
     convert.convert(untrained_folder, tmp_path / "int8", quantize="int8")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}')
-    arguments = ["sft", "--data", str(tmp_path / "data"), "--model", str(tmp_path / "int8")]
-    assert train.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    arguments = ["sft", "--data", str(own_folder(tmp_path, HELLO)), "--out", str(tmp_path / "out")]
+    assert train.main([*arguments, "--model", str(tmp_path / "int8")]) == 2
     assert "holds int8 weights, which do not learn" in capsys.readouterr().err

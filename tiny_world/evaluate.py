@@ -108,22 +108,20 @@ def load(folder: Path, device: str = "cpu"):
 
 
 def batches(table: dict[str, Sampler], row: str, questions: int, held_out: bool
-            ) -> Iterator[tuple[list[Turns], list]]:
-    """The items of one row of a table, in batches -> conversations, right answers."""
+            ) -> Iterator[tuple[int, list[Turns], list]]:
+    """The items of one row of a table, in batches -> first number, conversations, right answers."""
     rng = np.random.default_rng((SEED, list(table).index(row), held_out))
     items = [table[row](rng, held_out) for _ in range(questions)]
     for start in range(0, questions, BATCH):
-        yield tuple(map(list, zip(*items[start : start + BATCH])))
+        yield start, *map(list, zip(*items[start : start + BATCH]))
 
 
 def read(processor, conversations: list[Turns]) -> dict[str, Tensor]:
     """Conversations -> what the model takes."""
 
     def content(part: str | Scene | Image.Image) -> dict:
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        image = Image.fromarray(world.render(part)) if isinstance(part, Scene) else part
-        return {"type": "image", "image": image}
+        kind = "text" if isinstance(part, str) else "image"
+        return {"type": kind, kind: world.render(part) if isinstance(part, Scene) else part}
 
     messages = [[{"role": ("user", "assistant")[n % 2], "content": [*map(content, turn)]}
                  for n, turn in enumerate(turns)] for turns in conversations]
@@ -141,7 +139,7 @@ def answer(model, processor, conversations: list[Turns]) -> list[str]:
 def accuracy(model, processor, row: str, questions: int, held_out: bool = False) -> float:
     """Share of right answers to `questions` questions of one row of ROWS, 0..1."""
     right = 0
-    for conversations, wanted in batches(ROWS, row, questions, held_out):
+    for _, conversations, wanted in batches(ROWS, row, questions, held_out):
         given = answer(model, processor, conversations)
         right += sum(text.strip() == one for text, one in zip(given, wanted))
     return right / questions
@@ -167,8 +165,7 @@ def drawn_right(model, processor, row: str, questions: int, held_out: bool = Fal
                 guidance: float = 1.0, tries: int = 1) -> float:
     """Share of right drawings, 0..1. Of `tries` drawings, the most likely one counts."""
     right = 0
-    found = batches(DRAWINGS, row, questions, held_out)
-    for seed, (conversations, wanted) in zip(range(0, questions, BATCH), found):
+    for seed, conversations, wanted in batches(DRAWINGS, row, questions, held_out):
         inputs = read(processor, conversations).to(model.device)
         tried = [draw(model, inputs, seed + n * questions, guidance) for n in range(tries)]
         codes, logp = map(torch.stack, zip(*tried))  # (tries, B, S), (tries, B)

@@ -121,18 +121,17 @@ class Run:
 
         ValueError if the file is missing or damaged, or if they do not fit.
         """
-        path, how = self.file(stage), dcp.StateDictOptions(full_state_dict=True)
+        path, whole = self.file(stage), dcp.StateDictOptions(full_state_dict=True)
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-            states = data["model"], data["optimizer"] if optimizers else {}
-            step, _ = data["step"], data["extra"]  # KeyError if one is missing
+            weights, state, step = data["model"], data["optimizer"], data["step"]
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
         try:
-            dcp.set_state_dict(model, optimizers, model_state_dict=states[0],
-                               optim_state_dict=states[1], options=how)
+            dcp.set_state_dict(model, optimizers, options=whole, model_state_dict=weights,
+                               optim_state_dict=state if optimizers else {})
         except (RuntimeError, ValueError, KeyError):
             raise ValueError(f"{path} was saved with other options: give those, or remove it to "
                              "begin the stage anew") from None
@@ -182,10 +181,8 @@ class Run:
 
 def fingerprint(arrays: Iterable) -> str:
     """A short text that differs if a number of the arrays does."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array))
-    return f"(fingerprint {digest.hexdigest()[:8]})"
+    numbers = b"".join(np.asarray(array).tobytes() for array in arrays)
+    return f"(fingerprint {hashlib.sha256(numbers).hexdigest()[:8]})"
 
 
 def rate(stage: str, step: int, steps: int) -> float:
