@@ -1472,30 +1472,19 @@ FLOORS = {
     "thing": (0.95, 0.94), "two pictures: in common": (0.96, 0.96),
     "two pictures: difference": (0.96, 0.95), "two pictures: which": (0.90, 0.88),
     "second turn": (0.95, 0.95), "third turn": (0.96, 0.95), "fourth turn": (0.94, 0.95),
-}  # fmt: skip
-DRAWN = {  # sampled once
+    # Drawings, sampled once.
     "drawing of one thing": (0.95, 0.90), "drawing of two": (0.90, 0.83), "edit": (0.95, 0.91),
 }  # fmt: skip
 
 
 # 25 questions, one more of them wrong than the floor allows; the measure itself takes minutes.
-questions = pytest.mark.parametrize("questions", [25, pytest.param(100, marks=pytest.mark.slow)])
-
-
-@questions
+@pytest.mark.parametrize("questions", [25, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("row", FLOORS)
 @pytest.mark.parametrize("held_out", [False, True])
-def test_the_shipped_checkpoint_still_answers(tiny, row, held_out, questions):
+def test_the_shipped_checkpoint_still_answers_and_draws(tiny, row, held_out, questions):
+    measure = evaluate.drawn_right if row in evaluate.DRAWINGS else evaluate.accuracy
     floor = FLOORS[row][held_out] - (1 / 25 if questions == 25 else 0)
-    assert evaluate.accuracy(*tiny, row, questions, held_out) >= floor
-
-
-@questions
-@pytest.mark.parametrize("row", DRAWN)
-@pytest.mark.parametrize("held_out", [False, True])
-def test_the_shipped_checkpoint_still_draws(tiny, row, held_out, questions):
-    floor = DRAWN[row][held_out] - (1 / 25 if questions == 25 else 0)
-    assert evaluate.drawn_right(*tiny, row, questions, held_out) >= floor
+    assert measure(*tiny, row, questions, held_out) >= floor
 
 
 def test_half_of_the_table_shows_held_out_pairs_and_the_other_half_none(monkeypatch):
