@@ -675,9 +675,12 @@ def test_dropout_from_outside_works_in_training_only(small_model):
 # --- the VQ-VAE stage
 
 
-def small_codebook() -> tuple[ChameleonVQVAE, vqvae_stage.Codebook]:
+def small_codebook(moved: bool = False) -> tuple[ChameleonVQVAE, vqvae_stage.Codebook]:
+    """A new codebook; with `moved`, one whose code vectors are far apart."""
     torch.manual_seed(0)
     vq = ChameleonVQVAE(vqvae_stage.VQ)
+    if moved:
+        torch.nn.init.normal_(vq.quantize.embedding.weight)
     return vq, vqvae_stage.Codebook(vq)
 
 
@@ -690,10 +693,7 @@ def test_the_foreground_is_the_things():
 
 
 def test_moving_averages_move_codes_to_the_vectors_that_chose_them():
-    vq, codebook = small_codebook()
-    with torch.no_grad():
-        codebook.e.copy_(torch.randn(codebook.e.shape))
-        codebook.sum.copy_(codebook.e)
+    _, codebook = small_codebook(moved=True)
     target, before = torch.full((8, 32), 3.0), codebook.e.clone()
     codes, level = torch.full((8,), 7), torch.zeros(8, dtype=torch.long)
     for _ in range(2000):
@@ -703,12 +703,8 @@ def test_moving_averages_move_codes_to_the_vectors_that_chose_them():
 
 
 def test_duplicates_of_a_background_are_given_to_things():
-    vq, codebook = small_codebook()
-    K = codebook.K
-    z = torch.randn(K, 32)
-    with torch.no_grad():
-        codebook.e.copy_(z)
-        codebook.sum.copy_(z)
+    _, codebook = small_codebook(moved=True)
+    K, z = codebook.K, codebook.e.clone()
     codes = torch.cat([torch.arange(K), torch.tensor([0, 0, 1])])  # 0 and 1: plain background
     thing = torch.cat([torch.arange(K) > 1, torch.zeros(3, dtype=torch.bool)])
     codebook.update(z[codes], codes, thing, torch.full((K + 3,), 255))
@@ -759,11 +755,8 @@ def test_one_moving_average_by_hand():
 
 @pytest.mark.parametrize("retire", [False, True])
 def test_unused_codes_move_to_things_and_retired_ones_out_of_reach(retire):
-    vq, codebook = small_codebook()
-    z = torch.randn(codebook.K, 32)
-    with torch.no_grad():
-        codebook.e.copy_(z)
-        codebook.sum.copy_(z)
+    vq, codebook = small_codebook(moved=True)
+    z = codebook.e.clone()
     codes = torch.cat([torch.arange(codebook.K - 1), torch.tensor([0, 0, 1])])  # never the last
     thing = torch.cat([torch.arange(codebook.K - 1) > 1, torch.zeros(3, dtype=torch.bool)])
     codebook.update(z[codes], codes, thing, torch.full((len(codes),), 255))

@@ -61,8 +61,7 @@ def later_turn(number: int, rng: np.random.Generator, held_out: bool) -> Item:
     turns, answer = about_one(world.pick(rng, language.QUESTIONS))(rng, held_out)
     (scene,) = (part for part in turns[0] if isinstance(part, Scene))
     while len(turns) < 2 * number - 1:
-        turn = language.QUESTIONS[world.pick(rng, language.QUESTIONS)](rng, scene)
-        if turn:
+        if turn := language.QUESTIONS[world.pick(rng, language.QUESTIONS)](rng, scene):
             turns, answer = [*turns, [answer], [turn[0]]], turn[1]
     return turns, answer
 
