@@ -204,6 +204,17 @@ def test_a_linear_layer_that_computes_more_stays_as_it_is(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_packed_weights_are_the_same_under_any_default_dtype(kind):
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    expected = pack(weight, kind)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(torch.equal(t, expected[name]) for name, t in pack(weight, kind).items())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_zeros_survive(kind):
     twin = twin_of(torch.zeros(4, 64), kind)
     assert torch.equal(twin(torch.randn(2, 64)), torch.zeros(2, 4))
