@@ -326,11 +326,14 @@ def byte_size(text: str | int) -> int:
 
 def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str,
                     state_dict: dict | None = None) -> None:
-    tensors = {}
+    tensors, names = {}, {}
     for name, tensor in tensors_of(model, state_dict).items():
         if type(tensor) is not Tensor:  # such as a DTensor
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
+        if (twin := names.setdefault(tensor.data_ptr(), name)) != name and tensor.data_ptr():
+            raise ValueError(f"{twin} and {name} are one tensor, and would be two in the file: "
+                             "give one of them a clone, or set config.tie_word_embeddings = True")
         tensors[name] = Stored.of(tensor)
     write_checkpoint(folder, model.config, tensors, byte_size(max_shard_size), kind_of(model),
                      architecture=type(model).__name__)

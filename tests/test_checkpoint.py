@@ -149,6 +149,16 @@ def test_a_tied_matrix_may_have_either_name(tmp_path):
     assert torch.equal(load(tmp_path).lm_head.weight, model.model.embed_tokens.weight)
 
 
+def test_one_tensor_with_two_names_is_not_written_twice(tmp_path):
+    model = small_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match="^model.embed_tokens.weight and lm_head.weight are one"):
+        model.save_pretrained(tmp_path)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path)
+    assert bits_equal(load(tmp_path), model)
+
+
 def test_saving_deletes_nothing_of_the_users(tmp_path):
     mine = [tmp_path / name for name in ("model_mine.safetensors", "model-ema.safetensors")]
     for path in mine:
