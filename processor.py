@@ -490,8 +490,6 @@ def parts_of(turn: dict) -> list[str | Picture]:
     return parts
 
 
-LENGTHS = ("padding", "truncation", "max_length", "padding_side", "pad_to_multiple_of",
-           "return_attention_mask")  # options of Tokenizer.batch
 IMAGE_OPTIONS = {*ChameleonImageProcessor.__dataclass_fields__, "data_format", "input_data_format"}
 
 
@@ -551,32 +549,25 @@ class ChameleonProcessor:
         prompts = [text] if isinstance(text, str) else text
         replies = self.replies(prompts, answers)
         pictures = self.match(prompts, images, replies)
-        rows = [self.prompt_ids(prompt, return_for_text_completion) for prompt in prompts]
-        rows = rows if add_special_tokens else [row[1:] for row in rows]  # without <s>
-        ends = [self.answer_ids(reply) for reply in replies]
-        labels = None if answers is None else [[IGNORE] * len(row) + end
-                                               for row, end in zip(rows, ends)]
-        rows = [row + end for row, end in zip(rows, ends)]
-        return self.features(rows, pictures, return_tensors, options, labels)
+        rows, labels = [], []
+        for prompt, reply in zip(prompts, replies):
+            row = self.prompt_ids(prompt, return_for_text_completion)
+            row = row if add_special_tokens else row[1:]  # without <s>
+            end = self.answer_ids(reply)
+            rows.append(row + end)
+            labels.append([IGNORE] * len(row) + end)
+        return self.features(rows, pictures, return_tensors, options,
+                             None if answers is None else labels)
 
     def features(self, rows: list[list[int]], pictures: list[Picture], return_tensors: str | None,
                  options: dict, labels: list[list[int]] | None = None) -> BatchFeature:
         """Rows of ids, and their pictures -> the model's arguments. TypeError for an option that is
-        neither one of LENGTHS nor one of ChameleonImageProcessor.
+        neither one of ChameleonImageProcessor nor one of `Tokenizer.batch`.
         """
-        lengths = {name: options.pop(name) for name in LENGTHS if name in options}
-        if unknown := options.keys() - IMAGE_OPTIONS:
-            raise TypeError(f"ChameleonProcessor does not know the keyword {min(unknown)!r}")
-        data = self.tokenizer.batch(rows, return_tensors=return_tensors, **lengths)
-        if labels is not None:
-            most = lengths.get("max_length") if lengths.get("truncation") else None
-            if any(set(row[:most]) == {IGNORE} for row in labels):
-                raise ValueError(f"max_length={most} leaves nothing of an answer: raise it, or "
-                                 "shorten the prompt")
-            data["labels"] = self.tokenizer.batch(
-                labels, return_tensors=return_tensors, pad_id=IGNORE, **lengths)["input_ids"]
+        seen = {name: options.pop(name) for name in IMAGE_OPTIONS & options.keys()}
+        data = self.tokenizer.batch(rows, labels, return_tensors=return_tensors, **options)
         if pictures:
-            data |= self.image_processor(pictures, return_tensors=return_tensors, **options)
+            data |= self.image_processor(pictures, return_tensors=return_tensors, **seen)
         return data
 
     def replies(self, prompts: list[str], answers: str | list[str] | None) -> list[str]:
@@ -707,19 +698,11 @@ class ChameleonProcessor:
         """Writes the tokenizer's files, preprocessor_config.json and processor_config.json, from
         which `from_pretrained` and transformers' AutoProcessor give the same ids.
         """
-        from chameleon_extras.convert import write_for_transformers  # only to write files
-
-        folder = Path(save_directory)
-        self.tokenizer.save_pretrained(folder)
-        write_for_transformers(folder)
-        file = folder / "tokenizer_config.json"
-        tokens = self.tokenizer.special_tokens_map
-        saved = {name: tokens[name] for name in self.tokenizer.SAVED if name in tokens}
-        write_json(file, read_json(file) | saved | {"padding_side": self.tokenizer.padding_side})
-        self.image_processor.save_pretrained(folder)
-        data = {"image_seq_length": self.image_seq_length, "image_token": self.image_token}
-        write_json(folder / "processor_config.json",
-                   {**data, "processor_class": "ChameleonProcessor"})
+        self.tokenizer.save_pretrained(save_directory)
+        self.image_processor.save_pretrained(save_directory)
+        write_json(Path(save_directory) / "processor_config.json", {
+            "image_seq_length": self.image_seq_length, "image_token": self.image_token,
+            "processor_class": "ChameleonProcessor"})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, padding_side: str | None = None,

@@ -29,6 +29,7 @@ the names and splits of the released tokenizer.
 import codecs
 import heapq
 import json
+import math
 import operator
 import re
 import unicodedata
@@ -42,6 +43,8 @@ import torch
 
 BEGIN_IMAGE, END_IMAGE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
 IMAGE_PLACEHOLDERS = ("<image>", "<reserved08707>")  # HF's name, and Meta's for the same id
+CONTROLS = {"<s>", "<pad>", "</s>", "<unk>", BEGIN_IMAGE, END_IMAGE, END_OF_TURN,
+            *IMAGE_PLACEHOLDERS}  # and the names of codes
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 IDS = (torch.int64, torch.int32)  # dtypes of ids
 IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")  # all that `image_token_name` gives
@@ -155,21 +158,15 @@ class BatchFeature(dict):
             raise AttributeError(f"no {name!r} here, only {', '.join(self)}")
         return self[name]
 
-    def to(self, *args, device: torch.device | str | int | None = None,
-           dtype: torch.dtype | None = None, non_blocking: bool = False) -> "BatchFeature":
-        """Moves and casts in place: .to("cuda"), .to(torch.bfloat16), .to("cuda", torch.bfloat16).
+    def to(self, *args, **options) -> "BatchFeature":
+        """Moves and casts in place, as Tensor.to: .to("cuda"), .to("cuda", torch.bfloat16).
 
         Only float tensors are cast: bfloat16 has no 257, so ids would change.
         """
-        for arg in args:
-            if isinstance(arg, torch.dtype):
-                dtype = arg
-            else:
-                device = arg
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
-                kind = dtype if value.is_floating_point() else None
-                self[name] = value.to(device, kind, non_blocking=non_blocking)
+                moved = value.to(*args, **options)
+                self[name] = moved if value.is_floating_point() else value.to(moved.device)
         return self
 
 
@@ -187,47 +184,25 @@ def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Arrays:
     return torch.from_numpy(stacked) if return_tensors == "pt" else stacked
 
 
-def truncated(rows: list[list[int]], truncation: bool | str | None, max_length: int | None,
-              padding: bool | str | None, end_image: int | None) -> list[list[int]]:
-    """Rows -> their first max_length ids. ValueError if that would cut or drop a picture."""
-    wanted = truncation in (True, "longest_first", "only_first")
-    if not wanted and truncation not in (False, None, "do_not_truncate"):
+def lengths_of(rows: list[list[int]], padding: bool | str | None, truncation: bool | str | None,
+               max_length: int | None, multiple: int | None) -> tuple[int | None, int]:
+    """-> how many ids of a row stay (None: all), and to how many it is padded (0: to none)."""
+    cuts = truncation in (True, "longest_first", "only_first")
+    if not cuts and truncation not in (False, None, "do_not_truncate"):
         raise ValueError(f"truncation={truncation!r}: want True or False")
-    if max_length is None and (wanted or padding == "max_length"):
-        raise ValueError("truncation=True and padding='max_length' need a max_length")
-    if max_length is not None and not wanted and padding != "max_length":
-        raise ValueError("max_length is for truncation=True or padding='max_length': set one")
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-        raise ValueError(f"max_length={max_length!r}: want a whole number above 0")
-    if not wanted:
-        return rows
-    for n, row in enumerate(rows):
-        if end_image is not None and end_image in row[max_length:]:
-            raise ValueError(f"max_length={max_length} would cut a picture of prompt {n + 1}, "
-                             f"which has {len(row)} ids: raise it or shorten the text")
-    return [row[:max_length] for row in rows]
-
-
-def padded(rows: list[list[int]], padding: bool | str | None, max_length: int | None, side: str,
-           pad_id: int, multiple: int | None = None) -> dict[str, list[list[int]]]:
-    """Rows -> input_ids, padded to one length if asked, and attention_mask: 1 id, 0 padding."""
-    if side not in ("left", "right"):
-        raise ValueError(f"padding_side={side!r}: 'left' or 'right'")
-    if multiple is not None and (type(multiple) is not int or multiple < 1):
-        raise ValueError(f"pad_to_multiple_of={multiple!r:.40}: want a whole number, at least 1")
-    longest = max(map(len, rows))
+    if (cuts or padding == "max_length") != (max_length is not None):
+        raise ValueError("max_length goes with truncation=True or padding='max_length': give both "
+                         "or neither")
+    for name, number in ("max_length", max_length), ("pad_to_multiple_of", multiple):
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"{name}={number!r:.40}: want a whole number, at least 1")
+    stay = max_length if cuts else None
+    longest = max(len(row[:stay]) for row in rows)
     lengths = {False: 0, None: 0, "do_not_pad": 0, "max_length": max_length, True: longest,
                "longest": longest}
     if padding not in lengths:
         raise ValueError(f"padding={padding!r}: True, 'longest', 'max_length' or False")
-    length = -(-lengths[padding] // (multiple or 1)) * (multiple or 1)  # rounded up
-
-    def pad(row: list[int], filler: int) -> list[int]:
-        fill = [filler] * (length - len(row))  # [] if that is negative
-        return fill + row if side == "left" else row + fill
-
-    return {"input_ids": [pad(row, pad_id) for row in rows],
-            "attention_mask": [pad([1] * len(row), 0) for row in rows]}
+    return stay, math.ceil(lengths[padding] / (multiple or 1)) * (multiple or 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,11 +211,9 @@ def padded(rows: list[list[int]], padding: bool | str | None, max_length: int | 
 
 def special_token(name: str) -> property:
     """The attribute that names a special token; its id is the attribute NAME_id. Setting the name
-    sets the id. ValueError for a name that is not in the vocabulary, and for another bos_token.
+    sets the id. ValueError for a name that is not in the vocabulary.
     """
     def write(tokenizer: "Tokenizer", token: str) -> None:
-        if name == "bos_token" and token != "<s>":
-            raise ValueError("every text begins with <s>: leave bos_token as it is")
         if token not in tokenizer.vocab:
             raise ValueError(f"{name} {token!r:.80} is not in the vocabulary")
         setattr(tokenizer, f"{name}_id", tokenizer.vocab[token])
@@ -252,48 +225,53 @@ def fixed(name: str, value: object) -> property:
     """An attribute of transformers' classes that has one value here. ValueError for another."""
     def write(owner: object, other: object) -> None:
         if other != value:
-            raise ValueError(f"{name} is always {value!r} here: leave it out")
+            raise ValueError(f"{name} is always {value!r} here: leave it as it is")
 
     return property(lambda owner: value, write)
 
 
 class Tokenizer:
-    """The base class of both formats. A subclass supplies text_ids and text_bytes.
+    """The base class of both formats. A subclass supplies plain_ids and three tables.
 
-    vocab: name -> id. special_ids: the control ids, which text never becomes. bos_token_id "<s>",
-    pad_token_id "<pad>", eos_token_id "</s>", unk_token_id "<unk>", sep_token_id (end of turn) and
-    image_token_id: the last four may be None. padding_side is the default of `batch`: "left" aligns
-    the ends of all prompts, where generation continues. ValueError: no <s> or <pad>.
+    vocab: name -> id. text_bytes: id of text -> the bytes of utf-8 that it stands for. All other
+    ids are special_ids, the control ids, which text never becomes. whole: strings that are not
+    split any further -> the ids of each; of two that fit, the first wins.
+
+    bos_token_id "<s>", pad_token_id "<pad>", eos_token_id "</s>", unk_token_id "<unk>",
+    sep_token_id (end of turn) and image_token_id: the last four may be None. padding_side is the
+    default of `batch`: "left" aligns the ends of all prompts, where generation continues.
+    ValueError: no <s> or <pad>, or a control token that a text could become.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
     SAVED = ("eos_token", "unk_token", "sep_token", "pad_token")  # tokenizer_config.json has them
-    SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "image_token")
-    bos_token, eos_token, unk_token, sep_token, pad_token, image_token = map(special_token, SPECIAL)
-
+    eos_token, unk_token, sep_token, pad_token = map(special_token, SAVED)
+    image_token, bos_token = special_token("image_token"), fixed("bos_token", "<s>")
     truncation_side = fixed("truncation_side", "right")
     add_bos_token, add_eos_token = fixed("add_bos_token", True), fixed("add_eos_token", False)
 
-    def __init__(self, path: str | Path, vocab: dict[str, int], special_ids: Iterable[int]) -> None:
+    def __init__(self, path: str | Path, vocab: dict[str, int], text_bytes: dict[int, bytes],
+                 whole: dict[str, list[int]]) -> None:
         self.path, self.vocab, self.vocabulary = Path(path), vocab, VocabularyMap(vocab)
         self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.special_ids = frozenset(special_ids)
         self.padding_side = "left"
         if "<s>" not in vocab or "<pad>" not in vocab:
             raise ValueError(f"{path}: no <s> or no <pad> in it, so not a Chameleon vocabulary")
+        for name, token_id in vocab.items():
+            if token_id in text_bytes and (name in CONTROLS or IMAGE_TOKEN.fullmatch(name)):
+                raise ValueError(f"{path}: a text could become {name}, which is a control token: "
+                                 "take the tokenizer that came with the weights")
         self.bos_token_id, self.pad_token_id = vocab["<s>"], vocab["<pad>"]
         self.eos_token_id, self.unk_token_id = vocab.get("</s>"), vocab.get("<unk>")
         self.sep_token_id = self.vocabulary.end_of_turn_id
         self.image_token_id = self.vocabulary.image_token_id
         self._names: dict[int | None, str] = {i: name for name, i in vocab.items()}
+        self._text_bytes, self._whole = text_bytes, whole
+        pattern = "|".join(map(re.escape, whole)) or "(?!)"  # (?!) never matches
+        self._split = re.compile(f"({pattern})").split
+        self.special_ids = frozenset(vocab.values()).difference(text_bytes)
         self.all_special_ids = sorted(self.special_ids)
         self.all_special_tokens = [self._names[i] for i in self.all_special_ids]
-        controls = {self.bos_token_id, self.pad_token_id, self.eos_token_id, self.unk_token_id,
-                    self.vocabulary.begin_image_id, self.vocabulary.end_image_id, self.sep_token_id,
-                    self.image_token_id, *self.vocabulary.code_to_id.tolist()} - {None}
-        if open_ids := controls - self.special_ids:
-            raise ValueError(f"{path}: a text could become {self._names[min(open_ids)]}, which is "
-                             "a control token: take the tokenizer that came with the weights")
 
     def text_ids(self, text: str) -> list[int]:
         """Text -> ids, without <s> and without any control id. ValueError for broken unicode.
@@ -302,6 +280,20 @@ class Tokenizer:
         ids, so a prompt can inject them. Here they are tokenized like any other text, as
         `tokenizers` does with encode_special_tokens=True.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"a text must be a string, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair
+            raise ValueError(f"character {error.start + 1} of the text is not valid unicode"
+                             ) from None
+        ids = []
+        for n, part in enumerate(self._split(text)):  # each second part is a whole string
+            ids += self._whole[part] if n % 2 else self.plain_ids(part)
+        return ids
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Text without any whole string in it -> ids."""
         raise NotImplementedError
 
     def encode(self, text: str, add_special_tokens: bool = True, **options) -> Any:
@@ -326,21 +318,40 @@ class Tokenizer:
             return BatchFeature({name: rows[0] for name, rows in data.items()})
         return data
 
-    def batch(self, rows: list[list[int]], *, padding: bool | str | None = False,
-              truncation: bool | str | None = False, max_length: int | None = None,
-              padding_side: str | None = None, pad_to_multiple_of: int | None = None,
-              return_tensors: str | None = None, return_attention_mask: bool | None = True,
-              pad_id: int | None = None) -> BatchFeature:
-        """Rows of ids -> input_ids and attention_mask, (B, T) with return_tensors. The options are
-        those of transformers' tokenizers; padding is True or "longest", "max_length", or False.
+    def batch(self, rows: list[list[int]], labels: list[list[int]] | None = None, *,
+              padding: bool | str | None = False, truncation: bool | str | None = False,
+              max_length: int | None = None, padding_side: str | None = None,
+              pad_to_multiple_of: int | None = None, return_tensors: str | None = None,
+              return_attention_mask: bool | None = True) -> BatchFeature:
+        """Rows of ids -> input_ids and attention_mask (1 id, 0 padding), (B, T) with
+        return_tensors; labels, one for each id, are -100 on padding. The options are those of
+        transformers' tokenizers; padding is True or "longest", "max_length", or False. ValueError
+        for an impossible option, unequal lengths without padding, or a cut through a picture.
         """
-        rows = truncated(rows, truncation, max_length, padding, self.vocabulary.end_image_id)
-        data = padded(rows, padding, max_length, padding_side or self.padding_side,
-                      self.pad_token_id if pad_id is None else pad_id, pad_to_multiple_of)
-        if return_attention_mask is False:  # None, transformers' default, gives it
-            del data["attention_mask"]
+        stay, length = lengths_of(rows, padding, truncation, max_length, pad_to_multiple_of)
+        side = padding_side or self.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side={side!r}: 'left' or 'right'")
+        for n, row in enumerate(rows):
+            if stay and self.vocabulary.end_image_id in row[stay:]:
+                raise ValueError(f"max_length={stay} would cut a picture of prompt {n + 1}, which "
+                                 f"has {len(row)} ids: raise it or shorten the text")
+            if stay and labels and set(labels[n][:stay]) == {IGNORE}:
+                raise ValueError(f"max_length={stay} leaves nothing of an answer: raise it, or "
+                                 "shorten the prompt")
+        columns = {"input_ids": (rows, self.pad_token_id)}  # name -> rows, and what pads them
+        if return_attention_mask is not False:  # None, transformers' default, gives it
+            columns["attention_mask"] = [[1] * len(row) for row in rows], 0
+        if labels is not None:
+            columns["labels"] = labels, IGNORE
+        data = BatchFeature()
+        for name, (values, filler) in columns.items():
+            kept = [row[:stay] for row in values]
+            fills = [[filler] * (length - len(row)) for row in kept]  # [] if that is negative
+            data[name] = [fill + row if side == "left" else row + fill
+                          for row, fill in zip(kept, fills)]
         if return_tensors is None:
-            return BatchFeature(data)  # rows of any lengths
+            return data  # rows of any lengths
         lengths = [len(row) for row in data["input_ids"]]
         if len(set(lengths)) > 1:
             raise ValueError(f"the prompts have {min(lengths)} to {max(lengths)} ids: "
@@ -350,7 +361,8 @@ class Tokenizer:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        return {name: token for name in self.SPECIAL if (token := getattr(self, name)) is not None}
+        names = ("bos_token", *self.SAVED, "image_token")
+        return {name: token for name in names if (token := getattr(self, name)) is not None}
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -384,16 +396,12 @@ class Tokenizer:
                              f"{self.vocab_size}: tokenizer and model do not belong together"
                              ) from None
 
-    def text_bytes(self, name: str) -> bytes:
-        """Name of a text token -> the bytes of utf-8 that it stands for."""
-        raise NotImplementedError
-
     def token_bytes(self, token_id: int) -> bytes:
         """Id -> bytes, which may end inside a character; of a control id, its name. ValueError if
         unknown.
         """
         name = self.name_of(token_id)
-        return name.encode() if int(token_id) in self.special_ids else self.text_bytes(name)
+        return self._text_bytes.get(int(token_id), name.encode())
 
     def decode(self, token_ids: int | Iterable[int] | torch.Tensor,
                skip_special_tokens: bool = False,
@@ -422,16 +430,23 @@ class Tokenizer:
         return StreamDecoder(self, skip_special_tokens)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Copies the tokenizer's files, as they were read, under the names that transformers
-        expects. ChameleonProcessor.save_pretrained also writes what was set since.
+        """Copies the tokenizer's files, and writes those from which transformers gives the same
+        ids, with the special tokens and the padding_side that were set.
         """
+        from chameleon_extras.convert import write_for_transformers  # only to write files
+
+        folder, tokens = Path(save_directory), self.special_tokens_map
         files = {self.path: f"tokenizer{self.path.suffix}"}
         for name in ("tokenizer_config.json", "chat_template.json", "chat_template.jinja"):
             files[self.path.with_name(name)] = name
-        contents = {name: file.read_bytes() for file, name in files.items() if file.is_file()}
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            (Path(save_directory) / name).write_bytes(content)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, name in files.items():
+            if file.is_file():
+                (folder / name).write_bytes(file.read_bytes())
+        write_for_transformers(folder)
+        saved = {name: tokens[name] for name in self.SAVED if name in tokens}
+        file = folder / "tokenizer_config.json"
+        write_json(file, read_json(file) | saved | {"padding_side": self.padding_side})
 
 
 class StreamDecoder:
@@ -456,16 +471,6 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def check_text(text: str) -> None:
-    """ValueError unless it is a string that utf-8 can encode (no half of a surrogate pair)."""
-    if not isinstance(text, str):
-        raise ValueError(f"a text must be a string, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start + 1} of the text is not valid unicode") from None
-
-
 # ---------------------------------------------------------------------------------------------
 # Format 1 of 2: tokenizer.json, byte-level BPE. First the six splits of a text into words.
 
@@ -480,24 +485,6 @@ STRUCTURE = re.compile(r"(<sentinel:[0-9]+>|IMGIMG[A-I]{1,4}Z|[\t\n]|    |  )")
 # because only words of L and O can begin with a space.
 WORDS = re.compile(r"N|P| ?L+| ?O+|[ _]+(?![LO])|[ _]+")
 
-# Unicode's white space except " ". Python's \s and isspace would also accept U+001C..U+001F.
-WHITE_SPACE = set("\t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000") | set(
-    map(chr, range(0x2000, 0x200B)))
-
-# `tokenizers` uses the punctuation of unicode 8. So marks added later (listed in hexadecimal, up to
-# unicode 17) are not punctuation, and two marks whose category has changed since still are.
-NEWER_PUNCTUATION = {
-    chr(code_point)
-    for first, last in re.findall(r"(\w+)-?(\w*)", """
-        61D 9FD A76 C77 C84 1B4E-1B4F 1B7D-1B7F 2E43-2E4F 2E52-2E5D 2E60-2E63 10D6E 10EAD 10ED0
-        10F55-10F59 10F86-10F89 113D4-113D5 113D7-113D8 1144B-1144F 1145A-1145B 1145D 11660-1166C
-        116B9 1183B 11944-11946 119E2 11A3F-11A46 11A9A-11A9C 11A9E-11AA2 11B00-11B09 11BE1
-        11C41-11C45 11C70-11C71 11EF7-11EF8 11F43-11F4F 11FFF 12FF1-12FF2 16D6D-16D6F 16E97-16E9A
-        16FE2 1E5FF 1E95E-1E95F""")
-    for code_point in range(int(first, 16), int(last or first, 16) + 1)
-}
-FORMER_PUNCTUATION = {"\u166d", "\U000111c9"}
-
 
 class Shapes(dict):
     """Code point -> a letter for its class: str.translate turns "Hi, 5€" into the shape "LLP NO".
@@ -508,22 +495,29 @@ class Shapes(dict):
     """
 
     def __missing__(self, code_point: int) -> str:
-        character = chr(code_point)
-        shape = unicodedata.category(character)[0]
-        if character == " ":
-            shape = " "
-        elif character in WHITE_SPACE:
-            shape = "_"
-        # The ASCII symbols $ + < = > ^ ` | ~ count as punctuation.
-        elif (character.isascii() and shape == "S") or character in FORMER_PUNCTUATION:
-            shape = "P"
-        elif shape not in "LNP" or character in NEWER_PUNCTUATION:
-            shape = "O"
-        self[code_point] = shape
-        return shape
+        category = unicodedata.category(chr(code_point))[0]
+        self[code_point] = category if category in "LNP" else "O"
+        return self[code_point]
 
 
-SHAPES = Shapes()
+# Where the shape is not the category's first letter: code points in hexadecimal.
+# _  Unicode's white space except " ". Python's \s and isspace would also accept U+001C..U+001F.
+# P  The ASCII symbols $ + < = > ^ ` | ~, and two marks that were punctuation in unicode 8.
+# O  Punctuation newer than unicode 8, up to unicode 17: `tokenizers` uses that of unicode 8.
+EXCEPTIONS = {
+    " ": "20",
+    "_": "9-D 85 A0 1680 2000-200A 2028-2029 202F 205F 3000",
+    "P": "24 2B 3C-3E 5E 60 7C 7E 166D 111C9",
+    "O": """
+        61D 9FD A76 C77 C84 1B4E-1B4F 1B7D-1B7F 2E43-2E4F 2E52-2E5D 2E60-2E63 10D6E 10EAD 10ED0
+        10F55-10F59 10F86-10F89 113D4-113D5 113D7-113D8 1144B-1144F 1145A-1145B 1145D 11660-1166C
+        116B9 1183B 11944-11946 119E2 11A3F-11A46 11A9A-11A9C 11A9E-11AA2 11B00-11B09 11BE1
+        11C41-11C45 11C70-11C71 11EF7-11EF8 11F43-11F4F 11FFF 12FF1-12FF2 16D6D-16D6F 16E97-16E9A
+        16FE2 1E5FF 1E95E-1E95F""",
+}
+SHAPES = Shapes({code_point: shape for shape, ranges in EXCEPTIONS.items()
+                 for first, last in re.findall(r"(\w+)-?(\w*)", ranges)
+                 for code_point in range(int(first, 16), int(last or first, 16) + 1)})
 
 
 def split_words(text: str) -> Iterator[str]:
@@ -555,107 +549,88 @@ class ByteLevelBPE(Tokenizer):
     CACHED_WORDS, CACHED_LETTERS = 65536, 64  # limits of the cache: words, letters per word
 
     def __init__(self, path: str | Path) -> None:
-        vocab, merges, words = read_bpe(Path(path))
-        characters = byte_characters()
-        if not vocab.keys() >= set(characters):
-            raise ValueError(f"{path}: some of the 256 byte tokens are missing, not byte-level BPE "
-                             "(put the tokenizer.model that it was made from beside it)")
-        self._byte_ids = [vocab[character] for character in characters]
-        self._bytes = {character: byte for byte, character in enumerate(characters)}
-        self._merges = merges  # (left id, right id) -> (rank, id of both joined)
-        text_ids = {*self._byte_ids, *(joined for _, joined in merges.values())}
-        self._added = {word: vocab[word] for word in sorted(words, key=len, reverse=True)}
-        pattern = "|".join(map(re.escape, self._added)) or "(?!)"  # (?!) never matches
-        self._split = re.compile(f"({pattern})").split
-        # Control ids are the ids that no text can give.
-        super().__init__(path, vocab, set(vocab.values()) - text_ids - {*self._added.values()})
-        self._cache = {}
+        data = read_json(Path(path))
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        try:
+            vocab = dict(data["model"]["vocab"].items())  # AttributeError if it is no object
+            added = data.get("added_tokens") or []
+            # Words that somebody has added to the vocabulary (transformers' `add_tokens`).
+            words = {token["content"] for token in added
+                     if token["content"] not in vocab and token.get("special") is False}
+            if any(token.get(rule) for token in added if token["content"] in words
+                   for rule in ("single_word", "lstrip", "rstrip")):
+                raise ValueError("an added word has single_word, lstrip or rstrip, which are not "
+                                 "read")
+            vocab |= {token["content"]: token["id"] for token in added}
+            check_ids(vocab)
+            if not vocab.keys() >= byte_of.keys():
+                raise ValueError("some of the 256 byte tokens are missing, not byte-level: put the "
+                                 "tokenizer.model that it was made from beside it")
+            self._ranks = {}  # (left name, right name) -> rank of this merge, its place in the file
+            text_bytes = {}  # of what texts become: what merges join, bytes, and added words
+            for rank, pair in enumerate(data["model"]["merges"]):
+                # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file
+                left, right = pair.split(" ") if isinstance(pair, str) else pair
+                self._ranks[left, right] = rank
+                text_bytes[vocab[left + right]] = bytes(byte_of[letter] for letter in left + right)
+            text_bytes |= {vocab[character]: bytes([byte]) for character, byte in byte_of.items()}
+            text_bytes |= {vocab[word]: word.encode() for word in words}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: not a BPE tokenizer with a vocabulary and merges to match "
+                             f"({type(error).__name__}: {error})") from None
+        self._characters, self._cache = [*byte_of], {}
+        super().__init__(path, vocab, text_bytes, {
+            word: [vocab[word]] for word in sorted(words, key=len, reverse=True)})
 
-    def text_ids(self, text: str) -> list[int]:
-        check_text(text)
-        ids = []
-        for n, part in enumerate(self._split(text)):
-            if n % 2:  # an added word, the longest that stands there
-                ids.append(self._added[part])
-            else:
-                ids += [i for word in split_words(part) for i in self.word_ids(word)]
-        return ids
+    def plain_ids(self, text: str) -> list[int]:
+        return [i for word in split_words(text) for i in self.word_ids(word)]
 
     def word_ids(self, word: str) -> list[int]:
         """Word -> ids, from the cache if possible: words repeat, and merging takes most time."""
         ids = self._cache.get(word)
         if ids is None:
-            ids = self.merge([self._byte_ids[byte] for byte in word.encode()])
+            names = self.merge([self._characters[byte] for byte in word.encode()])
+            ids = [self.vocab[name] for name in names]
             if len(self._cache) >= self.CACHED_WORDS:
                 self._cache.clear()
             if len(word) <= self.CACHED_LETTERS:
                 self._cache[word] = ids
         return ids
 
-    def merge(self, ids: list[int]) -> list[int]:
-        """Ids of a word's bytes -> ids after all merges (BPE, arXiv 1508.07909).
+    def merge(self, names: list[str]) -> list[str]:
+        """Names of a word's bytes -> names after all merges (BPE, arXiv 1508.07909).
 
         The lowest rank goes first, and of equal ranks the leftmost. With the word as a linked list
         and the possible merges in a heap this takes n log n steps. Searching the whole word after
         each merge would take n^2: minutes for 100,000 letters.
         """
-        ids, end = list(ids), len(ids)
+        names, end = list(names), len(names)
         before, after = list(range(-1, end - 1)), list(range(1, end + 1))
         heap = []
 
+        def rank(i: int) -> int | None:
+            """The rank of the merge of i and its neighbour; None if there is no such merge."""
+            return self._ranks.get((names[i], names[after[i]])) if after[i] < end else None
+
         def offer(i: int) -> None:
-            if i >= 0 and after[i] < end and (ids[i], ids[after[i]]) in self._merges:
-                rank, joined = self._merges[ids[i], ids[after[i]]]
-                heapq.heappush(heap, (rank, i, joined))
+            if i >= 0 and (lowest := rank(i)) is not None:
+                heapq.heappush(heap, (lowest, i))
 
         for i in range(end):
             offer(i)
         while heap:
-            rank, i, joined = heapq.heappop(heap)
-            j = after[i]
-            # Skip this merge if i has been merged away (-1) or a neighbour has changed since.
-            if j == end or self._merges.get((ids[i], ids[j])) != (rank, joined):
+            lowest, i = heapq.heappop(heap)
+            # Skip this merge if i has been merged away ("") or a neighbour has changed since.
+            if rank(i) != lowest:
                 continue
-            ids[i], ids[j] = joined, -1
+            j = after[i]
+            names[i], names[j] = names[i] + names[j], ""
             after[i] = after[j]
             if after[j] < end:
                 before[after[j]] = i
             offer(before[i])
             offer(i)
-        return [token_id for token_id in ids if token_id >= 0]
-
-    def text_bytes(self, name: str) -> bytes:
-        if name in self._added:
-            return name.encode()
-        return bytes(self._bytes[character] for character in name)
-
-
-def read_bpe(path: Path) -> tuple[dict[str, int], dict[tuple[int, int], tuple[int, int]], set[str]]:
-    """tokenizer.json -> vocabulary {name: id}, merges {(left id, right id): (rank, joined id)}, and
-    the words that somebody has added to the vocabulary (transformers' `add_tokens`).
-
-    A merge's rank is its place in the file. ValueError, naming the file, for any other format.
-    """
-    data = read_json(path)
-    try:
-        vocab = dict(data["model"]["vocab"].items())  # AttributeError if it is no object
-        added = data.get("added_tokens") or []
-        words = {token["content"] for token in added
-                 if token["content"] not in vocab and token.get("special") is False}
-        if any(token.get(rule) for token in added if token["content"] in words
-               for rule in ("single_word", "lstrip", "rstrip")):
-            raise ValueError("an added word has single_word, lstrip or rstrip, which are not read")
-        vocab |= {token["content"]: token["id"] for token in added}
-        check_ids(vocab)
-        merges = {}
-        for rank, pair in enumerate(data["model"]["merges"]):
-            # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
-            merges[vocab[left], vocab[right]] = (rank, vocab[left + right])
-        return vocab, merges, words
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a BPE tokenizer with a vocabulary and merges to match "
-                         f"({type(error).__name__}: {error})") from None
+        return [name for name in names if name]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -682,29 +657,20 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
         except RuntimeError:
             raise ValueError(f"{path}: not a sentencepiece model, or one cut short") from None
-        ids = range(model.get_piece_size())
-        special = [i for i in ids
-                   if model.is_control(i) or model.is_unknown(i) or model.is_unused(i)]
-        super().__init__(path, {model.id_to_piece(i): i for i in ids}, special)
-        self._byte_ids = [self.vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
+        vocab = {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+        text_bytes = {
+            i: bytes([int(name[3:5], 16)]) if model.is_byte(i)  # "<0x41>"
+            else name.replace(self.SPACE, " ").encode() for name, i in vocab.items()
+            if not (model.is_control(i) or model.is_unknown(i) or model.is_unused(i))}
+        space = [vocab.get(f"<0x{byte:02X}>", -1) for byte in self.SPACE.encode()]
+        super().__init__(path, vocab, text_bytes, {self.SPACE: space})
         probe = "  A \n\ufb01"  # normalization or a dummy prefix would change it
-        if None in self._byte_ids or self.decode(self.text_ids(probe)) != probe:
+        if -1 in space or self.decode(self.text_ids(probe)) != probe:
             raise ValueError(f"{path}: this sentencepiece model does not keep a text as it is: "
                              f"train it with byte_fallback, no normalisation, no dummy prefix")
 
-    def text_ids(self, text: str) -> list[int]:
-        check_text(text)
-        ids = []
-        for n, part in enumerate(text.split(self.SPACE)):
-            if n:
-                ids += [self._byte_ids[byte] for byte in self.SPACE.encode()]
-            ids += self._model.encode(part)
-        return ids
-
-    def text_bytes(self, name: str) -> bytes:
-        if self._model.is_byte(self.vocab[name]):  # "<0x41>"
-            return bytes([int(name[3:5], 16)])
-        return name.replace(self.SPACE, " ").encode()
+    def plain_ids(self, text: str) -> list[int]:
+        return self._model.encode(text)
 
 
 TOKENIZER_FILES = {

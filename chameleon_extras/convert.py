@@ -114,9 +114,7 @@ def write_processor(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     has_one = any((source / name).is_file() for name in TOKENIZER_FILES)
     if has_one and not (folder / "tokenizer.json").is_file():
-        if not (folder / "tokenizer.model").is_file():  # it has the name that Meta gave it
-            load_tokenizer(source).save_pretrained(folder)
-        write_for_transformers(folder)
+        load_tokenizer(source).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -804,7 +804,7 @@ def test_the_tokenizer_is_called_as_transformers_fast_tokenizers_are(bpe, bpe_fo
     assert bpe.decode(ids[1]) == theirs.decode(ids[1])
     assert bpe.get_vocab() == theirs.get_vocab() and len(bpe) == len(theirs)
     assert (bpe.bos_token, bpe.pad_token, bpe.sep_token) == ("<s>", "<pad>", "<reserved08706>")
-    with pytest.raises(ValueError, match="begins with <s>: leave bos_token as it is"):
+    with pytest.raises(ValueError, match="bos_token is always '<s>' here: leave it"):
         bpe.bos_token = "</s>"
     assert bpe.special_tokens_map.items() >= theirs.special_tokens_map.items()
     bpe = copy.copy(bpe)

@@ -346,8 +346,10 @@ def test_an_answer_that_truncation_would_cut_off_whole_is_refused(bpe):
     some = both | dict(text=["a", both["text"]], answers=["yes"] * 2, padding=True)
     one_line(lambda: processor_for(bpe)(**some, max_length=4), "leaves nothing of an answer")
     assert (processor_for(bpe)(**both, max_length=99).labels != -100).any()
-    padded = processor_for(bpe)(**both | dict(truncation=False), padding="max_length", max_length=3)
-    assert (padded.labels != -100).any()  # padding cuts nothing
+    for without in (False, "do_not_truncate"):  # padding cuts nothing
+        padded = processor_for(bpe)(**both | dict(truncation=without), padding="max_length",
+                                    max_length=3)
+        assert (padded.labels != -100).any()
 
 
 def test_a_conversation_without_a_message_and_a_message_without_text_are_named(bpe):
