@@ -46,7 +46,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
@@ -174,15 +174,18 @@ def guess_layout(shape: tuple[int, int, int]) -> str:
     raise ValueError(f"a picture of shape {shape} has no axis of 1, 3 or 4 channels")
 
 
-def to_array(image: Loaded, layout: str | None = None) -> tuple[np.ndarray, str]:
+def to_array(image: Loaded, layout: str | None = None, rgb: bool = False
+             ) -> tuple[np.ndarray, str]:
     """One picture -> array (H, W, C), and the layout it had: "channels_first" or "channels_last".
 
-    DIFFERS: transformers 4 guesses one layout for all pictures from the shape of the first, and a
-    PIL picture one pixel high counts as channels first. Here each picture has its own layout, and
-    PIL pictures are always channels last. ValueError if it is no picture.
+    With `rgb`, a PIL picture of another mode becomes RGB. DIFFERS: transformers 4 guesses one
+    layout for all pictures from the shape of the first, and a PIL picture one pixel high counts as
+    channels first. Here each picture has its own layout, and PIL pictures are always channels last.
+    ValueError if it is no picture.
     """
     if isinstance(image, Image.Image):
-        array, layout = np.asarray(image), "channels_last"
+        other = image.mode != "RGB" or "transparency" in image.info
+        array, layout = rgb_levels(image) if rgb and other else np.asarray(image), "channels_last"
     elif isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         array = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
@@ -194,8 +197,6 @@ def to_array(image: Loaded, layout: str | None = None) -> tuple[np.ndarray, str]
         raise ValueError(f"a picture must be numbers of shape (H, W), (H, W, C) or (C, H, W), got "
                          f"{array.dtype} {array.shape}")
     layout = layout or guess_layout(array.shape)
-    if layout not in ("channels_first", "channels_last"):
-        raise ValueError(f"input_data_format={layout!r}: channels_first or channels_last")
     if layout == "channels_first":
         array = array.transpose(1, 2, 0)  # (H, W, C)
     return (array.astype(np.uint8) * 255 if array.dtype == bool else array), layout
@@ -269,10 +270,9 @@ def sides(*keys: set[str]) -> Callable[[object], bool]:
     return lambda v: isinstance(v, dict) and set(v) in keys and all(map(whole(1, 4096), v.values()))
 
 
-def are_numbers(v: Any, least: float = 0.0) -> bool:
-    """Is v a number, or a list of them, each from -1e9 to 1e9 and at least `least` in size?"""
-    values = v if isinstance(v, (list, tuple)) else [v]
-    return all(real(-1e9, 1e9)(x) and abs(x) >= least for x in values)
+def are_numbers(v: Any) -> bool:
+    """Is v a number, or a list of them, each from -1e9 to 1e9?"""
+    return all(map(real(-1e9, 1e9), v if isinstance(v, list) else [v]))
 
 
 EDGES = {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"}
@@ -281,8 +281,9 @@ Sides = Annotated[Any, "height and width, 1 to 4096", sides({"height", "width"})
 Filter = Annotated[int, "a filter of PIL, 0 to 5 (1 is Lanczos)", lambda x: type(x) in (
     int, Image.Resampling) and x in list(Image.Resampling)]
 Factor = Annotated[float, "a finite number", real(-1e9, 1e9)]
-Means = Annotated[list, "finite numbers", are_numbers]
-Divisors = Annotated[list, "finite numbers other than 0", lambda v: are_numbers(v, 1e-9)]
+Means = Annotated[Any, "finite numbers", are_numbers]
+Divisors = Annotated[Any, "finite numbers other than 0",
+                     lambda v: are_numbers(v) and np.all(np.abs(v) >= 1e-9)]
 
 
 @dataclass(eq=False)
@@ -294,16 +295,16 @@ class ChameleonImageProcessor:
     """
 
     do_resize: Flag = True
-    # Or with longest_edge, which is a limit; or {height, width}; or an int, the shortest edge.
-    size: Edges = field(default_factory=lambda: {"shortest_edge": 512})
+    # An int is the shortest edge. Or {shortest_edge, longest_edge: a limit}, or {height, width}.
+    size: Edges = 512
     resample: Filter = 1  # the filter's number in PIL: Lanczos
     do_center_crop: Flag = True
-    crop_size: Sides = field(default_factory=lambda: {"height": 512, "width": 512})  # or an int
+    crop_size: Sides = 512  # an int is both sides. Or {height, width}
     do_rescale: Flag = True
     rescale_factor: Factor = 0.0078
     do_normalize: Flag = True
-    image_mean: Means = field(default_factory=lambda: [1.0] * 3)  # or one number for all channels
-    image_std: Divisors = field(default_factory=lambda: [1.0] * 3)
+    image_mean: Means = (1.0, 1.0, 1.0)  # or one number for all channels
+    image_std: Divisors = (1.0, 1.0, 1.0)
     do_convert_rgb: Flag = True
     # Without a limit, a picture of 1 x 100,000 would be resized to 79 GB before the crop.
     MAX_RESIZED_PIXELS = 2**26
@@ -311,11 +312,10 @@ class ChameleonImageProcessor:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None:
-                value = f.default if f.default_factory is MISSING else f.default_factory()
+            value = f.default if value is None else value
             if isinstance(value, (np.ndarray, np.number)):
                 value = value.tolist()
-            setattr(self, f.name, copy.deepcopy(value))
+            setattr(self, f.name, list(value) if isinstance(value, tuple) else copy.deepcopy(value))
         if type(self.size) is int:
             self.size = {"shortest_edge": self.size}
         if type(self.crop_size) is int:
@@ -334,18 +334,15 @@ class ChameleonImageProcessor:
         """
         given = signature(ChameleonImageProcessor).bind_partial(*values, **options).arguments
         settings = replace(self, **{name: v for name, v in given.items() if v is not None})
+        for name, value in ("data_format", data_format), ("input_data_format", input_data_format):
+            if value not in ("channels_first", "channels_last", None):
+                raise ValueError(f"{name}={value!r}: channels_first, channels_last or None")
         arrays = []
         for image in flat_pictures(images):
-            image, layout = opened(image), input_data_format
-            if settings.do_convert_rgb and isinstance(image, Image.Image) and (
-                    image.mode != "RGB" or "transparency" in image.info):
-                image, layout = rgb_levels(image), "channels_last"
-            array, layout = to_array(image, layout)  # (H, W, C)
+            array, layout = to_array(opened(image), input_data_format, settings.do_convert_rgb)
             array = settings.prepare(array)  # (H', W', C)
-            target = data_format or layout
-            if target not in ("channels_first", "channels_last"):
-                raise ValueError(f"data_format={target!r}: channels_first, channels_last or None")
-            arrays.append(array.transpose(2, 0, 1) if target == "channels_first" else array)
+            first = (data_format or layout) == "channels_first"
+            arrays.append(array.transpose(2, 0, 1) if first else array)
         return BatchFeature(pixel_values=stack(arrays, return_tensors))  # (N, C, H', W')
 
     __call__ = preprocess
@@ -477,13 +474,12 @@ def parts_of(turn: dict) -> list[str | Picture]:
         raise ValueError(f"a message is {{'role': ..., 'content': ...}}, not {turn!r:.80}")
     parts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        names = ("image", "path", "url") if kind == "image" else ()
-        picture = next((part[name] for name in names if part.get(name) is not None), None)
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif picture is not None:
-            parts += map(opened, flat_pictures(picture))  # a file's name would pass for text
+        given = part if isinstance(part, dict) else {}
+        pictures = [given[name] for name in ("image", "path", "url") if given.get(name) is not None]
+        if given.get("type") == "text" and isinstance(given.get("text"), str):
+            parts.append(given["text"])
+        elif given.get("type") == "image" and pictures:
+            parts += map(opened, flat_pictures(pictures[0]))  # a file's name would pass for text
         else:
             raise ValueError("a part of a message is {'type': 'text', 'text': ...} or {'type': "
                              f"'image', 'image': ...}}, not {part!r:.80}")
@@ -592,18 +588,21 @@ class ChameleonProcessor:
         places = [prompt.count(mark) + reply.count(mark) for prompt, reply in zip(prompts, replies)]
         items = images if isinstance(images, (list, tuple)) else []
         lists = [item is None or isinstance(item, (list, tuple)) for item in items]
-        grouped = any(lists)
-        if grouped and lists != [True] * len(prompts):
+        if not any(lists):
+            groups = [("text", places, images)]
+        elif lists == [True] * len(prompts):
+            groups = [(f"prompt {n + 1}", [places[n]], items[n]) for n in range(len(prompts))]
+        else:
             raise ValueError(f"images has {len(items)} item(s), lists or None among them, for "
                              f"{len(prompts)} prompt(s): give pictures only or one list per prompt")
-        groups = [flat_pictures([] if group is None else group)
-                  for group in (items if grouped else [images])]
-        for n, group in enumerate(groups):
-            who, own = (f"prompt {n + 1}", [places[n]]) if grouped else ("text", places)
-            if len(group) != sum(own):
-                raise ValueError(f"{who} has {' + '.join(map(str, own))} {mark} but {len(group)} "
+        pictures = []
+        for who, own, given in groups:
+            found = [] if given is None else flat_pictures(given)
+            if len(found) != sum(own):
+                raise ValueError(f"{who} has {' + '.join(map(str, own))} {mark} but {len(found)} "
                                  "picture(s): give one for each")
-        return [picture for group in groups for picture in group]
+            pictures += found
+        return pictures
 
     def prompt_ids(self, prompt: str, completion: bool) -> list[int]:
         """One prompt -> its T ids: <s> text <racm3:break> <image> x S <eoss> text <reserved08706>
@@ -682,13 +681,9 @@ class ChameleonProcessor:
             rows.append(ids)
         return self.features(rows, pictures, return_tensors, options)
 
-    def decode(self, *ids, **options) -> str:
-        """As Tokenizer.decode."""
-        return self.tokenizer.decode(*ids, **options)
-
-    def batch_decode(self, *ids, **options) -> list[str]:
-        """As Tokenizer.batch_decode."""
-        return self.tokenizer.batch_decode(*ids, **options)
+    # As the methods of the tokenizer.
+    decode = property(lambda self: self.tokenizer.decode)
+    batch_decode = property(lambda self: self.tokenizer.batch_decode)
 
     def post_process_image_text_to_text(self, generated_outputs: Iterable,
                                         skip_special_tokens: bool = True, **options) -> list[str]:
