@@ -85,18 +85,18 @@ def load_image(path: str | Path) -> Image.Image:
     ValueError, in one line, if the file is missing, damaged, too large or no picture, or if its
     pixels have 32 bits.
     """
+    picture = f"picture {str(path)!r:.300}"
     if re.search(r"(^|/)\w\w+:/", str(path)):  # a URL; Path turns its // into /
-        raise ValueError(f"picture {str(path)!r:.300} is an address, and nothing is fetched from "
-                         "the network: download it and name the file")
+        raise ValueError(f"{picture} is an address, and nothing is fetched from the network: "
+                         "download it and name the file")
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
-        raise ValueError(f"picture {str(path)!r:.300} is a directory, a pipe or a device: name a "
-                         "file")
+        raise ValueError(f"{picture} is a directory, a pipe or a device: name a file")
     if os.path.isfile(path) and str(path).lower().endswith((".heic", ".heif")):
         try:
             from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
         except ImportError:
-            raise ValueError(f"picture {str(path)!r:.300} is HEIC: pip install pillow-heif, or "
-                             "save it as JPEG") from None
+            raise ValueError(f"{picture} is HEIC: pip install pillow-heif, or save it as JPEG"
+                             ) from None
         register_heif_opener()
     try:
         with warnings.catch_warnings():
@@ -110,17 +110,17 @@ def load_image(path: str | Path) -> Image.Image:
                 image.load()  # open() reads only the header; a truncated file fails here
                 image = as_shown(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"picture {str(path)!r:.300} is too large ({error}): save it with at most "
-                         "4000 pixels a side") from None
+        raise ValueError(f"{picture} is too large ({error}): save it with at most 4000 pixels "
+                         "a side") from None
     except OSError as error:  # includes PIL's UnidentifiedImageError
         reason = error.strerror or "not a picture, or one cut short"
-        raise ValueError(f"picture {str(path)!r:.300} cannot be read: {reason}") from None
+        raise ValueError(f"{picture} cannot be read: {reason}") from None
     except Exception as error:  # on broken files PIL raises SyntaxError, struct.error, ...
-        raise ValueError(f"picture {str(path)!r:.300} is broken: {type(error).__name__}") from None
+        raise ValueError(f"{picture} is broken: {type(error).__name__}") from None
     if not all(image.size):
-        raise ValueError(f"picture {str(path)!r:.300} is empty: it has no pixels")
+        raise ValueError(f"{picture} is empty: it has no pixels")
     if image.mode == "F" or image.mode[0] == "I":  # no viewer agrees with another on their range
-        raise ValueError(f"picture {str(path)!r:.300} has pixels of 32 bits: save it with 8 or 16")
+        raise ValueError(f"{picture} has pixels of 32 bits: save it with 8 or 16")
     return image
 
 
