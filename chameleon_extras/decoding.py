@@ -223,37 +223,32 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 # Attention: which kernel computes it
 
 
-def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-                        dropout: float) -> tuple[Tensor, None]:
+def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
+                        loops: bool = False) -> tuple[Tensor, None]:
     """softmax(q k^T / sqrt(Dh)) v for a single query, keys and values shared by their group.
 
     q (B, H, 1, Dh), k and v (B, Hkv, L, Dh), mask (B or 1, 1, 1, L) or None -> (B, H, 1, Dh)
+
+    `loops`: in the form of which torch.compile makes better loops on a CPU. All is fp32, so the
+    query is converted once, not once for each key. And each row of v is cut into parts, whose sums
+    torch.compile joins into one loop: it reads every row once, from end to end. A single sum would
+    become a loop over one part of all rows, then over the next, at two thirds of the speed.
     """
+    dtype = q.dtype
+    if loops:
+        q, k = q.float(), k.float()
     q = in_memory(q.squeeze(2).unflatten(1, (k.shape[1], -1)))  # (B, Hkv, H/Hkv, Dh)
     scores = product(q, k.mT) * q.shape[-1] ** -0.5  # (B, Hkv, H/Hkv, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
-    y = product(F.dropout(weights, dropout), v)  # (B, Hkv, H/Hkv, Dh)
-    return y.flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
-
-
-def one_query_loops(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-                    dropout: float) -> tuple[Tensor, None]:
-    """`one_query_attention` for torch.compile on a CPU: the same, but better loops come of it.
-
-    The query is made fp32 once, not once for each key. And each row of v is cut into parts, whose
-    sums torch.compile joins into one loop: it reads every row once, from end to end. A single sum
-    would become a loop over one part of all rows, then over the next, at two thirds of the speed.
-    """
-    q32 = in_memory(q.float().squeeze(2).unflatten(1, (k.shape[1], -1)))  # (B, Hkv, H/Hkv, Dh)
-    scores = q32 @ k.float().mT * q.shape[-1] ** -0.5  # (B, Hkv, H/Hkv, L)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    weights = in_memory(F.dropout(torch.softmax(scores, dim=-1), dropout))[..., None]  # (..., L, 1)
-    parts = v.unsqueeze(2).split(PART // v.itemsize, dim=-1)  # each (B, Hkv, 1, L, 32 in 16 bits)
-    y = torch.cat([(weights * part.float()).sum(-2) for part in parts], -1)  # (B, Hkv, H/Hkv, Dh)
-    return y.to(q.dtype).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
+    weights = F.dropout(torch.softmax(scores.float(), dim=-1).to(q.dtype), dropout)
+    if loops:
+        weights = in_memory(weights)[..., None]  # (B, Hkv, H/Hkv, L, 1)
+        parts = v.unsqueeze(2).split(PART // v.itemsize, dim=-1)  # 16 bits: (B, Hkv, 1, L, 32) each
+        y = torch.cat([(weights * part.float()).sum(-2) for part in parts], dim=-1)
+    else:
+        y = product(weights, v)
+    return y.to(dtype).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
 
 
 def auto_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -266,7 +261,7 @@ def auto_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     if q.shape[2] > 1:
         return sdpa_attention(q, k, v, mask, dropout)
     loops = torch.compiler.is_compiling() and k.device.type == "cpu"
-    return (one_query_loops if loops else one_query_attention)(q, k, v, mask, dropout)
+    return one_query_attention(q, k, v, mask, dropout, loops)
 
 
 BACKENDS = {

@@ -44,7 +44,6 @@ from chameleon_extras.decoding import (
     check_compile,
     four_bit_sums,
     one_query_attention,
-    one_query_loops,
     row_sums,
     set_attention,
     split_of,
@@ -95,7 +94,8 @@ def test_one_query_attends_as_the_readable_form_does(H, Hkv, masked):
     if masked:
         mask[..., -1] = True
     expected = eager_attention(q, k, v, mask, 0.0)[0]
-    ways = one_query_attention, one_query_loops, auto_attention, sdpa_attention, ATTENTIONS["math"]
+    ways = (one_query_attention, functools.partial(one_query_attention, loops=True), auto_attention,
+            sdpa_attention, ATTENTIONS["math"])
     for attend in ways:
         torch.testing.assert_close(attend(q, k, v, mask, 0.0)[0], expected, atol=1e-6, rtol=1e-5)
 
@@ -425,7 +425,7 @@ def test_steps_over_views_of_the_cache_are_compiled_once_and_recorded_once(monke
 
     recorded = []
     for name, value in (("VIEWED", ("cpu",)), ("VIEW", 32),
-                        ("one_query_loops", one_query_attention)):
+                        ("one_query_attention", lambda *given: one_query_attention(*given[:5]))):
         monkeypatch.setattr(decoding, name, value)
     monkeypatch.setattr(module, "CACHE_STEP", 32)
     monkeypatch.setattr(Decoder, "record", record)

@@ -245,7 +245,7 @@ def fast_steps() -> None:
         with mock.patch.object(decoding, "check_compile"):
             list(stream(model, rows, decoder=decoding.Decoder(model, compiled=True), **options))
     q, k = torch.rand(2, 4, 1, 16), torch.rand(2, 2, 8, 16)
-    decoding.one_query_loops(q, k, k, None, 0.0)  # what a compiler sees in place of the other
+    decoding.one_query_attention(q, k, k, None, 0.0, loops=True)  # of a compiler
     with mock.patch.object(decoding, "AVX512", False):  # int8 weights are read four at a time
         decoding.row_sums(torch.ones(6, 16, dtype=torch.int8), torch.rand(2, 16))
     (layer,) = quantize_model(torch.nn.Sequential(torch.nn.Linear(64, 6)), "int4")
