@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import cycle
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from threading import RLock
 
@@ -602,7 +602,8 @@ class Decoder:
             if odd := {type(p.data).__name__ for p in model.parameters()} - {"Tensor"}:  # torchao's
                 raise ValueError(f"compile=True reads plain weights, and these are {min(odd)}: "
                                  "leave it out, or quantize by a quantization_config instead")
-            self.layers = {}  # rows of a step -> the layers with the forms for so many
+            # rows of a step, dtype -> the layers with the forms for so many rows
+            self.layers = cache(lambda *of: [with_row_products(layer, *of) for layer in layers])
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for all blocks that is a
             # tenth of a step. Here it checks tensors only. The rest holds, because a copy of the
@@ -658,19 +659,15 @@ class Decoder:
         The first use runs the plain layer, so that the first id of an answer waits for no compiler
         and no measurement. All uses have the same number of rows.
         """
-        runs = []
+        with_loops = cache(partial(with_row_products, layer))
 
         def fast(x: Tensor) -> Tensor:
-            x = x.contiguous()  # the prompt's last column is a view whose strides tell its length
-            if not runs:
-                runs.append(layer)
-                return layer(x)
             with self.kernels(len(x), self.compiled):
-                if self.compiled and len(runs) == 1:
-                    runs.append(partial(self.head, with_row_products(layer, len(x), x.dtype)))
-                return runs[-1](x)
+                return self.head(with_loops(len(x), x.dtype), x) if self.compiled else layer(x)
 
-        return fast
+        uses = chain([layer], repeat(fast))
+        # Contiguous: the prompt's last column is a view whose strides tell its length.
+        return lambda x: next(uses)(x.contiguous())
 
     def __call__(self, new: Tensor, mask: Tensor | None, positions: Tensor | None,
                  cache: KVCache) -> Tensor:
@@ -691,13 +688,10 @@ class Decoder:
         """One column of ChameleonModel.forward, from the cache's inputs -> hidden states (B, D)."""
         model = self.model.model
         x = model.embed_tokens(cache.new)  # (B, 1, D)
-        if len(x) not in self.layers:
-            self.layers[len(x)] = [with_row_products(layer, len(x), x.dtype)
-                                   for layer in model.layers]
         cos, sin = chameleon.rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         # n: a layer's place in the cache, also if others were taken out
-        for layer, n, run in zip(self.layers[len(x)], self.places, cycle(self.blocks)):
+        for layer, n, run in zip(self.layers(len(x), x.dtype), self.places, cycle(self.blocks)):
             x = run(layer, x, cos, sin, allowed, k[n], v[n], cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 
