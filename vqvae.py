@@ -51,7 +51,7 @@ from torch import Tensor
 # base_channels=32 a group is one channel. Normalizing it removes its mean, so flat colours are
 # lost: use 64 or more.
 GROUPS, GROUP_NORM_EPS = 32, 1e-6
-ONE_THREAD = RLock()  # held by `setting`, which changes global settings of torch
+ONE_THREAD = RLock()  # held while a global setting of torch is changed, or compiled code runs
 
 
 # ---------------------------------------------------------------------------------------------

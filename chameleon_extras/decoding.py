@@ -59,7 +59,6 @@ from functools import cache, partial
 from importlib.util import find_spec
 from itertools import chain, cycle, repeat
 from pathlib import Path
-from threading import RLock
 
 import torch
 import torch.nn as nn
@@ -79,7 +78,7 @@ from chameleon import (
 )
 from chameleon_extras.files import fast_bf16
 from chameleon_extras.quantize import Int4Linear, Int8Linear, is_linear, kind_of
-from vqvae import ChameleonVQVAE, PreTrainedModel, setting
+from vqvae import ONE_THREAD, ChameleonVQVAE, PreTrainedModel, setting
 
 FEW = 4  # up to so many rows of x, a product is a loop; at 6 the library is faster in bf16
 VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
@@ -87,7 +86,6 @@ VIEW = 256  # such a view has a multiple of so many columns
 UNREAD = 8  # columns at the end of a cache that no view reads
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LONGEST = 4096  # terms of one sum in a compiled loop on a CPU
-ONE_THREAD = RLock()  # compiled code, whose guards torch checks, is called by one at a time
 PART = 64  # bytes of a row of v; a compiled loop has one sum for each part
 
 
@@ -646,7 +644,7 @@ class Decoder:
             if form == "fp32":
                 contexts.enter_context(InFp32())
             if compiled:  # here, because it imports torch._dynamo, which takes a second
-                contexts.enter_context(ONE_THREAD)
+                contexts.enter_context(ONE_THREAD)  # it checks guards: one thread at a time
                 contexts.enter_context(torch._dynamo.config.patch(
                     recompile_limit=2**30, accumulated_recompile_limit=2**30))
                 # torch.set_default_device overrides functions, which fullgraph=True cannot trace.
