@@ -755,10 +755,9 @@ class Decoder:
 def parts(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of. If one of these has changed, it is out of date."""
     places = [tensor.data_ptr() for tensor in model.state_dict().values()]
-    hooks = [(type(module).forward, *hooks_of(module)) for module in model.modules()]
+    modules = [(module, type(module).forward, *hooks_of(module)) for module in model.modules()]
     code = [x for x in vars(chameleon).values() if callable(x)]  # one may have been replaced
-    return [model.device, *places, *model.modules(), *hooks, described(model.base_model.layers),
-            *code]
+    return [model.device, *places, *modules, described(model.base_model.layers), *code]
 
 
 def described(module: nn.Module, *left_out: str) -> list:
