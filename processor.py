@@ -185,7 +185,8 @@ def to_array(image: Loaded, layout: str | None = None, rgb: bool = False
     """
     if isinstance(image, Image.Image):
         other = image.mode != "RGB" or "transparency" in image.info
-        array, layout = rgb_levels(image) if rgb and other else np.asarray(image), "channels_last"
+        array = rgb_levels(image) if rgb and other else np.asarray(image)
+        layout = "channels_last"
     elif isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         array = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
@@ -561,6 +562,8 @@ class ChameleonProcessor:
         neither one of ChameleonImageProcessor nor one of `Tokenizer.batch`.
         """
         seen = {name: options.pop(name) for name in IMAGE_OPTIONS & options.keys()}
+        if unknown := options.keys() - (Tokenizer.batch.__kwdefaults__ or {}).keys():
+            raise TypeError(f"ChameleonProcessor does not know the keyword {min(unknown)!r}")
         data = self.tokenizer.batch(rows, labels, return_tensors=return_tensors, **options)
         if pictures:
             data |= self.image_processor(pictures, return_tensors=return_tensors, **seen)
@@ -682,8 +685,11 @@ class ChameleonProcessor:
         return self.features(rows, pictures, return_tensors, options)
 
     # As the methods of the tokenizer.
-    decode = property(lambda self: self.tokenizer.decode)
-    batch_decode = property(lambda self: self.tokenizer.batch_decode)
+    def decode(self, *ids, **options) -> str:
+        return self.tokenizer.decode(*ids, **options)
+
+    def batch_decode(self, *ids, **options) -> list[str]:
+        return self.tokenizer.batch_decode(*ids, **options)
 
     def post_process_image_text_to_text(self, generated_outputs: Iterable,
                                         skip_special_tokens: bool = True, **options) -> list[str]:

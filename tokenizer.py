@@ -44,7 +44,7 @@ import torch
 BEGIN_IMAGE, END_IMAGE, END_OF_TURN = "<racm3:break>", "<eoss>", "<reserved08706>"
 IMAGE_PLACEHOLDERS = ("<image>", "<reserved08707>")  # HF's name, and Meta's for the same id
 CONTROLS = {"<s>", "<pad>", "</s>", "<unk>", BEGIN_IMAGE, END_IMAGE, END_OF_TURN,
-            *IMAGE_PLACEHOLDERS}  # and the names of codes
+            *IMAGE_PLACEHOLDERS}  # names of codes are controls, too: see IMAGE_TOKEN
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 IDS = (torch.int64, torch.int32)  # dtypes of ids
 IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")  # all that `image_token_name` gives
@@ -158,15 +158,21 @@ class BatchFeature(dict):
             raise AttributeError(f"no {name!r} here, only {', '.join(self)}")
         return self[name]
 
-    def to(self, *args, **options) -> "BatchFeature":
-        """Moves and casts in place, as Tensor.to: .to("cuda"), .to("cuda", torch.bfloat16).
+    def to(self, *args, device: torch.device | str | int | None = None,
+           dtype: torch.dtype | None = None, non_blocking: bool = False) -> "BatchFeature":
+        """Moves and casts in place: .to("cuda"), .to(torch.bfloat16), .to("cuda", torch.bfloat16).
 
         Only float tensors are cast: bfloat16 has no 257, so ids would change.
         """
+        for arg in args:
+            if isinstance(arg, torch.dtype):
+                dtype = arg
+            else:
+                device = arg
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
-                moved = value.to(*args, **options)
-                self[name] = moved if value.is_floating_point() else value.to(moved.device)
+                kind = dtype if value.is_floating_point() else None
+                self[name] = value.to(device, kind, non_blocking=non_blocking)
         return self
 
 
@@ -318,7 +324,7 @@ class Tokenizer:
             return BatchFeature({name: rows[0] for name, rows in data.items()})
         return data
 
-    def batch(self, rows: list[list[int]], labels: list[list[int]] | None = None, *,
+    def batch(self, rows: list[list[int]], labels: list[list[int]] | None = None, /, *,
               padding: bool | str | None = False, truncation: bool | str | None = False,
               max_length: int | None = None, padding_side: str | None = None,
               pad_to_multiple_of: int | None = None, return_tensors: str | None = None,
@@ -563,21 +569,23 @@ class ByteLevelBPE(Tokenizer):
                                  "read")
             vocab |= {token["content"]: token["id"] for token in added}
             check_ids(vocab)
-            if not vocab.keys() >= byte_of.keys():
-                raise ValueError("some of the 256 byte tokens are missing, not byte-level: put the "
-                                 "tokenizer.model that it was made from beside it")
             self._ranks = {}  # (left name, right name) -> rank of this merge, its place in the file
-            text_bytes = {}  # of what texts become: what merges join, bytes, and added words
+            joined = []  # the names that merges make
             for rank, pair in enumerate(data["model"]["merges"]):
                 # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file
                 left, right = pair.split(" ") if isinstance(pair, str) else pair
+                vocab[left], vocab[right], vocab[left + right]  # KeyError if one has no id
                 self._ranks[left, right] = rank
-                text_bytes[vocab[left + right]] = bytes(byte_of[letter] for letter in left + right)
-            text_bytes |= {vocab[character]: bytes([byte]) for character, byte in byte_of.items()}
-            text_bytes |= {vocab[word]: word.encode() for word in words}
+                joined.append(left + right)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: not a BPE tokenizer with a vocabulary and merges to match "
                              f"({type(error).__name__}: {error})") from None
+        if not set("".join(joined)) <= byte_of.keys() <= vocab.keys():
+            raise ValueError(f"{path}: some of the 256 byte tokens are missing, not byte-level BPE "
+                             "(put the tokenizer.model that it was made from beside it)")
+        # Of what texts become: bytes, what merges join, and added words.
+        text_bytes = {vocab[name]: bytes(byte_of[letter] for letter in name)
+                      for name in (*byte_of, *joined)} | {vocab[w]: w.encode() for w in words}
         self._characters, self._cache = [*byte_of], {}
         super().__init__(path, vocab, text_bytes, {
             word: [vocab[word]] for word in sorted(words, key=len, reverse=True)})
@@ -695,7 +703,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                 if isinstance(token, dict):  # written by transformers 4
                     token = token.get("content")
                 # An unknown pad_token raises ValueError here; other unknown names are ignored.
-                if token in tokenizer.vocab or (token and role == "pad_token"):
+                if isinstance(token, str) and token and (token in tokenizer.vocab
+                                                         or role == "pad_token"):
                     setattr(tokenizer, role, token)
             return tokenizer
     raise ValueError(f"{folder}: no tokenizer in it, one of {', '.join(TOKENIZER_FILES)} is wanted")

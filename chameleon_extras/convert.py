@@ -59,11 +59,12 @@ def write_for_transformers(folder: Path) -> None:
     """
     if (folder / "tokenizer.model").is_file():
         data = bpe_of_sentencepiece(folder / "tokenizer.model")
-    else:  # Meta's, where <image> has another name
-        ours, metas = map(json.dumps, IMAGE_PLACEHOLDERS)  # in quotes
-        data = json.loads(json.dumps(read_json(folder / "tokenizer.json")).replace(metas, ours))
+    else:
+        (ours, metas), text = IMAGE_PLACEHOLDERS, json.dumps(read_json(folder / "tokenizer.json"))
+        data = json.loads(text.replace(f'"{metas}"', f'"{ours}"'))
     begin = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    bos = {"id": "<s>", "ids": [data["model"]["vocab"]["<s>"]], "tokens": ["<s>"]}
+    vocab = data["model"]["vocab"] | {t["content"]: t["id"] for t in data.get("added_tokens") or []}
+    bos = {"id": "<s>", "ids": [vocab["<s>"]], "tokens": ["<s>"]}
     data["post_processor"] = {  # puts <s> in front, as Meta's code does
         "type": "TemplateProcessing", "single": begin,
         "pair": [*begin, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {"<s>": bos},
@@ -71,19 +72,22 @@ def write_for_transformers(folder: Path) -> None:
     text = json.dumps(data, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     file = folder / "tokenizer_config.json"
+    tokens = {
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "sep_token": END_OF_TURN, "image_token": IMAGE_PLACEHOLDERS[0], "boi_token": BEGIN_IMAGE,
+        "eoi_token": END_IMAGE}
     write_json(file, (read_json(file) if file.is_file() else {}) | {  # keeps a chat template
         # Without a class, some versions of transformers take Llama's tokenizer and lose all spaces.
         "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "ChameleonProcessor",
-        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
-        "sep_token": END_OF_TURN, "image_token": IMAGE_PLACEHOLDERS[0], "boi_token": BEGIN_IMAGE,
-        "eoi_token": END_IMAGE, "padding_side": "left", "clean_up_tokenization_spaces": False,
-    })
+        "padding_side": "left", "clean_up_tokenization_spaces": False,
+    } | {role: name for role, name in tokens.items() if name in vocab})
 
 
 def bpe_of_sentencepiece(path: Path) -> dict:
     """tokenizer.model -> what a tokenizer.json with the same ids holds. ValueError if broken."""
     tokenizer = SentencePieceTokenizer(path)
-    vocab, model, special = tokenizer.vocab, tokenizer._model, tokenizer.special_ids
+    vocab, model = tokenizer.vocab, tokenizer._model
+    special = {i for i in tokenizer.special_ids if not model.is_unused(i)}
     pieces = [name for name, id in vocab.items() if id not in special and not model.is_byte(id)]
     pieces.sort(key=lambda name: -model.get_score(vocab[name]))  # in the order of training
     known = set(pieces)
@@ -138,8 +142,8 @@ def convert(source: Path, target: Path, vqgan: Path | None = None,
         raise ValueError(f"{target} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} left")
     part.mkdir()
     try:
+        write_processor(source, part)  # first: it may be refused, and the weights take minutes
         write_checkpoint(part, model.config, tensors, max_shard_bytes, kind_of(model), "converting")
-        write_processor(source, part)
         part.rename(target)
     except BaseException:  # also Ctrl-C: no half folder is left
         shutil.rmtree(part, ignore_errors=True)

@@ -779,3 +779,23 @@ def test_a_tokenizer_without_a_list_of_added_tokens_is_written_too(bpe, bpe_fold
     (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"added_tokens": None}))
     module.write_for_transformers(tmp_path)
     assert load_tokenizer(tmp_path).vocab == bpe.vocab
+
+
+def test_control_tokens_may_stand_among_the_added_tokens_alone(bpe, bpe_folder, tmp_path):
+    values = json.loads((bpe_folder / "tokenizer.json").read_text())
+    for token in values["added_tokens"]:
+        values["model"]["vocab"].pop(token["content"], None)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    load_tokenizer(tmp_path).save_pretrained(tmp_path / "a")
+    assert load_tokenizer(tmp_path / "a").vocab == bpe.vocab
+
+
+def test_a_tokenizer_that_is_refused_is_refused_before_the_weights_are_written(
+        tmp_path, monkeypatch):
+    source = shutil.copytree(ROOT / "tiny", tmp_path / "a")
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").write_text('{"pad_token": "[PAD]", "eos_token": ["a"]}')
+    monkeypatch.setattr(module, "write_checkpoint", lambda *_: pytest.fail("weights are written"))
+    with pytest.raises(ValueError, match="pad_token"):
+        module.convert(source, tmp_path / "b")
+    assert not (tmp_path / "b").exists()

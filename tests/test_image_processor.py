@@ -522,6 +522,7 @@ def test_to_casts_floats_only_and_takes_what_tensors_take():
         return BatchFeature(pixel_values=torch.ones(1, 3, 2, 2), input_ids=torch.tensor([[8711]]))
 
     for moved in (batch().to(torch.bfloat16), batch().to("cpu", torch.bfloat16),
+                  batch().to(torch.bfloat16, "cpu"),
                   batch().to("cpu", dtype=torch.bfloat16, non_blocking=True),
                   batch().to(dtype=torch.bfloat16)):
         assert moved["pixel_values"].dtype == torch.bfloat16
