@@ -104,8 +104,9 @@ class Conversation:
     def finished(self, made: list[int]) -> list[int]:
         """An answer's ids as a turn: no unfinished picture, and one end of turn at its end."""
         names, tokenizer = self.processor.tokenizer.vocabulary, self.processor.tokenizer
-        while made.count(names.begin_image_id) > made.count(names.end_image_id):
-            made = made[:-1]
+        begun = max((n for n, i in enumerate(made) if i == names.begin_image_id), default=0)
+        if made.count(names.begin_image_id) > made.count(names.end_image_id):
+            made = made[:begun]
         ends = {tokenizer.eos_token_id, names.end_of_turn_id, tokenizer.pad_token_id}
         return [i for i in made if i not in ends] + [names.end_of_turn_id]
 
@@ -141,21 +142,23 @@ class Terminal:
             sys.stdin.reconfigure(errors="surrogateescape")  # a turn with such bytes is refused
         while True:
             try:
-                self.answer(input("> " if sys.stdin.isatty() else ""))
+                line = input("> " if sys.stdin.isatty() else "")
+                try:
+                    self.answer(line)
+                except (ValueError, OSError, MemoryError, RuntimeError) as error:
+                    if isinstance(error, OSError) and error.errno and not error.filename:
+                        raise  # not of a file: stdout is full, or has no reader
+                    say(line_of(error))  # the chat goes on
             except EOFError:
                 return
             except KeyboardInterrupt:
                 print(flush=True)
-            except (ValueError, OSError, MemoryError, RuntimeError) as error:
-                if isinstance(error, OSError) and error.errno and not error.filename:
-                    raise  # not of a file: stdout is full, or has no reader
-                say(line_of(error))  # the chat goes on
 
     def answer(self, line: str) -> None:
         """One line of the user. ValueError or OSError in one line for what cannot work; EOFError
         for /quit, as at the end of input.
         """
-        word, _, rest = line.strip().partition(" ")
+        word, rest = [*line.split(maxsplit=1), "", ""][:2]
         rest = rest.strip()
         if word in ("/draw", "/both"):
             if not rest and not self.waiting:

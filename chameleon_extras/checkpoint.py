@@ -94,7 +94,7 @@ def read_folder(folder: Path, kind: str | None, *arguments) -> dict[str, Stored]
     if not any(folder.glob(f"{whole}*")) and any(folder.glob(f"{PICKLE}*")):
         whole = PICKLE
     index, files = folder / f"{whole}.index.json", [whole]
-    try:
+    try:  # a TypeError if a name is no string
         if index.is_file() and not (folder / whole).is_file():  # else it is of an earlier save
             files = sorted(set(read_json(index)["weight_map"].values()))
         absent = [file for file in files if not (folder / file).is_file()]
@@ -193,19 +193,21 @@ def tensors_of(model: nn.Module, state_dict: dict | None = None) -> dict[str, Te
     return state
 
 
-def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stored]) -> None:
+def check_tensors(folder: Path, wanted: dict[str, Tensor], found: dict[str, Stored],
+                  kind: str | None) -> None:
     """ValueError lists the first eight tensors that are missing, unknown, or of a wrong shape or
-    dtype.
+    dtype. `kind` is how those of the folder are quantized.
     """
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
-    for name in [name for name in wanted if name in found]:
-        (shape, dtype, _), want = found[name], wanted[name]
+    for name, want in wanted.items():
+        if name not in found:
+            continue
+        shape, dtype, _ = found[name]
         if shape != tuple(want.shape):
             problems.append(f"{name} is {list(shape)} instead of {list(want.shape)}")
-        packed = not want.dtype.is_floating_point or name.endswith(".scale")
-        fits = dtype == want.dtype if packed else dtype.is_floating_point
-        if not fits:
+        packed = not want.dtype.is_floating_point or (kind and name.endswith(".scale"))
+        if not (dtype == want.dtype if packed else dtype.is_floating_point):
             problems.append(f"{name} is {dtype} instead of {want.dtype if packed else 'floating'}")
     if any(name.endswith((".absmax", ".SCB", ".qweight", "_scale")) for name in found):
         raise ValueError(f"{folder} holds weights quantized elsewhere, which are not read: take "
@@ -259,13 +261,15 @@ def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path 
         # The VQ-VAE stays fp32. Packed weights and their scales come later, in dtypes of their own.
         model = cls(config).to(dtype or dtype_of(tensors))
     if not any(name.startswith(DECODER_PREFIX) for name in tensors):
-        next(part for part in model.modules() if isinstance(part, ChameleonVQVAE)).decoder = None
+        for part in model.modules():
+            if isinstance(part, ChameleonVQVAE):
+                part.decoder = None
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                if name.startswith(prefix)}
     if kind:
         swap_layers(model, kind)
         tensors = {name: tensor.copied() for name, tensor in tensors.items()}
-    check_tensors(folder, tensors_of(model), tensors)
+    check_tensors(folder, tensors_of(model), tensors, kind)
     if quantize and not kind:
         tensors = packed_when_read(model, tensors, quantize, device)
     return model, tensors
@@ -278,7 +282,7 @@ def packed_when_read(model: nn.Module, tensors: dict[str, Stored], kind: str,
 
     @lru_cache(maxsize=1)  # weight and scale, read one after the other, come from one `pack`
     def packed(name: str) -> dict[str, Tensor]:
-        stored = tensors.get(name) or tensors["model.embed_tokens.weight"]  # a tied head
+        stored = tensors[name if name in tensors else "model.embed_tokens.weight"]  # a tied head
         return pack(stored.read().to(device), kind)
 
     found = {}
@@ -326,15 +330,14 @@ def byte_size(text: str | int) -> int:
 
 def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str,
                     state_dict: dict | None = None) -> None:
-    tensors, names = {}, {}
+    tensors, places = {}, set()
     for name, tensor in tensors_of(model, state_dict).items():
         if type(tensor) is not Tensor:  # such as a DTensor
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
-        if (twin := names.setdefault(tensor.data_ptr(), name)) != name and tensor.data_ptr():
-            raise ValueError(f"{twin} and {name} are one tensor, and would be two in the file: "
-                             "give one of them a clone, or set config.tie_word_embeddings = True")
-        tensors[name] = Stored.of(tensor)
+        stored = Stored.of(tensor)  # of two names for one tensor, a file holds two tensors
+        tensors[name] = stored.copied() if tensor.data_ptr() in places else stored
+        places.add(tensor.data_ptr())
     write_checkpoint(folder, model.config, tensors, byte_size(max_shard_size), kind_of(model),
                      architecture=type(model).__name__)
 

@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -50,6 +49,7 @@ from chameleon_extras.sheets import (
     check_sheet,
     contact_sheet,
     parts_of,
+    picture_format,
     save_picture,
     there_and_back,
     write_document,
@@ -73,14 +73,14 @@ OF_TALKS = (*OF_WEIGHTS, *OF_TEXT, *OF_PICTURES, "seed", "compile", "context")
 OF_MODES = (*OF_WEIGHTS, "prompt", "image", "completion", "mode", "seed", "compile", "stats")
 # Each command, and the options that it reads. Of several commands the first counts.
 READ_BY = {
+    "--mode text": (*OF_MODES, *OF_TEXT),
+    "--mode image": (*OF_MODES, *OF_PICTURES, "out", "count", "scale"),
+    "--mode interleaved": (*OF_MODES, *OF_TEXT, *OF_PICTURES, "out"),
     "--demo": OF_TALKS,
     "--chat": OF_TALKS,
     "--prompts": (*OF_WEIGHTS, *OF_TEXT, "seed", "compile", "batch", "completion", "out"),
     "--explain": (*OF_WEIGHTS, "prompt", "image", "completion", "out"),
     "--reconstruct": ("model", "vqgan", "device", "image", "out"),
-    "--mode text": (*OF_MODES, *OF_TEXT),
-    "--mode image": (*OF_MODES, *OF_PICTURES, "out", "count", "scale"),
-    "--mode interleaved": (*OF_MODES, *OF_TEXT, *OF_PICTURES, "out"),
 }
 DEFAULT_OUT = {"--mode image": Path("picture.png"), "--mode interleaved": Path("document"),
                "--reconstruct": Path("reconstruction.png")}
@@ -218,8 +218,8 @@ def check_unused(options: argparse.Namespace) -> None:
             raise ValueError(f"{option} is for one process: leave torchrun out")
         if name not in READ_BY[command] and option != command:
             readers = ", ".join(other for other, read in READ_BY.items() if name in read)
-            raise ValueError(f"{command} does not read {option}: leave {option} out"
-                             + (f" (it is for {readers})" if readers else ""))
+            wanted = f"is for {readers}, not for" if readers else "is not for"
+            raise ValueError(f"{option} {wanted} {command}: leave {option} out")
         prefix = name.removesuffix("top_k").removesuffix("top_p")
         if prefix != name and not vars(options)[prefix + "temperature"]:
             raise ValueError(f"{option} is for sampling, but temperature 0 takes the most likely "
@@ -258,8 +258,10 @@ def check_output(options: argparse.Namespace) -> None:
         raise ValueError(f"the folder {out.parent} of {out.name} does not exist: make it first")
     elif out.exists() and not out.is_file():
         raise ValueError(f"--out {out} is a folder or a device: name a file")
-    elif others := [path for path in numbered_names(options) if os.path.lexists(path)]:
-        raise ValueError(f"--out {out} would replace {others[0]}, too: name another file")
+    elif command in ("--mode image", "--reconstruct"):
+        picture_format(out)
+        if others := [path for path in numbered_names(options) if os.path.lexists(path)]:
+            raise ValueError(f"--out {out} would replace {others[0]}, too: name another file")
 
 
 def check_folder(folder: Path) -> None:
@@ -413,7 +415,8 @@ def answer(options: argparse.Namespace) -> None:
     write = {"text": write_text, "image": write_pictures, "interleaved": write_interleaved}
     try:
         if own_rank() > 0:  # all ranks compute the same ids, and rank 0 shows them
-            deque(steps, maxlen=0)
+            for _ in steps:
+                pass
         else:
             write[options.mode](options, pieces(model, processor.tokenizer, with_bar(steps, model)))
     finally:
@@ -449,7 +452,7 @@ def read_stdin() -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# Output: what `pieces` yields is an answer
+# Output
 
 
 def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
@@ -464,16 +467,19 @@ def with_bar(steps: Iterator[torch.Tensor], model) -> Iterator[torch.Tensor]:
                             disable=None)
 
 
-def write_text(options: argparse.Namespace, answer: Iterator) -> None:
+def write_text(options: argparse.Namespace, made: Iterator) -> None:
     """Streams one answer to stdout. The answers of a batch come in order, when all are done."""
     texts = [""] * len(options.prompt)
     try:
-        for piece in answer:
+        for piece in made:
             texts[piece.row] += piece.text
             if len(texts) == 1:
                 print(piece.text, end="", flush=True)
-    finally:  # after Ctrl-C, too: what is written is printed
-        if len(texts) == 1:
+    except BaseException:  # also Ctrl-C: what is written is printed
+        texts = texts if any(texts) else []
+        raise
+    finally:
+        if len(options.prompt) == 1:
             print(flush=True)
         else:
             for prompt, text in zip(options.prompt, texts):
@@ -481,11 +487,11 @@ def write_text(options: argparse.Namespace, answer: Iterator) -> None:
                 print(text, flush=True)
 
 
-def write_pictures(options: argparse.Namespace, answer: Iterator) -> None:
+def write_pictures(options: argparse.Namespace, made: Iterator) -> None:
     """One picture to --out. Of several, a contact sheet to --out and each picture beside it."""
     pictures = []
     try:
-        for piece in answer:
+        for piece in made:
             pictures.append(piece.image)
     finally:  # after Ctrl-C, too: what is drawn is saved
         ignore_stops()
@@ -499,16 +505,16 @@ def write_pictures(options: argparse.Namespace, answer: Iterator) -> None:
             say(f"{options.out}: {len(pictures)} picture(s), seed {options.seed}")
 
 
-def write_interleaved(options: argparse.Namespace, answer: Iterator) -> None:
+def write_interleaved(options: argparse.Namespace, made: Iterator) -> None:
     """Streams text to stdout, with a line for each picture. Writes the document to --out."""
-    made, pictures, in_line = [], 0, False
+    kept, pictures, in_line = [], 0, False
     choose_name(options)
     options.out.mkdir(parents=True, exist_ok=True)  # at once: so other processes take others
     with hold(options.out):
         check_folder(options.out)
         try:
-            for piece in answer:
-                made.append(piece)
+            for piece in made:
+                kept.append(piece)
                 if piece.image is not None:
                     pictures += 1
                     print("\n" * in_line + f"[{options.out / str(pictures)}.png]", flush=True)
@@ -517,13 +523,13 @@ def write_interleaved(options: argparse.Namespace, answer: Iterator) -> None:
         finally:
             ignore_stops()
             try:
-                if made:
-                    write_document(options.out, parts_of(made))
+                if kept:
+                    write_document(options.out, parts_of(kept))
             finally:
                 with suppress(OSError):
                     options.out.rmdir()  # if nothing was written
                 print(flush=True)  # fails if stdout is closed or full
-            if made:
+            if kept:
                 say(f"{options.out / 'document.html'}: seed {options.seed}")
 
 

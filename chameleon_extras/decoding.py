@@ -57,7 +57,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import chain, cycle, repeat
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -227,10 +227,10 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dr
 
     q (B, H, 1, Dh), k and v (B, Hkv, L, Dh), mask (B or 1, 1, 1, L) or None -> (B, H, 1, Dh)
 
-    `loops`: in the form of which torch.compile makes better loops on a CPU. All is fp32, so the
-    query is converted once, not once for each key. And each row of v is cut into parts, whose sums
-    torch.compile joins into one loop: it reads every row once, from end to end. A single sum would
-    become a loop over one part of all rows, then over the next, at two thirds of the speed.
+    `loops`: in the form of which torch.compile makes better loops on a CPU. The query is made fp32
+    once, not once for each key. And each row of v is cut into parts, whose sums torch.compile joins
+    into one loop: it reads every row once, from end to end. A single sum would become a loop over
+    one part of all rows, then over the next, at two thirds of the speed.
     """
     dtype = q.dtype
     if loops:
@@ -240,7 +240,7 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dr
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = F.dropout(torch.softmax(scores.float(), dim=-1).to(q.dtype), dropout)
-    if loops:
+    if loops:  # q and the weights are fp32
         weights = in_memory(weights)[..., None]  # (B, Hkv, H/Hkv, L, 1)
         parts = v.unsqueeze(2).split(PART // v.itemsize, dim=-1)  # 16 bits: (B, Hkv, 1, L, 32) each
         y = torch.cat([(weights * part.float()).sum(-2) for part in parts], dim=-1)
@@ -600,8 +600,7 @@ class Decoder:
             if odd := {type(p.data).__name__ for p in model.parameters()} - {"Tensor"}:  # torchao's
                 raise ValueError(f"compile=True reads plain weights, and these are {min(odd)}: "
                                  "leave it out, or quantize by a quantization_config instead")
-            # rows of a step, dtype -> the layers with the forms for so many rows
-            self.layers = cache(lambda *of: [with_row_products(layer, *of) for layer in layers])
+            self.layers = {}  # rows of a step -> the layers with the forms for so many
             self.parts = parts(model)
             # Before each call torch checks all its assumptions (guards); for all blocks that is a
             # tenth of a step. Here it checks tensors only. The rest holds, because a copy of the
@@ -657,15 +656,19 @@ class Decoder:
         The first use runs the plain layer, so that the first id of an answer waits for no compiler
         and no measurement. All uses have the same number of rows.
         """
-        with_loops = cache(partial(with_row_products, layer))
+        runs = []
 
         def fast(x: Tensor) -> Tensor:
+            x = x.contiguous()  # the prompt's last column is a view whose strides tell its length
+            if not runs:
+                runs.append(layer)
+                return layer(x)
             with self.kernels(len(x), self.compiled):
-                return self.head(with_loops(len(x), x.dtype), x) if self.compiled else layer(x)
+                if self.compiled and len(runs) == 1:
+                    runs.append(partial(self.head, with_row_products(layer, len(x), x.dtype)))
+                return runs[-1](x)
 
-        uses = chain([layer], repeat(fast))
-        # Contiguous: the prompt's last column is a view whose strides tell its length.
-        return lambda x: next(uses)(x.contiguous())
+        return fast
 
     def __call__(self, new: Tensor, mask: Tensor | None, positions: Tensor | None,
                  cache: KVCache) -> Tensor:
@@ -686,10 +689,13 @@ class Decoder:
         """One column of ChameleonModel.forward, from the cache's inputs -> hidden states (B, D)."""
         model = self.model.model
         x = model.embed_tokens(cache.new)  # (B, 1, D)
+        if len(x) not in self.layers:
+            self.layers[len(x)] = [with_row_products(layer, len(x), x.dtype)
+                                   for layer in model.layers]
         cos, sin = chameleon.rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         # n: a layer's place in the cache, also if others were taken out
-        for layer, n, run in zip(self.layers(len(x), x.dtype), self.places, cycle(self.blocks)):
+        for layer, n, run in zip(self.layers[len(x)], self.places, cycle(self.blocks)):
             x = run(layer, x, cos, sin, allowed, k[n], v[n], cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 

@@ -305,6 +305,10 @@ def open_tensors(path: Path, device: str | torch.device = "cpu", apart: bool = F
     # On Windows a mapping counts as memory, and its file cannot be replaced.
     how: dict = {"backend": "pread"} if sys.platform == "win32" else {}
     opened = partial(safe_open, path, framework="pt", device=str(device), **how)
+
+    def read_apart(name: str) -> Tensor:
+        return opened().get_tensor(name)
+
     try:
         file, tensors = opened(), {}
         for name in file.keys():  # noqa: SIM118, no dict
@@ -312,7 +316,7 @@ def open_tensors(path: Path, device: str | torch.device = "cpu", apart: bool = F
             if header.get_dtype() not in DTYPES:
                 raise ValueError(f"{path}: {name} is {header.get_dtype()}, which is none of "
                                  f"{', '.join(DTYPES)}: weights quantized elsewhere are not read")
-            read = lambda name=name: (opened() if apart else file).get_tensor(name)  # noqa: E731
+            read = partial(read_apart if apart else file.get_tensor, name)
             tensors[name] = Stored(tuple(header.get_shape()), DTYPES[header.get_dtype()], read)
         return tensors
     except (SafetensorError, OSError) as e:

@@ -133,4 +133,4 @@ def shard(model: ChameleonForConditionalGeneration,
     head.register_forward_hook(gather)
     Hkv = model.config.num_key_value_heads // N
     model.config = model.model.config = dataclasses.replace(model.config, num_key_value_heads=Hkv)
-    return model.to(device)
+    return model.to(device).requires_grad_(False)  # all_reduce has no gradient

@@ -163,6 +163,8 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
             "vq_config" in values or values.get("model_type") == "chameleon"):
         values = values.get("vq_config") or {}
     try:
+        if not isinstance(values, dict):
+            raise ValueError("vq_config must be an object of names and values")
         if ROPE & changes.keys() & cls.__dataclass_fields__.keys():
             # Theta and scaling each come from the changes, or else from the file. Either may give
             # them under each of the names in ROPE.
@@ -177,7 +179,7 @@ def load_config(cls: type[Config], folder: str | PathLike, **changes: object) ->
         if (kind := values.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"it describes a {kind!s:.40}, not a {cls.model_type}")
         return cls.from_dict(values | changes)
-    except (TypeError, AttributeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} cannot be used: {error}") from None
 
 

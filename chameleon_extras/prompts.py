@@ -89,11 +89,12 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
     asked, rooms = read_prompts(options.prompts), []
     for line in asked:
         try:
-            inputs = inputs_of([line], options, processor)
-            rooms.append(room_behind(config, inputs["input_ids"].shape[1]))
+            length = len(processor.prompt_ids(line.prompt, options.completion))
+            rooms.append(room_behind(config, length))  # before its pictures are read: maybe many
+            inputs_of([line], options, processor)
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from None
-    check_pair(config, processor, inputs)
+    check_pair(config, processor, {})
     seeds_of(options.seed, len(asked))
     if min(rooms) < (options.max_new_tokens or 256) and options.batch > 1:
         options.batch = 1

@@ -69,7 +69,7 @@ class PackedLinear(nn.Module):
     scale: Tensor
     bias: nn.Parameter | None
     pack: Callable[[Tensor], dict[str, Tensor]]  # weight (O, I) -> {"weight": ..., "scale": ...}
-    _kernel: tuple[Tensor, Tensor] | None = None  # Int4Linear's second copy of the weights
+    _kernel: tuple[Tensor, Tensor] | None  # Int4Linear's second copy of the weights
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -77,6 +77,8 @@ class PackedLinear(nn.Module):
         for name, row in self.pack(torch.zeros(1, inputs, device="cpu")).items():
             self.register_buffer(name, row.new_empty(outputs, *row.shape[1:], device="meta"))
         self.register_parameter("bias", None)
+        # Of the layer, not the class: torch.export puts back only what a layer had before.
+        self._kernel, self._known = None, None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x.reshape(-1, x.shape[-1]).contiguous())  # (rows, O)
@@ -125,7 +127,8 @@ class Int8Linear(PackedLinear):
         """A linear layer's weight (O, I) -> the tensors of its int8 twin."""
         weight = weight.float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (O,)
-        return {"weight": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
+        q = (weight / scale[:, None]).round().to(torch.int8)  # (O, I)
+        return {"weight": q, "scale": scale}
 
     def unpacked(self) -> Tensor:
         """The weight (O, I) that these numbers stand for, fp32."""
@@ -157,7 +160,7 @@ class Int4Linear(PackedLinear):
     IN_A_NUMBER = 2
     VALUES = tuple(range(-8, 8))  # what the 16 numbers of 4 bits stand for, times the scale
     GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
-    _known: Tensor | None = None  # `table`, made when first used
+    _known: Tensor | None  # `table`, made when first used
 
     @property
     def group(self) -> int:
@@ -175,7 +178,7 @@ class Int4Linear(PackedLinear):
         scale = torch.where(scale == 0, 1.0, scale)
         q = (groups / scale.float()).round().clamp(-8, 7) + 8  # 0 .. 15
         q = q.flatten(1).to(torch.uint8)  # (O, I)
-        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale[..., 0]}
+        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale[..., 0]}  # (O, I/2), (O, I/g)
 
     def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (O, I) that these numbers stand for."""
@@ -252,7 +255,7 @@ class NF4Linear(Int4Linear):
         shares = (groups / safe[..., None]).flatten(1)  # (O, I), from -1 to 1
         # As torch.bucketize(shares, middles), in a third of the time.
         q = sum((shares > middle).byte() for middle in middles)  # (O, I), 0 .. 15
-        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale}
+        return {"weight": q[:, ::2] * 16 + q[:, 1::2], "scale": scale}  # (O, I/2), (O, I/g)
 
     def values(self, q: Tensor) -> Tensor:
         return self.table()[q]

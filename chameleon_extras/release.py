@@ -150,9 +150,11 @@ def tokenizer_folder(release: Path) -> Path:
 
 def read_params(release: Path) -> dict:
     """params.json, updated by its "model" part and then by consolidate_params.json. ValueError."""
+    if not (release / "params.json").is_file():
+        raise ValueError(f"{release} lacks params.json: download it again")
     params = {}
-    for file in (release / "params.json", *release.glob("consolidate_params.json")):
-        values = read_json(file)
+    for file in (release / "params.json", release / "consolidate_params.json"):
+        values = read_json(file) if file.is_file() else {}
         model = values.get("model")
         params |= values | (model if isinstance(model, dict) else {})
     missing = [name for name in ("dim", "n_layers", "n_heads", "swin_norm") if name not in params]
@@ -198,7 +200,7 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
         raise ValueError(f"{release}: params.json says vocab_size {params['vocab_size']}, "
                          f"but tok_embeddings has {V} rows")
     try:
-        return ChameleonConfig(
+        c = ChameleonConfig(
             vocab_size=V, hidden_size=params["dim"], intermediate_size=F,
             num_hidden_layers=params["n_layers"], num_attention_heads=params["n_heads"],
             num_key_value_heads=params.get("n_kv_heads"), rms_norm_eps=params.get("norm_eps", 1e-5),
@@ -208,6 +210,10 @@ def release_config(release: Path, params: dict, shards: list[dict], vq: dict) ->
             eos_token_id=names.get("</s>"))
     except (TypeError, ValueError) as e:
         raise ValueError(f"{release / 'params.json'} cannot be used: {e}") from None
+    if c.num_key_value_heads % len(shards):
+        raise ValueError(f"{release}: {len(shards)} shards cannot share {c.num_key_value_heads} "
+                         "key/value heads (n_kv_heads): params.json is another model's")
+    return c
 
 
 def vq_config(release: Path, state: dict[str, Stored]) -> ChameleonVQVAEConfig:
@@ -290,8 +296,8 @@ def with_vqgan(tensors: dict[str, Stored], path: Path) -> dict[str, Stored]:
     if CODEBOOK in new and CODEBOOK in tensors:
         a, b = tensors[CODEBOOK].read().float().cpu(), new[CODEBOOK].read().float().cpu()  # (K, E)
         if a.shape != b.shape or not torch.allclose(a, b, rtol=2**-7, atol=1e-6):
-            raise ValueError(f"{path} is the VQ-VAE of another model: its codebook, of the shape "
-                             f"{list(b.shape)}, is not this model's, of {list(a.shape)}")
+            raise ValueError(f"{path} is the VQ-VAE of another model: its codebook has other "
+                             f"numbers than this model's, {list(b.shape)} and {list(a.shape)}")
     return tensors | new
 
 

@@ -293,8 +293,8 @@ def test_lines_may_come_from_a_file_and_other_options_are_refused(untrained_fold
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--chat", "--prompt", "a"], "--chat does not read --prompt: leave --prompt out"),
-    (["--context", "last", "--prompt", "a"], "leave --context out (it is for --demo, --chat)"),
+    (["--chat", "--prompt", "a"], "--explain, not for --chat: leave --prompt out"),
+    (["--context", "last", "--prompt", "a"], "--context is for --demo, --chat, not for --mode"),
 ])
 def test_options_that_do_not_go_together_are_one_line(arguments, message, capsys):
     assert module.main(arguments) == 2

@@ -477,6 +477,7 @@ def test_a_step_is_one_whole_graph_and_every_product_a_loop(traced):
     block, head = traced
     assert not [name for name in block + head if "linear" in name]
     assert sum("index_copy_" in name for name in block) == 2  # k and v, in place
+    assert sum("matmul" in name for name in block) == 1  # q k^T; the sums over v are loops
 
 
 def test_an_int4_step_finds_its_weights_in_the_kernels_order(traced):

@@ -112,7 +112,7 @@ def test_a_wrong_file_is_one_line_before_the_weights_are_read(
 @pytest.mark.parametrize("options, message", [
     (("--batch", "0"), "1 to 1024"),
     (("--seed", str(2**63 - 1), "--batch", "1"), "row b adds b: take a smaller one"),
-    (("--mode", "image"), "--prompts does not read --mode: leave --mode out"),
+    (("--mode", "image"), "interleaved, not for --prompts: leave --mode out"),
     (("--out", "missing/a.jsonl"), "the folder missing of a.jsonl does not exist"),
     (("--out", "other.jsonl"), "line 1 is not prompt 1"),
     (("--out", "/dev/null"), "/dev/null is a folder or a device"),

@@ -215,6 +215,13 @@ def test_packed_weights_are_the_same_under_any_default_dtype(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_survives_that_it_is_exported(kind):
+    layer, x = twin_of(torch.ones(16, 64), kind), torch.ones(1, 64)
+    torch.export.export(layer, (x,), strict=False)
+    assert torch.equal(layer(x), torch.full((1, 16), 64.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_zeros_survive(kind):
     twin = twin_of(torch.zeros(4, 64), kind)
     assert torch.equal(twin(torch.randn(2, 64)), torch.zeros(2, 4))

@@ -493,7 +493,7 @@ def test_a_broken_tokenizer_json_is_a_one_line_error_that_names_it(tmp_path, con
 def test_a_merge_without_its_token_and_a_file_without_bos_are_errors(tmp_path):
     path = write_synthetic_tokenizer(tmp_path)
     data = json.loads(path.read_text())
-    for merge, words in ((["Z", "ZZZZZ"], "ZZZZZ"), ("a b c", "ValueError"), ([1, 2], "KeyError: 1"),
+    for merge, words in ((["Z", "ZZZZZ"], "ZZZZZ"), ("a b c", "ValueError"), ([1, 2], "KeyError"),
                          (["", "a"], "KeyError")):
         data["model"]["merges"].append(merge)
         path.write_text(json.dumps(data))

@@ -1539,13 +1539,15 @@ def test_of_several_drawings_the_most_likely_counts(monkeypatch):
         return torch.full((2, 4), len(seeds)), torch.tensor([-1.0 * len(seeds), 1.0 * len(seeds)])
 
     monkeypatch.setattr(evaluate, "draw", draw)
+    monkeypatch.setattr(evaluate, "BATCH", 2)
     monkeypatch.setattr(evaluate, "read", lambda *_: torch.zeros(()))
     monkeypatch.setattr(evaluate, "decode_pictures", lambda _, best: best[:, 0].tolist())
     monkeypatch.setattr(world, "read_scene", lambda picture: picture)
     monkeypatch.setattr(evaluate.language, "fulfils", lambda seen, _: counted.append(seen) or True)
     model, counted = types.SimpleNamespace(device="cpu"), []
-    assert evaluate.drawn_right(model, None, "edit", 2, guidance=1.5, tries=3) == 1
-    assert counted == [1, 3] and len({seed for seed, _ in seeds}) == 3
+    assert evaluate.drawn_right(model, None, "edit", 4, guidance=1.5, tries=3) == 1
+    assert counted == [1, 3, 4, 6]  # of two pictures, one by its first try, one by its last
+    assert len({seed for seed, _ in seeds}) == 6
     assert {guidance for _, guidance in seeds} == {1.5}
 
 

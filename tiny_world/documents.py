@@ -85,7 +85,7 @@ class Pictures:
         ends = encode_scenes(vq, scenes[:10] + scenes[-10:])  # (20, S)
         # One array from the start: many small results between large temporary tensors would
         # fragment the heap, to 17 GB for 110,000 pictures.
-        codes = np.full((len(scenes), ends.shape[1]), -1, np.int16)  # (N, S)
+        codes = np.full((len(scenes), ends.shape[1]), -1, np.int16)  # (N, S); -1 is no code
         with suppress(OSError, ValueError):  # the file is missing, damaged, or of other pictures
             codes = np.fromfile(cache, np.int16).reshape(codes.shape)
         # Codes of other pictures or of another VQ-VAE must not be used. So the first and the last
@@ -185,7 +185,9 @@ class Writer:
         return turn
 
     def chat(self, *turns: tuple[Sequence, Sequence]) -> Document:
-        """Prompts and answers, each of text and pictures. Only the answers are in the loss."""
+        """Prompts and answers, each of text and pictures. Only the answers are in the loss. With an
+        empty prompt an answer is a plain statement, see `turn`.
+        """
         document = self.write((self.bos,), 0.0, 0.0)
         for n, (prompt, answer) in enumerate(turns, start=1):
             end = self.eos if n == len(turns) else self.end_of_turn
@@ -378,10 +380,10 @@ class Corpus:
             elif kind > 1 - self.shares.places:  # instead of questions about pairs, see below
                 turn = language.ask_thing(rng, scene)
             else:
-                two, ask, which = ((edit, language.ask_difference, 0.4) if kind < 0.7 else
-                                   (pair, language.ask_common, 0.5))
+                two, ask, ask_which = ((edit, language.ask_difference, 0.4) if kind < 0.7 else
+                                       (pair, language.ask_common, 0.5))
                 turn = ask(rng, *two)
-                if share < which:
+                if share < ask_which:
                     turn = language.ask_which(rng, *two, field)
             if turn and ". " in turn[1]:  # a description and a conclusion
                 turns.append((language.vary(rng, turn[0]), turn[1]))

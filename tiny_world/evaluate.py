@@ -119,8 +119,9 @@ def read(processor, conversations: list[Turns]) -> dict[str, Tensor]:
     """Conversations -> what the model takes."""
 
     def content(part: str | Scene | Image.Image) -> dict:
-        kind = "text" if isinstance(part, str) else "image"
-        return {"type": kind, kind: world.render(part) if isinstance(part, Scene) else part}
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        return {"type": "image", "image": world.render(part) if isinstance(part, Scene) else part}
 
     messages = [[{"role": ("user", "assistant")[n % 2], "content": [*map(content, turn)]}
                  for n, turn in enumerate(turns)] for turns in conversations]

@@ -126,7 +126,8 @@ class Run:
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-            weights, state, step = data["model"], data["optimizer"], data["step"]
+            weights, state, step, *_ = (data[name] for name in (
+                "model", "optimizer", "step", "extra", "rng", "torch_rng"))
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
         try:

@@ -94,7 +94,7 @@ def sample_thing(rng: Generator, place: tuple[int, int], held_out: bool | None =
 
 
 def sample_scene(rng: Generator, count: int | None = None, held_out: bool | None = False) -> Scene:
-    """A random scene of `count` things, by default one to three, no two alike in colour and shape.
+    """A random scene of 1 to 9 things, by default 1 to 3, no two alike in colour and shape.
 
     held_out: True makes the first thing drawn a HELD_OUT pair, and only that; False allows none;
     None allows any.
@@ -105,7 +105,7 @@ def sample_scene(rng: Generator, count: int | None = None, held_out: bool | None
     while len(things) < count:
         place = places[order[len(things)]]
         thing = sample_thing(rng, place, held_out and not things)  # None stays None
-        things.setdefault((thing.colour, thing.shape), thing)
+        things.setdefault((thing.colour, thing.shape), thing)  # if it is new, else tries again
     return Scene(pick(rng, BACKGROUNDS), tuple(sorted(things.values(), key=lambda t: t.place)))
 
 
