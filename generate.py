@@ -32,7 +32,7 @@ Run as a program, this file is the command: `python generate.py --help`.
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -241,37 +241,34 @@ def ids_of_pictures(vocabulary: VocabularyMap) -> list[int]:
 # Guidance: it strengthens the effect of the prompt on the logits
 
 
-def guidance_streams(s_text: float, s_image: float, mode: str, has_pictures: bool) -> list[str]:
-    """Which versions of a row's context the two scales compare; each costs a row of the batch.
+def guidance_weights(s_text: float, s_image: float, mode: str,
+                     has_pictures: bool) -> dict[str, float]:
+    """The versions (streams) of a row's context to compare -> the weight of each one's logits.
 
     full      the whole context
     pictures  only the first id (<s>), the pictures and their marks: as if the words were not read
     nothing   only the first id and the picture being drawn, from its begin-image on
-    """
-    if mode == "image" and not has_pictures:
-        s_image = 1.0  # without pictures in the prompt, "pictures" and "nothing" are the same
-    if mode == "text" or s_text == s_image == 1.0:
-        return ["full"]
-    return ["full", "pictures"] if s_image == 1.0 else ["full", "pictures", "nothing"]
 
-
-def guide(logits: Tensor, s_text: float, s_image: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598) with two scales, as InstructPix2Pix has them
-    (arXiv 2211.09800, equation 3). On raw logits, before any filter.   (G, B, K) -> (B, K)
+    Classifier-free guidance (arXiv 2207.12598) with two scales, as InstructPix2Pix has them
+    (arXiv 2211.09800, equation 3):
 
         nothing + s_image (pictures - nothing) + s_text (full - pictures)
-      = pictures + s_text (full - pictures) + (s_image - 1) (pictures - nothing)
+      = s_text full + (s_image - s_text) pictures + (1 - s_image) nothing
 
-    The second form is computed: with s_image = 1 its last term is zero, and the stream "nothing"
-    is not needed. With one stream there is no guidance.
+    Each stream costs a row of the batch, so one of weight 0 is left out. "full" stays: text is
+    written from it.
     """
-    if len(logits) == 1:
-        return logits[0]
-    full, pictures = logits[0], logits[1]  # each (B, K)
-    guided = pictures + s_text * (full - pictures)  # s_text = 1 would leave `full` as it is
-    if len(logits) == 3:
-        guided = guided + (s_image - 1) * (pictures - logits[2])
-    return guided
+    if mode == "text":
+        s_text = s_image = 1.0  # no guidance
+    if mode == "image" and not has_pictures:
+        s_image = 1.0  # without pictures in the prompt, "pictures" and "nothing" are the same
+    weights = {"full": s_text, "pictures": s_image - s_text, "nothing": 1 - s_image}
+    return {name: weight for name, weight in weights.items() if weight or name == "full"}
+
+
+def guide(logits: Tensor, weights: Iterable[float]) -> Tensor:
+    """The weighted sum of G streams' raw logits, before any filter.   (G, B, K) -> (B, K)"""
+    return sum(weight * stream for weight, stream in zip(weights, logits))  # (B, K)
 
 
 class Contexts:
@@ -365,9 +362,10 @@ class Picker:
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
                  options: Options, generators: list[torch.Generator], stops: list[int],
-                 end_room: int, decoder=None) -> None:
+                 end_room: int, weights: dict[str, float], decoder=None) -> None:
         self.stops, self.end_room = stops, end_room  # no row ends while room > end_room
         self.grammar, self.options, self.generators = grammar, options, generators
+        self.weights = weights  # stream -> its weight, see `guidance_weights`
         self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
         self.head = self.code_head = model.lm_head  # (..., D) -> (..., V), (..., K)
         if grammar.mode != "text":
@@ -414,7 +412,7 @@ class Picker:
         """The next id of rows in a picture, from all streams.   hidden (G, B, D) -> ids (B,)"""
         logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
         o = self.options
-        logits = guide(logits, o.guidance_text, o.guidance_image).float()  # (B, K)
+        logits = guide(logits.float(), self.weights.values())  # (B, K)
         generators = [g if codes else None for g, codes in zip(self.generators, inside)]
         codes = choose(logits, generators, o.image_temperature, o.image_top_k, o.image_top_p)
         return self.code_to_id[codes].masked_fill(~logits.sum(-1).isfinite(), NO_ID)  # (B,)
@@ -479,8 +477,7 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
     # all ids, and that one is in the row anyway.
     seen = torch.where(is_token, input_ids, input_ids[:, -1:])  # (B, T)
     missing = pick.grammar.missing(seen)
-    has_pictures = pick.grammar.begin in seen.unique().tolist()
-    streams = guidance_streams(o.guidance_text, o.guidance_image, o.mode, has_pictures)
+    streams = list(pick.weights)
     contexts = Contexts(model, pick.grammar, seen, is_token, streams, steps, decoder, past)
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
     ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
@@ -658,7 +655,9 @@ def stream(
             raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
         readers = [tokenizer.stream_decoder() for _ in seeds]
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
-    pick = Picker(model, grammar, o, generators, stops, steps - o.min_new_tokens, decoder)
+    has_pictures = grammar.begin in input_ids.flatten().tolist()
+    weights = guidance_weights(o.guidance_text, o.guidance_image, o.mode, has_pictures)
+    pick = Picker(model, grammar, o, generators, stops, steps - o.min_new_tokens, weights, decoder)
     chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, steps, decoder,
                   past_key_values)
     return until_ended(decoder.read(chosen) if decoder else chosen, stops, pad, words, readers)

@@ -30,7 +30,7 @@ from generate import (
     choose,
     decode_pictures,
     generate,
-    guidance_streams,
+    guidance_weights,
     ids_of_pictures,
     keep_top_k,
     keep_top_p,
@@ -476,7 +476,8 @@ def test_a_minimum_of_new_tokens_never_reaches_into_a_picture(mode):
 
 
 def test_scales_of_one_are_no_guidance_and_a_dropped_prompt_is_its_own():
-    assert guidance_streams(1.0, 1.0, "interleaved", True) == ["full"]
+    assert guidance_weights(1.0, 1.0, "interleaved", True) == {"full": 1.0}
+    assert list(guidance_weights(2.0, 2.0, "interleaved", True)) == ["full", "nothing"]
     model = with_any_logits(3, 1.0, 0.0)
     empty = torch.tensor([[0]])
     plain = generate(model, empty, mode="image", seed=5)
