@@ -32,9 +32,10 @@ Run as a program, this file is the command: `python generate.py --help`.
 
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 import torch
@@ -68,10 +69,11 @@ Guidance = Annotated[float, "from 0 to 1000 (1 is none)", real(0, 1000)]
 
 @dataclass(frozen=True)
 class Options:
-    """How `stream` and `generate` choose ids. ValueError, naming the option, for a wrong value."""
+    """Those of `stream` and `generate`. ValueError, naming the option, for a wrong value."""
 
     mode: Mode = "text"  # "image": one picture at once; "interleaved": as the model decides
     max_new_tokens: Number | None = None  # not for "image"; None: 256 for "text", else all that fit
+    max_length: Number | None = None  # prompt and answer together; max_new_tokens has precedence
     min_new_tokens: NumberOr0 = 0  # a text does not end before
     do_sample: Flag = False  # of text; pictures are sampled unless image_temperature is 0
     temperature: Temperature = 1.0
@@ -84,6 +86,14 @@ class Options:
     guidance_text: Guidance = 1.0
     guidance_image: Guidance = 1.0
     num_return_sequences: Rows = 1  # so many rows of each prompt, one after the other
+    seed: int | list[int] = 0  # row b draws with seed + b, or with its own of a list
+    eos_token_id: int | list[int] | None = None  # None: the config's, and end of turn
+    pad_token_id: int | None = None  # what a row yields that has ended; None: the config's
+    stop_strings: str | Sequence[str] | None = None  # a row also ends when its answer holds one
+    tokenizer: Tokenizer | None = None  # needed for stop_strings
+    past_key_values: KVCache | None = None  # of an earlier call; see `stream`
+    compile: bool = False  # the same ids sooner, after seconds of compiling in the first call
+    decoder: object = None  # of chameleon_extras.decoding; None: the model's; False: plain steps
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -169,10 +179,14 @@ class Grammar:
     (section 2.1), and the model was trained on no other number. So end-image is never sampled but
     inserted after S codes, and begin-image is allowed only where S codes and end-image still fit.
 
+    `stops` are the ids that end a row. In text, none is allowed while more than `end_room` ids may
+    still be made: min_new_tokens.
+
     ValueError if these weights cannot draw and `mode` wants pictures.
     """
 
-    def __init__(self, model: ChameleonForConditionalGeneration, mode: str) -> None:
+    def __init__(self, model: ChameleonForConditionalGeneration, mode: str,
+                 stops: Sequence[int] = (), end_room: int = 0) -> None:
         self.mode, self.S = mode, model.config.vq_config.codes_per_image
         vocabulary, V = model.model.vocabulary, model.config.vocab_size
         self.begin, self.end = vocabulary.begin_image_id, vocabulary.end_image_id
@@ -186,20 +200,20 @@ class Grammar:
             mask[[i for i in ids if i is not None]] = True
             return mask.to(model.device)  # (V,)
 
-        self.codes = only(vocabulary.code_to_id.tolist())
-        self.end_only = only([self.end])
+        self.stops, self.end_room = only(stops), end_room
+        self.codes, self.end_only = only(vocabulary.code_to_id.tolist()), only([self.end])
         self.pictures = only(ids_of_pictures(vocabulary))
         self.text = ~self.pictures if mode != "image" else only([])
-        self.text_or_begin = self.text if mode == "text" else self.text | only([self.begin])
+        self.text_or_begin = self.text | only([self.begin])
 
     def fits(self, room: int) -> bool:
-        """Does a whole picture with its marks fit into `room` more ids?"""
-        return room >= self.S + 2
+        """May a picture begin: does all of it, with its marks, fit into `room` more ids?"""
+        return self.mode != "text" and room >= self.S + 2
 
     def missing(self, ids: Tensor) -> list[int]:
         """ids of prompts (B, T) -> for each row, how many ids the picture at its end lacks."""
         T = ids.shape[1]
-        if self.mode == "text" or self.begin is None:
+        if self.mode == "text":
             return [0] * len(ids)
         column = torch.arange(1, T + 1, device=ids.device)  # from 1, so that 0 means "nowhere"
         begun = torch.where(ids == self.begin, column, 0).amax(1).tolist()  # B numbers
@@ -214,11 +228,10 @@ class Grammar:
         To read the ids on the host is a GPU synchronization. They are read only where a row of an
         interleaved document is in text; a whole picture, or plain text, needs no synchronization.
         """
-        begins = [False] * len(missing)
-        if self.mode == "image":  # a picture fits before the first id, begin-image, and not later
-            begins = [self.fits(room)] * len(missing)
-        elif self.mode == "interleaved" and 0 in missing:
+        if self.mode == "interleaved" and 0 in missing:
             begins = (chosen == self.begin).tolist()
+        else:  # in mode "image" a picture fits before the first id, begin-image, and not later
+            begins = [self.mode == "image" and self.fits(room)] * len(missing)
         return [n - 1 if n else self.S + 1 if begin else 0 for n, begin in zip(missing, begins)]
 
     def allowed(self, missing: list[int], room: int) -> Tensor:
@@ -227,6 +240,8 @@ class Grammar:
         After the picture of mode "image" no id is allowed: the row has ended.
         """
         text = self.text_or_begin if self.fits(room) else self.text
+        if room > self.end_room:
+            text = text & ~self.stops
         masks = text, self.end_only, self.codes  # 1: end-image is forced; 2 or more: a code
         return torch.stack([masks[min(n, 2)] for n in missing])  # (B, V)
 
@@ -280,8 +295,7 @@ class Contexts:
     """
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar, seen: Tensor,
-                 is_token: Tensor, streams: list[str], steps: int, decoder=None,
-                 past: KVCache | None = None) -> None:
+                 is_token: Tensor, streams: list[str], steps: int, decoder=None) -> None:
         self.model, self.grammar, self.streams, self.decoder = model, grammar, streams, decoder
         self.is_token = F.pad(is_token, (0, steps), value=True)  # (B, T + steps)
         self.needs_mask = len(streams) > 1 or not bool(is_token.all())
@@ -291,8 +305,6 @@ class Contexts:
             self.cache = decoder.new_cache(rows, size)
         else:
             self.cache = KVCache(model.config, rows, size, model.dtype, model.device)
-        if past is not None and len(streams) == 1:
-            self.take_over(past, seen)
 
     def take_over(self, past: KVCache, seen: Tensor) -> None:
         """Copies from `past` the columns of the first ids that are equal in both; the model reads
@@ -358,24 +370,20 @@ def rows_of(head: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 class Picker:
-    """Hidden states of all guidance streams -> each row's next id."""
+    """Hidden states of all guidance streams -> each row's next id. `weights` are the streams'."""
 
     def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
-                 options: Options, generators: list[torch.Generator], stops: list[int],
-                 end_room: int, weights: dict[str, float], decoder=None) -> None:
-        self.stops, self.end_room = stops, end_room  # no row ends while room > end_room
+                 options: Options, generators: list[torch.Generator],
+                 weights: dict[str, float]) -> None:
         self.grammar, self.options, self.generators = grammar, options, generators
-        self.weights = weights  # stream -> its weight, see `guidance_weights`
-        self.code_to_id = model.model.vocabulary.code_to_id  # (K,)
+        self.weights, self.code_to_id = weights, model.model.vocabulary.code_to_id
         self.head = self.code_head = model.lm_head  # (..., D) -> (..., V), (..., K)
         if grammar.mode != "text":
             self.code_head = rows_of(model.lm_head, self.code_to_id)
-        if decoder:
-            self.head = decoder.product(self.head)
-            self.code_head = decoder.product(self.code_head)
+        if options.decoder:
+            self.head, self.code_head = map(options.decoder.product, (self.head, self.code_head))
 
-    def __call__(self, hidden: Tensor, seen: Tensor, missing: list[int],
-                 room: int) -> Tensor:
+    def __call__(self, hidden: Tensor, seen: Tensor, missing: list[int], room: int) -> Tensor:
         """hidden (G, B, D), ids so far (B, T), `missing` of B rows -> next ids (B,), NO_ID for a
         row whose logits are inf or nan.
 
@@ -397,12 +405,7 @@ class Picker:
         """The next id of rows in text, from the full context alone.   hidden (B, D) -> ids (B,)"""
         logits = computed = self.head(hidden).float()  # (B, V)
         logits = penalize_repetition(logits, seen, self.options.repetition_penalty)
-        allowed = self.grammar.allowed(missing, room)  # (B, V)
-        if room > self.end_room and self.grammar.mode != "image":
-            for row, n in zip(allowed, missing):
-                if n == 0:  # in text; a picture's end-image is not an end
-                    row[self.stops] = False
-        logits = logits.masked_fill(~allowed, float("-inf"))
+        logits = logits.masked_fill(~self.grammar.allowed(missing, room), float("-inf"))
         generators = [None if codes else g for g, codes in zip(self.generators, inside)]
         o = self.options  # without do_sample the temperature below is 0: greedy
         ids = choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)  # (B,)
@@ -418,15 +421,15 @@ class Picker:
         return self.code_to_id[codes].masked_fill(~logits.sum(-1).isfinite(), NO_ID)  # (B,)
 
 
-def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequence[str],
+def until_ended(steps: Iterator[Tensor], stops: Tensor, pad: int, words: Sequence[str],
                 readers: list[StreamDecoder]) -> Iterator[Tensor]:
     """Passes the ids (B,) on until the last row has ended. ValueError for NO_ID.
 
-    A row ends with one of `stops`, or when its answer holds one of `words`; `readers` has one for
-    each row, or none without words. Ended rows get `pad`.
+    A row ends with an id for which `stops` (V,) is True, or when its answer holds one of `words`;
+    `readers` has one for each row, or none without words. Ended rows get `pad`.
     """
     ended = torch.tensor(False, device="cpu")  # whatever torch's default device is
-    ends = torch.tensor(stops, dtype=torch.long, device="cpu")
+    stops = stops.cpu()  # (V,)
     texts = [""] * len(readers)
     for ids in steps:
         ids = ids.cpu().masked_fill(ended, pad)  # (B,)
@@ -434,7 +437,7 @@ def until_ended(steps: Iterator[Tensor], stops: list[int], pad: int, words: Sequ
             raise ValueError("the model computes inf or nan: its weights are damaged, or too large "
                              "for this dtype")
         yield ids
-        ended = ended | torch.isin(ids, ends)  # (B,)
+        ended = ended | stops[ids]  # (B,)
         for row, (reader, i) in enumerate(zip(readers, ids.tolist())):
             texts[row] += reader.feed(i)
             ended[row] |= any(word in texts[row] for word in words)
@@ -460,8 +463,7 @@ def evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 @torch.inference_mode()
 def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: Tensor,
-         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int, decoder=None,
-         past: KVCache | None = None) -> Iterator[Tensor]:
+         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int) -> Iterator[Tensor]:
     """One iteration for each token: hidden states, choice, update. `stream` checks the arguments.
 
     `is_token` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
@@ -469,18 +471,18 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
     reads ids that have arrived on the host, stops it.
     """
     input_ids = model.model.replace_image_placeholders(input_ids, pixel_values)  # (B, T)
-    o = pick.options
+    o, grammar = pick.options, pick.grammar
     start = int(is_token.any(0).nonzero()[0])  # before this column all is padding
     input_ids, is_token = (x[:, start:].repeat_interleave(o.num_return_sequences, dim=0)
                            for x in (input_ids, is_token))  # (B, T)
     # Padding becomes a copy of the row's last id: the grammar and the repetition penalty look at
     # all ids, and that one is in the row anyway.
     seen = torch.where(is_token, input_ids, input_ids[:, -1:])  # (B, T)
-    missing = pick.grammar.missing(seen)
-    streams = list(pick.weights)
-    contexts = Contexts(model, pick.grammar, seen, is_token, streams, steps, decoder, past)
+    missing = grammar.missing(seen)
+    contexts = Contexts(model, grammar, seen, is_token, list(pick.weights), steps, o.decoder)
+    if o.past_key_values is not None and len(pick.weights) == 1:
+        contexts.take_over(o.past_key_values, seen)
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
-    ends = torch.tensor(pick.stops, dtype=torch.long, device=seen.device)
     modules = list(model.modules())
     try:
         for room in range(steps, 0, -1):
@@ -489,14 +491,14 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
                 chosen = pick(hidden, seen, missing, room).masked_fill(ended, pad)  # (B,)
             yield chosen
             chosen = chosen.clamp(min=0)  # NO_ID is no index; until_ended raises on it
-            ended = ended | (chosen[:, None] == ends).any(1)
-            missing = pick.grammar.advance(missing, chosen, room)
+            ended = ended | grammar.stops[chosen]  # (B,)
+            missing = grammar.advance(missing, chosen, room)
             seen = torch.cat((seen, chosen[:, None]), dim=1)  # (B, T + 1)
     finally:
-        if past is not None:
-            contexts.hand_over(past, seen)
-        if decoder:
-            decoder.keep(contexts.cache)
+        if o.past_key_values is not None:
+            contexts.hand_over(o.past_key_values, seen)
+        if o.decoder:
+            o.decoder.keep(contexts.cache)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -535,9 +537,8 @@ def real_tokens(model: ChameleonForConditionalGeneration, input_ids: Tensor,
     if lowest < 0 or highest >= V:
         raise ValueError(f"input_ids hold {lowest}..{highest}, but the ids of this model are 0 to "
                          f"{V - 1}: take the tokenizer of its own folder")
-    if attention_mask is None:
-        known = pad is not None and pad not in stops  # else an end id would count as padding
-        attention_mask = input_ids != pad if known else torch.ones_like(input_ids)
+    if attention_mask is None:  # an id that ends a row is no padding
+        attention_mask = torch.ones_like(input_ids) if pad in (None, *stops) else input_ids != pad
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
         found = isinstance(attention_mask, Tensor) and tuple(attention_mask.shape)
         raise ValueError(f"attention_mask must be a tensor {tuple(input_ids.shape)}, as input_ids "
@@ -565,12 +566,12 @@ def check_past(config: ChameleonConfig, past: KVCache, rows: int, is_token: Tens
 def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
     """The ids that end a row: end-image for "image", else those given, or </s> and end of turn."""
     vocabulary = model.model.vocabulary
-    asked = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    ids: list[int | None] = list(asked) if isinstance(asked, (list, tuple)) else [asked]
-    if eos_token_id is None:
-        ids.append(vocabulary.end_of_turn_id)
+    ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
     if mode == "image":
         ids = [vocabulary.end_image_id]
+    elif eos_token_id is None:
+        ids.append(vocabulary.end_of_turn_id)
     return [i for i in ids if i is not None]
 
 
@@ -592,15 +593,6 @@ def stream(
     input_ids: Tensor,  # (B, T), padded on the left
     attention_mask: Tensor | None = None,  # (B, T), 0 on padding
     pixel_values: Tensor | None = None,  # (N, 3, H, W), for the <image> placeholders in order
-    *,
-    seed: int | list[int] = 0,  # row b draws with seed + b, or with its own of a list
-    eos_token_id: int | list[int] | None = None,  # None: the config's, and end of turn
-    pad_token_id: int | None = None,  # what a row yields that has ended; None: the config's
-    stop_strings: str | Sequence[str] | None = None,  # a row also ends when its answer holds one
-    tokenizer: Tokenizer | None = None,  # needed for stop_strings
-    past_key_values: KVCache | None = None,  # of an earlier call; see below
-    compile: bool = False,  # the same ids sooner, after seconds of compiling in the first call
-    decoder=None,  # a chameleon_extras.decoding.Decoder; None: the model's; False: plain steps
     **options,  # those of Options
 ) -> Iterator[Tensor]:
     """Yields the next id of every row, (B,), until all have ended or the limit is reached.
@@ -615,9 +607,9 @@ def stream(
     whole prompt is read again. Changed weights need a new cache.
     """
     if unknown := options.keys() - Options.__dataclass_fields__.keys():
-        known = ", ".join([*Options.__dataclass_fields__, *(stream.__kwdefaults__ or {})])
-        raise TypeError(f"generate has no option {min(unknown)!r}; it has {known}")
-    o = Options(**options)
+        raise TypeError(f"generate has no option {min(unknown)!r}; it has "
+                        + ", ".join(Options.__dataclass_fields__))
+    o, model = Options(**options), unwrapped(model)
     if getattr(input_ids, "dtype", None) not in IDS or input_ids.ndim != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be int64 (B,T), T > 0, not {type(input_ids).__name__} "
                          f"{getattr(input_ids, 'dtype', '')} {getattr(input_ids, 'shape', '')}")
@@ -626,41 +618,45 @@ def stream(
             or (o.num_return_sequences > 1 and o.mode == "text")):
         warnings.warn("without do_sample=True, text is greedy: temperature, top_k and top_p change "
                       "nothing, and num_return_sequences gives equal rows", stacklevel=2)
-    model = unwrapped(model)
-    if decoder is None:
-        from chameleon_extras.decoding import decoder_of  # what is fast is no part of the loop
-
-        decoder = decoder_of(model, compile)
-    grammar = Grammar(model, o.mode)
-    room = room_behind(model.config, input_ids.shape[-1], o.mode)
-    steps = min(room, o.max_new_tokens or (256 if o.mode == "text" else room))
+    T = input_ids.shape[1]
+    room, asked = room_behind(model.config, T, o.mode), o.max_new_tokens
+    if asked is None and o.max_length is not None:
+        asked = o.max_length - T
+        if asked < 1:
+            raise ValueError(f"max_length must be a whole number above {T}, the ids of the prompt, "
+                             f"got {o.max_length}: or set max_new_tokens")
+    steps = min(room, asked or (256 if o.mode == "text" else room))
     if o.mode == "image":
-        steps = grammar.S + 2  # one picture with its marks
+        steps = model.config.vq_config.codes_per_image + 2  # one picture with its marks
     if o.min_new_tokens > steps:
         raise ValueError(f"min_new_tokens {o.min_new_tokens} is more than the {steps} ids that may "
                          "come: raise max_new_tokens, or shorten the prompt")
-    stops = stop_ids(model, eos_token_id, o.mode)
-    padding = model.config.pad_token_id if pad_token_id is None else pad_token_id
+    stops = stop_ids(model, o.eos_token_id, o.mode)
+    padding = model.config.pad_token_id if o.pad_token_id is None else o.pad_token_id
     pad = next(i for i in (padding, *stops, 0) if i is not None)
     for name, i in ("pad_token_id", pad), *(("eos_token_id", i) for i in stops):
         check_ids({name: i}, model.config.vocab_size)
     is_token = real_tokens(model, input_ids, attention_mask, padding, stops)
-    seeds = seeds_of(seed, len(input_ids) * o.num_return_sequences)
-    if past_key_values is not None:
-        check_past(model.config, past_key_values, len(seeds), is_token)
-    words = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-    readers = []
-    if stop_strings:
-        if not isinstance(tokenizer, Tokenizer):
-            raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
-        readers = [tokenizer.stream_decoder() for _ in seeds]
+    seeds = seeds_of(o.seed, len(input_ids) * o.num_return_sequences)
+    if o.past_key_values is not None:
+        check_past(model.config, o.past_key_values, len(seeds), is_token)
+    words = o.stop_strings or ()
+    words = [words] if isinstance(words, str) else list(words)
+    if words and not isinstance(o.tokenizer, Tokenizer):
+        raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
+    readers = [o.tokenizer.stream_decoder() for _ in seeds if words]
+    if o.decoder is None:
+        from chameleon_extras.decoding import decoder_of  # what is fast is no part of the loop
+
+        o = replace(o, decoder=decoder_of(model, o.compile))
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
+    grammar = Grammar(model, o.mode, stops, steps - o.min_new_tokens)
     has_pictures = grammar.begin in input_ids.flatten().tolist()
     weights = guidance_weights(o.guidance_text, o.guidance_image, o.mode, has_pictures)
-    pick = Picker(model, grammar, o, generators, stops, steps - o.min_new_tokens, weights, decoder)
-    chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, steps, decoder,
-                  past_key_values)
-    return until_ended(decoder.read(chosen) if decoder else chosen, stops, pad, words, readers)
+    pick = Picker(model, grammar, o, generators, weights)
+    chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, steps)
+    chosen = o.decoder.read(chosen) if o.decoder else chosen
+    return until_ended(chosen, grammar.stops, pad, words, readers)
 
 
 def generate(
@@ -669,27 +665,20 @@ def generate(
     attention_mask: Tensor | None = None,
     pixel_values: Tensor | None = None,
     *,
-    max_length: int | None = None,  # prompt and answer together; max_new_tokens has precedence
     streamer=None,  # an object with put(ids) and end(), as transformers' streamers
     use_cache: bool = True,  # accepted: the cache is always used, and changes no id
-    **options,
+    **options,  # those of Options
 ) -> Tensor:
     """Prompt ids (B, T) -> prompt and answer (B, T + new), ended rows padded.
 
-    Further options are those of `stream`. `model.generate(**inputs, ...)` is the same, and takes a
-    GenerationConfig, and options that change nothing, such as num_beams=1. TypeError for others.
+    `model.generate(**inputs, ...)` is the same, and takes a GenerationConfig, and options that
+    change nothing, such as num_beams=1. TypeError for others.
     DIFFERS: it can make pictures. It calls `model.model` and `lm_head`, so no `forward` or hook of
     the whole model runs. An answer also ends at end of turn, or when the context is full. Text has
     no begin-image, end-image or <image>; transformers masks the codes only. The seed is 0 in each
     call, whatever torch.manual_seed was. top_k defaults to none, not 50, and the length to 256 new
     ids, not 20. A stop string must begin in the answer. No generation_config.json is read.
     """
-    if max_length is not None and options.get("max_new_tokens") is None and isinstance(
-            input_ids, Tensor):  # `stream` refuses what is none
-        if type(max_length) is not int or max_length <= input_ids.shape[-1]:
-            raise ValueError(f"max_length must be a whole number above {input_ids.shape[-1]}, the "
-                             f"ids of the prompt, got {max_length!r:.80}: or set max_new_tokens")
-        options["max_new_tokens"] = max_length - input_ids.shape[-1]
     steps = stream(model, input_ids, attention_mask, pixel_values, **options)
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -735,7 +724,7 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
     re-raises.
     """
     vocabulary, S = tokenizer.vocabulary, model.config.vq_config.codes_per_image
-    readers, interrupt = [], None
+    readers, interrupt = defaultdict(tokenizer.stream_decoder), None  # row -> its decoder
     drawn: dict[int, list[int]] = {}  # row -> the ids so far of the picture that it is in
 
     def picture(row: int) -> Piece:
@@ -745,26 +734,25 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
 
     try:
         for ids in steps:
-            readers = readers or [tokenizer.stream_decoder() for _ in ids]
             for row, i in enumerate(ids.tolist()):
                 if i == vocabulary.begin_image_id:
                     drawn[row] = []
-                elif row not in drawn:
-                    if text := readers[row].feed(i):
-                        yield Piece(row, text)
-                else:
+                elif row in drawn:
                     drawn[row].append(i)
                     n = len(drawn[row])
                     if n == S or (every and n % every == 0):
                         yield picture(row)
                     if n == S:
                         del drawn[row]  # the next id is end-image, which is no text
+                elif text := readers[row].feed(i):
+                    yield Piece(row, text)
     except KeyboardInterrupt as stop:
         interrupt = stop  # first hand over what is done
-    for row, reader in enumerate(readers):
+    for row, reader in readers.items():
         if rest := reader.flush():
             yield Piece(row, rest)
-        if drawn.get(row):
+    for row in drawn:
+        if drawn[row]:
             yield picture(row)
     if interrupt:
         raise interrupt

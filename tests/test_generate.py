@@ -237,7 +237,7 @@ def test_a_model_that_computes_nan_later_stops_there(mode):
 
 def test_a_row_that_has_ended_cannot_stop_the_others():
     steps = torch.tensor([[80, 80], [2, 80], [NO_ID, 81], [82, 2], [83, 83]])
-    given = list(until_ended(iter(steps), [2], 1, (), []))
+    given = list(until_ended(iter(steps), torch.arange(84) == 2, 1, (), []))
     assert torch.stack(given).tolist() == [[80, 80], [2, 80], [1, 81], [1, 2]]
 
 
