@@ -352,14 +352,13 @@ class Decoder(nn.Module):
         previous = widths[-1]
         self.conv_in = nn.Conv2d(c.latent_channels, previous, kernel_size=3, padding=1)
         self.mid = middle(c, previous)
-        levels = []
+        self.up = nn.ModuleList()
         for i, width in reversed(list(enumerate(widths))):
             level = Level(c, [previous] + [width] * (c.num_res_blocks + 1), c.resolution >> i)
             if i > 0:
                 level.upsample = upsample(width)
-            levels.append(level)
+            self.up.insert(0, level)  # up.0 is the full resolution, as in checkpoints
             previous = width
-        self.up = nn.ModuleList(reversed(levels))  # up.0 is the full resolution, as in checkpoints
         self.norm_out = group_norm(previous)
         self.conv_out = nn.Conv2d(previous, c.in_channels, kernel_size=3, padding=1)
 
