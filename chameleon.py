@@ -61,7 +61,6 @@ from vqvae import (
     check_fields,
     keeping_others,
     real,
-    whole,
 )
 
 QK_NORM_EPS = 1e-5  # fixed in the release, whatever rms_norm_eps says
@@ -81,9 +80,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 Activation = Annotated[str | Callable, f"one of {', '.join(ACTIVATIONS)}, or a function",
                        lambda x: callable(x) or x in list(ACTIVATIONS)]
 Positive = Annotated[float, "a number above 0, up to 1e9", lambda x: real(0, 1e9)(x) and x > 0]
-Id = Annotated[int, "an id", whole(0, 10**6)]
-Ids = Annotated[int | list[int], "an id or a list of ids", lambda x: all(
-    map(whole(0, 10**6), x if type(x) is list else [x]))]
 Object = Annotated[dict, "an object of names and values", lambda x: isinstance(x, dict)]
 VQ = Annotated[ChameleonVQVAEConfig, "an object of names and values",
                lambda x: isinstance(x, ChameleonVQVAEConfig)]
@@ -107,9 +103,9 @@ class ChameleonConfig(PreTrainedConfig):
     initializer_range: Scale = 0.02
     rms_norm_eps: Positive = 1e-5
     use_cache: Flag = True  # a forward pass returns a cache
-    pad_token_id: Id | None = None
-    bos_token_id: Id | None = 1  # transformers' default; really <pad> in the released vocabulary
-    eos_token_id: Ids | None = 2
+    pad_token_id: int | None = None  # ids are checked against vocab_size
+    bos_token_id: int | None = 1  # transformers' default; really <pad> in the released vocabulary
+    eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: Flag = False  # one matrix for embedding and head (arXiv 1608.05859)
     rope_theta: Positive = 10000.0  # the base of RoPE's angles (arXiv 2104.09864, section 3.2.2)
     rope_scaling: Object | None = None  # {"type": "linear" or "dynamic", "factor": 2.0}
@@ -140,7 +136,7 @@ class ChameleonConfig(PreTrainedConfig):
         check_fields(self)
         D, H = self.hidden_size, self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or H
-        kind, factor, ends = self.rope_type, self.rope_factor, self.eos_token_id
+        kind, factor = self.rope_type, self.rope_factor
         for wrong, message in (
             (D % (2 * H), f"hidden_size {D} must be an even multiple of num_attention_heads {H}"),
             (H % self.num_key_value_heads,
@@ -154,9 +150,10 @@ class ChameleonConfig(PreTrainedConfig):
         ):
             if wrong:
                 raise ValueError(message)
-        ids = {"pad_token_id": self.pad_token_id, "bos_token_id": self.bos_token_id,
-               "eos_token_id": max(ends, default=None) if isinstance(ends, list) else ends}
-        check_ids({name: i for name, i in ids.items() if i is not None}, self.vocab_size)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if (ids := getattr(self, name)) is not None:
+                for token_id in ids if isinstance(ids, list) else [ids]:
+                    check_ids({name: token_id}, self.vocab_size)
         check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 
     def take_rope_parameters(self, given: dict) -> None:
