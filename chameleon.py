@@ -411,7 +411,7 @@ def refuse(wrong: Tensor, message: str, *numbers: Tensor) -> None:
         raise ValueError(message.format(*map(int, numbers)))
 
 
-def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
+def allowed_keys(attention_mask: Tensor | None, B: int, T: int, past: int,
                  device: torch.device) -> Tensor | None:
     """The ONE mask rule -> bool (B or 1, 1, T, L), True where a query may look at key j, or None.
 
@@ -422,8 +422,8 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
         (B, 1, T, L)  bool, or float: 0 allows, -1000 or      allowed = mask[b, 0, t, j]
                       less forbids
 
-    In each case a query may look at itself. Without that, padding would have no key, and a softmax
-    over no key is NaN. (The output of padding is never used.)
+    The last two may have one row for all. In each case a query may look at itself. Without that,
+    padding, whose output is never used, would have no key, and a softmax over no key is NaN.
 
     Returns None when no mask tensor is needed: no token is padding, and either T = 1 or the cache
     is empty. The attention functions then apply the causal rule themselves. To see whether a token
@@ -434,16 +434,16 @@ def allowed_keys(attention_mask: Tensor | None, T: int, past: int,
     j = torch.arange(L, device=device)  # (L,)
     q = torch.arange(past, L, device=device)[:, None]  # (T, 1)
     if mask is not None:
-        wrong = mask.ndim > 2 and mask.shape[-2] != T
-        if mask.ndim not in (2, 3, 4) or mask.shape[-1] != L or wrong:
-            raise ValueError(f"attention_mask is {tuple(mask.shape)}, but there are {L} tokens "
+        shape = tuple(mask.shape)
+        whole = len(shape) in (3, 4) and shape[-2:] == (T, L) and shape[0] in (1, B)
+        if shape != (B, L) and not whole:
+            raise ValueError(f"attention_mask is {shape}, but there are {B} rows of {L} tokens "
                              f"({past} cached + {T} new): see allowed_keys")
         if mask.is_floating_point():  # DIFFERS: transformers adds any number
-            other = mask < 0  # 1 and 0 may be floats; a negative number is of an additive mask
-            if mask.ndim == 4:
-                other = (mask != 0) & (mask > -1e3)
+            # 1 and 0 may be floats; a negative number is of an additive mask.
+            other = (mask != 0) & (mask > -1e3) if mask.ndim == 4 else mask < 0
             refuse(other.any(), "an additive attention_mask is (B, 1, T, L), and 0 or at most -1000"
-                   f": give others as bool, this one is {tuple(mask.shape)}")
+                   f": give others as bool, this one is {shape}")
         if mask.ndim == 4:
             return (mask == 0 if mask.is_floating_point() else mask.bool()) | (j == q)
         reads = T > 1 and not mask.is_meta and not torch.compiler.is_compiling()
@@ -778,11 +778,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
                 attention_mask = number[:, None] == number[:, :, None]  # (B or 1, T, T)
         cos, sin = rotary_table(c, position_ids)  # (B or 1, 1, T, Dh)
         rope = cos.to(x.dtype), sin.to(x.dtype)
-        rows = B if attention_mask is None else attention_mask.shape[0]
-        shared = attention_mask is not None and attention_mask.ndim > 2 and rows == 1  # by all rows
-        if rows != B and not shared:
-            raise ValueError(f"attention_mask has {rows} rows, the tokens {B}")
-        mask = allowed_keys(attention_mask, T, past, x.device)  # (B or 1, 1, T, L), or None
+        mask = allowed_keys(attention_mask, B, T, past, x.device)  # (B or 1, 1, T, L), or None
         hidden_states, attentions = [], []
         for layer in self.layers:
             hidden_states.append(x if hiddens else None)

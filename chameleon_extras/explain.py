@@ -118,7 +118,7 @@ def walk(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer, input_i
     cache.length -= 1  # the last token once more, with the attention that returns its weights
     last = model.model(ids[:, -1:], past_key_values=cache, output_attentions=True, return_dict=True)
     attention = torch.cat([weights[0].mean(0) for weights in last.attentions])  # (layers, T)
-    allowed = allowed_keys(torch.ones(1, T, T), T, 0, "cpu")[0, 0]  # (T, T); 2-D would give None
+    allowed = allowed_keys(torch.ones(1, T, T), 1, T, 0, "cpu")[0, 0]  # (T, T); 2-D would give None
     tokens = tokens_of(model, tokenizer, ids[0], hidden)
     segments, codes, images = pictures_of(model, input_ids[0], ids[0], pixel_values)
     names = [kind_and_name(tokenizer, i) for i in range(len(probs))]  # (kind, name) of each id

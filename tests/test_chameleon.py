@@ -605,7 +605,7 @@ def test_an_output_can_be_exported(tmp_path):
 def test_masks_and_pictures_that_do_not_fit_are_refused():
     ids, pixels = text_ids(3, 6), torch.zeros(1, 3, VQ["resolution"], VQ["resolution"])
     for rows in (1, 2):  # as transformers, which lets no single row of a 2-D mask serve all
-        with pytest.raises(ValueError, match=f"attention_mask has {rows} rows, the tokens 3"):
+        with pytest.raises(ValueError, match=rf"is \({rows}, 6\), but there are 3 rows of 6"):
             MODEL(ids, attention_mask=torch.ones(rows, 6))
     MODEL(ids, attention_mask=torch.ones(1, 6, 6))
     with pytest.raises(ValueError, match="this one is"):
