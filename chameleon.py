@@ -451,8 +451,8 @@ def allowed_keys(attention_mask: Tensor | None, B: int, T: int, past: int,
             mask = None  # the processor always sends a mask; most often nothing is padded
     if mask is None:
         return None if T == 1 or past == 0 else (j <= q)[None, None]  # (1, 1, T, L)
-    token = mask.bool() if mask.ndim == 3 else mask.bool()[:, None]  # (B, T or 1, L)
-    return ((j <= q) & token | (j == q))[:, None]  # (B, 1, T, L)
+    token = mask.bool() if mask.ndim == 3 else mask.bool()[:, None]  # (B or 1, T or 1, L)
+    return ((j <= q) & token | (j == q))[:, None]  # (B or 1, 1, T, L)
 
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
