@@ -1011,7 +1011,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.train").mkdir()
         (tmp_path / name).mkdir()
-        state = {"model": vq, "optimizer": {}, "step": 0}
+        state = {"model": vq, "step": 0, "extra": None}
         torch.save(state, tmp_path / f"{name}.train" / "vqvae.pt")
         shutil.copy(TINY / "tokenizer.model", tmp_path / name)
     running = start_two(RANK, tmp_path / "two")

@@ -126,13 +126,13 @@ class Run:
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-            weights, state, step, *_ = (data[name] for name in (
-                "model", "optimizer", "step", "extra", "rng", "torch_rng"))
+            weights, state = data["model"], data["optimizer"] if optimizers else {}
+            step, _ = data["step"], data["extra"]  # KeyError if one is missing
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
         try:
             dcp.set_state_dict(model, optimizers, options=whole, model_state_dict=weights,
-                               optim_state_dict=state if optimizers else {})
+                               optim_state_dict=state)
         except (RuntimeError, ValueError, KeyError):
             raise ValueError(f"{path} was saved with other options: give those, or remove it to "
                              "begin the stage anew") from None
