@@ -36,7 +36,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -93,7 +93,7 @@ class Options:
     tokenizer: Tokenizer | None = None  # needed for stop_strings
     past_key_values: KVCache | None = None  # of an earlier call; see `stream`
     compile: bool = False  # the same ids sooner, after seconds of compiling in the first call
-    decoder: object = None  # of chameleon_extras.decoding; None: the model's; False: plain steps
+    decoder: Any = None  # of chameleon_extras.decoding; None: the model's; False: plain steps
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -283,7 +283,7 @@ def guidance_weights(s_text: float, s_image: float, mode: str,
 
 def guide(logits: Tensor, weights: Iterable[float]) -> Tensor:
     """The weighted sum of G streams' raw logits, before any filter.   (G, B, K) -> (B, K)"""
-    return sum(weight * stream for weight, stream in zip(weights, logits))  # (B, K)
+    return torch.stack([weight * stream for weight, stream in zip(weights, logits)]).sum(0)
 
 
 class Contexts:
@@ -566,8 +566,8 @@ def check_past(config: ChameleonConfig, past: KVCache, rows: int, is_token: Tens
 def stop_ids(model: ChameleonForConditionalGeneration, eos_token_id, mode: str) -> list[int]:
     """The ids that end a row: end-image for "image", else those given, or </s> and end of turn."""
     vocabulary = model.model.vocabulary
-    ids = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    asked = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    ids: list[int | None] = list(asked) if isinstance(asked, (list, tuple)) else [asked]
     if mode == "image":
         ids = [vocabulary.end_image_id]
     elif eos_token_id is None:
@@ -641,10 +641,11 @@ def stream(
     if o.past_key_values is not None:
         check_past(model.config, o.past_key_values, len(seeds), is_token)
     words = o.stop_strings or ()
-    words = [words] if isinstance(words, str) else list(words)
-    if words and not isinstance(o.tokenizer, Tokenizer):
-        raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
-    readers = [o.tokenizer.stream_decoder() for _ in seeds if words]
+    words, readers = [words] if isinstance(words, str) else list(words), []
+    if words:
+        if not isinstance(o.tokenizer, Tokenizer):
+            raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
+        readers = [o.tokenizer.stream_decoder() for _ in seeds]
     if o.decoder is None:
         from chameleon_extras.decoding import decoder_of  # what is fast is no part of the loop
 

@@ -574,7 +574,7 @@ class ByteLevelBPE(Tokenizer):
             for rank, pair in enumerate(data["model"]["merges"]):
                 # "a b" or ["a", "b"], depending on the version of `tokenizers` that wrote the file
                 left, right = pair.split(" ") if isinstance(pair, str) else pair
-                vocab[left], vocab[right], vocab[left + right]  # KeyError if one has no id
+                _ = vocab[left], vocab[right], vocab[left + right]  # KeyError if one has no id
                 self._ranks[left, right] = rank
                 joined.append(left + right)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
