@@ -152,7 +152,8 @@ class ChameleonConfig(PreTrainedConfig):
                 raise ValueError(message)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if (ids := getattr(self, name)) is not None:
-                for token_id in ids if isinstance(ids, list) else [ids]:
+                several = name == "eos_token_id" and isinstance(ids, list)
+                for token_id in ids if several else [ids]:
                     check_ids({name: token_id}, self.vocab_size)
         check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 

@@ -505,7 +505,7 @@ def test_absent_values_mean_what_the_documentation_says():
     (dict(rope_scaling="linear"), "rope_scaling"),
     (dict(rope_scaling={"type": "linear", "factor": float("inf")}), "rope_scaling"),
     (dict(hidden_act=["silu"]), "hidden_act"),
-    (dict(pad_token_id="x"), "pad_token_id"),
+    (dict(pad_token_id="x"), "pad_token_id"), (dict(bos_token_id=[2]), r"bos_token_id is \[2\]"),
     (dict(pad_token_id=160), "pad_token_id is 160, but ids are whole numbers from 0 to 159"),
     (dict(eos_token_id=[160, 2]), "eos_token_id is 160"),
     (dict(bos_token_id=-1), "bos_token_id"),
