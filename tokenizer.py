@@ -82,7 +82,7 @@ def image_token_name(code: int) -> str:
     return f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(code))}Z"
 
 
-def check_ids(ids: dict[str, int], size: int = 10**6, of: str = "") -> None:
+def check_ids(ids: dict, size: int = 10**6, of: str = "") -> None:
     """ValueError for a name whose id is not one of 0..size-1."""
     for name, token_id in ids.items():
         if not (type(token_id) is int and 0 <= token_id < size and isinstance(name, str)):
