@@ -69,7 +69,7 @@ Guidance = Annotated[float, "from 0 to 1000 (1 is none)", real(0, 1000)]
 
 @dataclass(frozen=True)
 class Options:
-    """Those of `stream` and `generate`. ValueError, naming the option, for a wrong value."""
+    """All options of `stream` and `generate`. ValueError, naming it, for a wrong value."""
 
     mode: Mode = "text"  # "image": one picture at once; "interleaved": as the model decides
     max_new_tokens: Number | None = None  # not for "image"; None: 256 for "text", else all that fit

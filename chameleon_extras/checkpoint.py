@@ -232,7 +232,7 @@ class WithoutInit(TorchFunctionMode):
 
 
 def dtype_of(tensors: dict[str, Stored]) -> torch.dtype:
-    """That of the embeddings: some files hold norms or the head in another. fp32 of a VQ-VAE."""
+    """The dtype of the embeddings (some files hold norms or the head in another), else fp32."""
     return next((tensor.dtype for name, tensor in tensors.items()
                  if name.endswith("embed_tokens.weight") and tensor.dtype.is_floating_point),
                 torch.float32)
@@ -301,7 +301,7 @@ def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
     """A folder of any layout -> model. `dtype` is that of from_pretrained.
 
     Weights are quantized from the numbers of the file, whatever `dtype` is. ValueError names the
-    error, in one line. Inf and nan are one: not every kernel would carry them to the answer.
+    error, in one line. Inf and nan are errors: not every kernel would carry them to the answer.
     """
     model, tensors = open_model(cls, folder, device, vqgan, quantize, dtype)
     state = {}
@@ -335,7 +335,8 @@ def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str,
         if type(tensor) is not Tensor:  # such as a DTensor
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
-        stored = Stored.of(tensor)  # of two names for one tensor, a file holds two tensors
+        stored = Stored.of(tensor)
+        # A tensor with two names is written twice: safetensors refuses shared memory.
         tensors[name] = stored.copied() if tensor.data_ptr() in places else stored
         places.add(tensor.data_ptr())
     write_checkpoint(folder, model.config, tensors, byte_size(max_shard_size), kind_of(model),

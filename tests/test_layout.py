@@ -30,7 +30,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 911, "generate.py": 775, "README.md": 220}
-ALL_LINES, ALL_FILES = 10_923, 29
+ALL_LINES, ALL_FILES = 10_924, 29
 
 
 def own_modules(node: ast.stmt) -> list[str]:
