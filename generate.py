@@ -51,7 +51,7 @@ from vqvae import Flag, check_fields, real, whole
 
 MODES = ("text", "image", "interleaved")
 NO_ID = -1  # in place of an id where logits are inf or nan: argmax would choose the nan
-CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so few shapes are compiled
+CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so that the next may reuse it
 
 # ---------------------------------------------------------------------------------------------
 # The options. As in the configs, a type says in words, and by a check, which values are possible.

@@ -2,7 +2,7 @@
 
     prompt (B,T) --model, as it is--> KVCache, filled to column t
     ids (B,1) --embed--> x (B,1,D) --all blocks, one compiled code--> --norm--> hidden (B,D)
-                              every block writes column t in place and reads all L columns
+                              every block writes column t in place and reads columns 0 to t
 
 Who needs it: whoever wants long answers, pictures or large models sooner. `generate` takes its
 uncompiled steps without being asked, its compiled ones by `compile=True` (`--compile`). The ids are
@@ -17,9 +17,9 @@ Python and launches   Each small operation costs microseconds to start, and a st
                       recorded once as a CUDA graph and replayed.
 changing shapes       A cache that grows has another shape in each step, and would be compiled anew.
                       So the buffers keep their full size L, the column to write is a number on
-                      the device, and a mask hides columns that are not written yet. On CUDA a
-                      step reads a view of the first 256, 512 ... columns, with one CUDA graph for
-                      each size; the compiled code is the same for all sizes.
+                      the device, and a mask hides columns that are not written yet. A step reads
+                      a view of those written, rounded up to 64 or 256. The compiled code is the
+                      same for all sizes; on CUDA each has a graph of its own.
 attention             Fused kernels are made for many queries. For one query on a CPU, the two
                       products of softmax(q k^T) v are faster one by one.
 a prompt in 16 bits   A CPU without instructions for them multiplies in fp32 (`InFp32`).
@@ -81,8 +81,8 @@ from chameleon_extras.quantize import Int4Linear, Int8Linear, is_linear, kind_of
 from vqvae import ONE_THREAD, ChameleonVQVAE, PreTrainedModel, setting
 
 FEW = 4  # up to so many rows of x, a product is a loop; at 6 the library is faster in bf16
-VIEWED = ("cuda",)  # devices on which a step reads a view of the cache, by a graph for each size
-VIEW = 256  # such a view has a multiple of so many columns
+RECORDED = ("cuda",)  # devices on which a step is replayed as a CUDA graph
+VIEW = {"cuda": 256, "cpu": 64}  # a compiled step reads a multiple of so many columns
 UNREAD = 8  # columns at the end of a cache that no view reads
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LONGEST = 4096  # terms of one sum in a compiled loop on a CPU
@@ -228,9 +228,10 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dr
     q (B, H, 1, Dh), k and v (B, Hkv, L, Dh), mask (B or 1, 1, 1, L) or None -> (B, H, 1, Dh)
 
     `loops`: in the form of which torch.compile makes better loops on a CPU. The query is made fp32
-    once, not once for each key. And each row of v is cut into parts, whose sums torch.compile joins
-    into one loop: it reads every row once, from end to end. A single sum would become a loop over
-    one part of all rows, then over the next, at two thirds of the speed.
+    once, not once for each key. Each exponential is computed once, and their sum divides the result
+    instead of each weight. And each row of v is cut into parts, whose sums torch.compile joins into
+    one loop: it reads every row once, from end to end. A single sum would become a loop over one
+    part of all rows, then over the next, at two thirds of the speed.
     """
     dtype = q.dtype
     if loops:
@@ -239,13 +240,15 @@ def one_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dr
     scores = product(q, k.mT) * q.shape[-1] ** -0.5  # (B, Hkv, H/Hkv, L)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    weights = F.dropout(torch.softmax(scores.float(), dim=-1).to(q.dtype), dropout)
-    if loops:  # q and the weights are fp32
-        weights = in_memory(weights)[..., None]  # (B, Hkv, H/Hkv, L, 1)
+    if loops:  # q and the scores are fp32
+        exps = in_memory((scores - scores.amax(-1, keepdim=True)).exp())  # (B, Hkv, H/Hkv, L)
+        weights = F.dropout(exps, dropout)[..., None]  # (B, Hkv, H/Hkv, L, 1)
         parts = v.unsqueeze(2).split(PART // v.itemsize, dim=-1)  # 16 bits: (B, Hkv, 1, L, 32) each
         y = torch.cat([(weights * part.float()).sum(-2) for part in parts], dim=-1)
+        y = y / exps.sum(-1, keepdim=True)
     else:
-        y = product(weights, v)
+        weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
+        y = product(F.dropout(weights, dropout), v)
     return y.to(dtype).flatten(1, 2).unsqueeze(2), None  # (B, H, 1, Dh)
 
 
@@ -341,24 +344,24 @@ def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
     if fours:
         weight = weight.view(torch.int32)  # (O, I/4), byte b of number j is weight 4j + b
         x = x[:, 0].unflatten(-1, (-1, 4)).mT.contiguous()  # (n, 4, I/4)
-    splits = split_of(weight.shape[1]) if cpu else 1
-    x = in_memory(x).unflatten(-1, (splits, -1))  # (n, 1 or 4, splits, terms)
+    x, splits = in_memory(x), split_of(weight.shape[1]) if cpu else 1
+    if splits > 1:
+        x, weight = x.unflatten(-1, (splits, -1)), weight.unflatten(1, (splits, -1))
     sums = []
-    for part in weight.unflatten(1, (splits, -1)).chunk(4 if cpu else 1):  # (O/4, splits, terms)
+    for part in weight.chunk(4 if cpu else 1):  # (O/4, terms), or (O/4, splits, terms)
         # The left shift makes byte b the highest one, and the right shift keeps its sign.
         w = [(part << (24 - 8 * b)) >> 24 for b in range(4)] if fours else [part]
         sums.append([])
         for row in x:
             first, *others = [w_b.float() * x_b for w_b, x_b in zip(w, row)]
-            parts = sum(others, first).sum(-1)  # (..., splits)
-            sums[-1].append(parts.sum(-1) if splits > 1 else parts.squeeze(-1))  # (O/4,)
+            total = sum(others, first).sum(-1)  # of each split, if there are several
+            sums[-1].append(total.sum(-1) if splits > 1 else total)  # (O/4,)
     return torch.stack([torch.cat(row) for row in zip(*sums)])  # (n, O)
 
 
 def split_of(length: int) -> int:
     """Into how many equal parts a sum of so many terms is split. A part fills whole registers."""
-    fitting = (n for n in range(-(-length // LONGEST), 65) if length % (16 * n) == 0)
-    return next(fitting, 1)
+    return next((n for n in range(-(-length // LONGEST), 65) if length % (16 * n) == 0), 1)
 
 
 def four_bit_sums(layer: Int4Linear, rows: Tensor) -> Tensor:
@@ -451,10 +454,7 @@ def decode_codes(vq: ChameleonVQVAE, codes: Tensor) -> Tensor:
 
 
 class Column:
-    """A layer's part of the cache with the interface of KVCache: writes one column in place.
-
-    The column is a tensor on the device, so a compiled step or a CUDA graph serves all columns.
-    """
+    """A layer's part of the cache with the interface of KVCache: writes one column in place."""
 
     def __init__(self, k: Tensor, v: Tensor, column: Tensor) -> None:
         self.k, self.v, self.column = k, v, column
@@ -479,7 +479,7 @@ def copy_of(function: types.FunctionType) -> types.FunctionType:
 
 def compile_step(function: Callable, device: torch.device,
                  guards: Callable | None = None) -> Callable:
-    options: dict = {"guard_filter_fn": guards} if guards else {}
+    options: dict = {"guard_filter_fn": guards, "size_asserts": False}  # guards compare sizes
     if device.type == "cpu":  # a product and its sum in one instruction
         options |= {"cpp.enable_floating_point_contract_flag": "fast"}
     if device.type == "cuda":
@@ -519,36 +519,34 @@ class StepCache(KVCache):
                  device: torch.device) -> None:
         # In a view of all columns, strides follow from the size, and compiled code would rely on
         # that. A few columns that no view reads prevent it.
-        super().__init__(config, B, L + (UNREAD if device.type in VIEWED else 0), dtype, device)
+        super().__init__(config, B, L + UNREAD, dtype, device)
         self.max_length = L
         self.new = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.column = torch.zeros(1, dtype=torch.long, device=device)
         self.allowed = torch.zeros(B, 1, 1, self.k[0].shape[2], dtype=torch.bool, device=device)
-        self.graphs = {}  # columns read -> a graph, and the hidden states that it writes
+        self.views = {}  # columns read -> see `first`
+        self.graphs = {}  # columns read -> a CUDA graph, and the hidden states that it writes
 
     def fill(self, new: Tensor, mask: Tensor | None, positions: Tensor | None) -> None:
         """What varies from step to step, for the arguments of `Decoder.__call__`."""
         self.new.copy_(new)
         self.column.fill_(self.length)
-        if mask is None:
-            self.positions.fill_(self.length)
-            self.allowed[..., : self.length + 1] = True
-        else:
-            self.positions.copy_(positions)
-            self.allowed[..., : mask.shape[1]] = mask[:, None, None]
-            self.allowed[..., self.length] = True  # padding looks at itself: never an empty row
+        self.positions.copy_(self.column if positions is None else positions)
+        self.allowed[..., : self.length] = True if mask is None else mask[:, None, None, :-1]
+        self.allowed[..., self.length] = True  # padding looks at itself: never an empty row
 
     def first(self, columns: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Views of the first columns: k and v of each layer (B, Hkv, L, Dh), allowed (B, 1, 1, L).
 
         Marked, so that what is compiled for one L serves all.
         """
-        k, v = ([x[:, :, :columns] for x in xs] for xs in (self.k, self.v))
-        allowed = self.allowed[..., :columns]  # (B, 1, 1, L)
-        for x, dim in (*((x, 2) for x in (*k, *v)), (allowed, 3)):
-            torch._dynamo.mark_dynamic(x, dim)
-        return k, v, allowed
+        if columns not in self.views:
+            k, v = ([x[:, :, :columns] for x in xs] for xs in (self.k, self.v))
+            self.views[columns] = k, v, self.allowed[..., :columns]
+            for x, dim in (*((x, 2) for x in (*k, *v)), (self.views[columns][2], 3)):
+                torch._dynamo.mark_dynamic(x, dim)
+        return self.views[columns]
 
 
 class Decoder:
@@ -556,7 +554,7 @@ class Decoder:
 
     Works on the model's own weights and changes none; only its choice of attention is set, unless
     `attention` is None.
-    `compiled` takes seconds once for each number of rows, on a CPU also for each length of cache.
+    `compiled` takes seconds once for each number of rows.
     One decoder keeps the last answer's cache and its CUDA graphs for the next of that shape.
     """
 
@@ -583,6 +581,8 @@ class Decoder:
                           stacklevel=2)
         if compiled:
             check_compile(model.device)
+            self.any_shapes = torch._dynamo.config.patch(
+                recompile_limit=2**30, accumulated_recompile_limit=2**30)
             if any(hasattr(module, "base_layer") for module in model.modules()):  # peft's
                 raise ValueError("compile=True reads plain layers: call merge_and_unload() of the "
                                  "adapter before")
@@ -642,10 +642,9 @@ class Decoder:
                 contexts.enter_context(onednn(False))
             if form == "fp32":
                 contexts.enter_context(InFp32())
-            if compiled:  # here, because it imports torch._dynamo, which takes a second
-                contexts.enter_context(ONE_THREAD)  # it checks guards: one thread at a time
-                contexts.enter_context(torch._dynamo.config.patch(
-                    recompile_limit=2**30, accumulated_recompile_limit=2**30))
+            if compiled:
+                contexts.enter_context(ONE_THREAD)  # guards are checked by one thread at a time
+                contexts.enter_context(self.any_shapes)
                 # torch.set_default_device overrides functions, which fullgraph=True cannot trace.
                 contexts.enter_context(torch._C.DisableTorchFunction())
             yield
@@ -681,9 +680,11 @@ class Decoder:
         with self.kernels(len(new), compiled=True):
             cache.fill(new, mask, positions)
             cache.length += 1
-            if new.device.type in VIEWED:
-                return self.replay(cache)
-            return self.walk(cache, cache.k, cache.v, cache.allowed)
+            multiple = VIEW[new.device.type]
+            columns = min(-(-cache.length // multiple) * multiple, cache.max_length)
+            if new.device.type in RECORDED:
+                return self.replay(cache, columns)
+            return self.walk(cache, *cache.first(columns))
 
     def walk(self, cache: StepCache, k: list[Tensor], v: list[Tensor], allowed: Tensor) -> Tensor:
         """One column of ChameleonModel.forward, from the cache's inputs -> hidden states (B, D)."""
@@ -692,16 +693,14 @@ class Decoder:
         if len(x) not in self.layers:
             self.layers[len(x)] = [with_row_products(layer, len(x), x.dtype)
                                    for layer in model.layers]
-        cos, sin = chameleon.rotary_table(model.config, cache.positions)  # (B, 1, 1, Dh)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        rope = [y.to(x.dtype) for y in chameleon.rotary_table(model.config, cache.positions)]
         # n: a layer's place in the cache, also if others were taken out
         for layer, n, run in zip(self.layers[len(x)], self.places, cycle(self.blocks)):
-            x = run(layer, x, cos, sin, allowed, k[n], v[n], cache.column)  # (B, 1, D)
+            x = run(layer, x, *rope, allowed, k[n], v[n], cache.column)  # (B, 1, D)
         return model.norm(x)[:, -1]  # (B, D)
 
-    def replay(self, cache: StepCache) -> Tensor:
-        """`walk` over the columns written, rounded up, as one CUDA graph."""
-        columns = min(-(-cache.length // VIEW) * VIEW, cache.max_length)
+    def replay(self, cache: StepCache, columns: int) -> Tensor:
+        """`walk` over the first columns, as one CUDA graph."""
         if columns not in cache.graphs:
             cache.graphs[columns] = self.record(cache, columns)
         graph, hidden = cache.graphs[columns]

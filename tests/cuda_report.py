@@ -129,8 +129,7 @@ class Report:
         decoder, begin = self.decoder(kind), now(self.device)
         cache = decoder.new_cache(rows, 1280)
         new = torch.full((rows, 1), 5, device=self.device)
-        mask = torch.ones(rows, 1280, dtype=torch.long, device=self.device)
-        mask[:, columns + 1:] = 0
+        mask = torch.ones(rows, columns + 1, dtype=torch.bool, device=self.device)
         positions = torch.full((rows, 1), columns, device=self.device)
 
         def step() -> Tensor:

@@ -53,7 +53,7 @@ def test_a_compiled_step_is_the_eager_models_for_any_mask_and_column(decoder, mo
     B, column, mask, g = moment
     model, dtype = decoder.model, decoder.model.dtype
     caches = decoder.new_cache(B, CACHE_STEP), KVCache(model.config, B, CACHE_STEP, dtype)
-    mine, theirs = ([*cache.k, *cache.v] for cache in caches)
+    mine, theirs = ([x[:, :, :CACHE_STEP] for x in (*cache.k, *cache.v)] for cache in caches)
     for a, b in zip(mine, theirs):
         b.copy_(a.copy_(torch.randn(a.shape, generator=g)))  # behind the column: old numbers
     for cache in caches:
@@ -62,7 +62,7 @@ def test_a_compiled_step_is_the_eager_models_for_any_mask_and_column(decoder, mo
     if mask is not None:
         seen = mask[:, : column + 1]
         positions = (seen.cumsum(-1) - 1).clamp(min=0)[:, -1:]  # (B, 1)
-    compiled = decoder(new, mask, positions, caches[0]).float()  # (B, D)
+    compiled = decoder(new, seen, positions, caches[0]).float()  # (B, D)
     set_attention(model, "eager")
     plain = model.model(new, attention_mask=seen, position_ids=positions,
                         past_key_values=caches[1]).last_hidden_state[:, -1].float()
