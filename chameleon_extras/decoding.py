@@ -344,7 +344,8 @@ def row_sums(weight: Tensor, rows: Tensor) -> Tensor:
     if fours:
         weight = weight.view(torch.int32)  # (O, I/4), byte b of number j is weight 4j + b
         x = x[:, 0].unflatten(-1, (-1, 4)).mT.contiguous()  # (n, 4, I/4)
-    x, splits = in_memory(x), split_of(weight.shape[1]) if cpu else 1
+    x = in_memory(x)
+    splits = split_of(weight.shape[1]) if cpu else 1
     if splits > 1:
         x, weight = x.unflatten(-1, (splits, -1)), weight.unflatten(1, (splits, -1))
     sums = []

@@ -98,6 +98,8 @@ def test_one_query_attends_as_the_readable_form_does(H, Hkv, masked):
             sdpa_attention, ATTENTIONS["math"])
     for attend in ways:
         torch.testing.assert_close(attend(q, k, v, mask, 0.0)[0], expected, atol=1e-6, rtol=1e-5)
+    for attend in ways[:2]:
+        assert not attend(q, k, v, mask, 1.0)[0].any()  # dropout of all weights
 
 
 @pytest.mark.parametrize("name", ["auto", "eager", "sdpa", "flash", "math"])
@@ -424,7 +426,12 @@ def test_views_of_the_cache_are_compiled_once_and_recorded_once(monkeypatch, dev
         graph = Replayed(lambda: self.walk(cache, *views))
         return graph, graph.hidden
 
-    recorded = []
+    def walk(self, cache, k, *others):
+        read.add(k[0].shape[2])
+        return plain_walk(self, cache, k, *others)
+
+    recorded, read, plain_walk = [], set(), Decoder.walk
+    monkeypatch.setattr(Decoder, "walk", walk)
     monkeypatch.setitem(decoding.VIEW, "cpu", 32)
     monkeypatch.setattr(module, "CACHE_STEP", 32)
     monkeypatch.setattr(Decoder, "record", record)
@@ -437,6 +444,7 @@ def test_views_of_the_cache_are_compiled_once_and_recorded_once(monkeypatch, dev
         with torch._dynamo.config.patch(error_on_recompile=bool(graphs)):
             assert torch.equal(generate(model, prompt, **options, decoder=decoder), expected)
         graphs.append(len(recorded))
+    assert read == {32, 64, 96}
     if devices:
         assert recorded == [32, 32, 64, 96, 32, 64] and graphs == [1, 4, 4, 6]  # the third: none
 
