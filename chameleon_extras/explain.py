@@ -289,7 +289,7 @@ STYLE = """
 --text:#ddf4ff;--code:#fff1c4;--control:#ffe2e0;--bar:#0969da}
 @media(prefers-color-scheme:dark){:root{--ink:#f0f6fc;--soft:#9198a1;--paper:#0d1117;
 --line:#3d444d;--text:#12314f;--code:#4a3a08;--control:#5b1e1c;--bar:#4493f8}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:60rem;
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:66rem;
 margin:2rem auto;padding:0 1rem}h2{font-size:1.1rem;margin:2rem 0 .5rem}
 small,figcaption{color:var(--soft)}figcaption{font-size:.8rem}
 .t{display:inline-block;border-radius:4px;padding:0 .3rem;margin:1px;font-family:monospace}
