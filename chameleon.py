@@ -1,6 +1,6 @@
 """The decoder of Chameleon: one Llama-like transformer over text AND image tokens.
 
-    text ------tokenizer.py-----------> ids --+
+    text ------tokenizer.py------------> ids --+
     picture --vqvae.py--> codes --names--> ids +--> ids (B,T) --embed--> x (B,T,D)
                                         x --layers--> --norm--> --lm_head--> logits (B,T,V)
 
@@ -121,7 +121,7 @@ class ChameleonConfig(PreTrainedConfig):
     output_hidden_states: Flag = False  # defaults of forward's arguments of the same names
     output_attentions: Flag = False
     return_dict: Flag = True
-    # rope_theta and rope_scaling in one, as transformers 5 has it: {rope_type, rope_theta, factor}
+    # transformers 5's one field for both: {rope_type, rope_theta, factor}. None as soon as read
     rope_parameters: Object | None = None
     model_type = "chameleon"
 
@@ -130,7 +130,7 @@ class ChameleonConfig(PreTrainedConfig):
             self.vq_config = ChameleonVQVAEConfig.from_dict(self.vq_config or {})
         scaling = self.rope_scaling
         if self.rope_parameters is None and isinstance(scaling, dict) and "rope_theta" in scaling:
-            self.rope_parameters, self.rope_scaling = scaling, None  # transformers 5's old name
+            self.rope_parameters, self.rope_scaling = scaling, None  # transformers 5's alias
         if isinstance(self.rope_parameters, dict):
             self.take_rope_parameters(self.rope_parameters)
         check_fields(self)
@@ -402,9 +402,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def refuse(wrong: Tensor, message: str, *numbers: Tensor) -> None:
-    """ValueError if `wrong`, a bool tensor, is true; `numbers` fill the {} of the message. The host
-    waits for the device. Compiled code does not: it raises RuntimeError, or ends the process, with
-    no numbers in the message.
+    """ValueError if `wrong`, a bool tensor, is true; `numbers` fill the {} of the message. To see
+    that, the host waits for the device. Compiled code does not wait: it raises RuntimeError, or
+    ends the process, and the message has no numbers.
     """
     if torch.compiler.is_compiling():
         torch.ops.aten._assert_async.msg(~wrong, message.replace("{}", "another number of"))
@@ -436,8 +436,8 @@ def allowed_keys(attention_mask: Tensor | None, B: int, T: int, past: int,
     q = torch.arange(past, L, device=device)[:, None]  # (T, 1)
     if mask is not None:
         shape = tuple(mask.shape)
-        whole = len(shape) in (3, 4) and shape[-2:] == (T, L) and shape[0] in (1, B)
-        if shape != (B, L) and not whole:
+        per_query = len(shape) in (3, 4) and shape[-2:] == (T, L) and shape[0] in (1, B)
+        if shape != (B, L) and not per_query:
             raise ValueError(f"attention_mask is {shape}, but there are {B} rows of {L} tokens "
                              f"({past} cached + {T} new): see allowed_keys")
         if mask.is_floating_point():  # DIFFERS: transformers adds any number
@@ -534,7 +534,7 @@ class KVCache:
         return self.length
 
     def __len__(self) -> int:
-        return len(self.k)
+        return len(self.k)  # layers, as in transformers; `length` counts the columns
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
         """The filled columns of a layer's keys and values, (B, Hkv, L, Dh) each."""
@@ -595,7 +595,6 @@ class ChameleonMLP(nn.Module):
         self.act = ACTIVATIONS[c.hidden_act] if isinstance(c.hidden_act, str) else c.hidden_act
 
     def forward(self, x: Tensor) -> Tensor:
-        # y = down(act(gate(x)) * up(x))
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -610,10 +609,10 @@ class ChameleonDecoderLayer(nn.Module):
         self.post_attention_layernorm = ChameleonRMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor | None]:
-        # h = x + attention(norm(x))        out = h + mlp(norm(h))
+        # attention_arguments: rope, mask, cache and output_attentions, as in ChameleonAttention
         y, weights = self.self_attn(self.input_layernorm(x), *attention_arguments)
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), weights
+        h = x + y
+        return h + self.mlp(self.post_attention_layernorm(h)), weights
 
 
 class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
@@ -622,10 +621,9 @@ class ChameleonSwinDecoderLayer(ChameleonDecoderLayer):
     """
 
     def forward(self, x: Tensor, *attention_arguments) -> tuple[Tensor, Tensor | None]:
-        # h = x + norm(attention(x))        out = h + norm(mlp(h))
         y, weights = self.self_attn(x, *attention_arguments)
-        x = x + self.input_layernorm(y)
-        return x + self.post_attention_layernorm(self.mlp(x)), weights
+        h = x + self.input_layernorm(y)
+        return h + self.post_attention_layernorm(self.mlp(h)), weights
 
 
 # ---------------------------------------------------------------------------------------------
@@ -678,9 +676,9 @@ class ChameleonModel(ChameleonPreTrainedModel):
         """input_ids (B, T) with `<image>` placeholders -> ids (B, T) with the pictures' own ids.
 
         Pictures (N, 3, height, width) fill the placeholders in order, row after row. With these ids
-        the model needs no pictures. ValueError if there are not exactly N * S
-        placeholders (none without pictures), or an id is not of this vocabulary. The checks are GPU
-        synchronizations, so a single token is not checked.
+        the model needs no pictures. ValueError if there are not exactly N * S placeholders (none
+        without pictures), or an id is not of this vocabulary. The checks are GPU synchronizations,
+        so a single token is not checked.
         """
         if getattr(input_ids, "dtype", None) not in IDS or input_ids.ndim != 2:
             raise ValueError("input_ids must be an int64 tensor (B,T), as a processor gives it")
@@ -746,7 +744,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         if not isinstance(cache, KVCache | None):
             raise ValueError("past_key_values must be a KVCache, as a forward pass returns it")
         use_cache = c.use_cache if use_cache is None else use_cache
-        attends = c.output_attentions if output_attentions is None else output_attentions
+        weighs = c.output_attentions if output_attentions is None else output_attentions
         hiddens = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         plain = not (c.return_dict if return_dict is None else return_dict)
         if input_ids is not None:
@@ -784,7 +782,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         for layer in self.layers:
             hidden_states.append(x if hiddens else None)
             run = partial(checkpoint, layer, use_reentrant=False) if recomputes else layer
-            x, weights = run(x, rope, mask, cache, attends)
+            x, weights = run(x, rope, mask, cache, weighs)
             attentions.append(weights)
         if cache is not None:
             cache.length += T  # every layer has written its columns
@@ -792,7 +790,7 @@ class ChameleonModel(ChameleonPreTrainedModel):
         output = ChameleonOutput(
             last_hidden_state=x, past_key_values=cache,
             hidden_states=(*hidden_states, x) if hiddens else None,
-            attentions=tuple(attentions) if attends else None)
+            attentions=tuple(attentions) if weighs else None)
         return output.to_tuple() if plain else output
 
 
@@ -817,7 +815,7 @@ class ChameleonForConditionalGeneration(ChameleonPreTrainedModel):
         return self.model.get_image_tokens(pixel_values)
 
     def generate(self, *inputs: Tensor, generation_config=None, **options) -> Tensor:
-        """As generate.py's, and takes a generation_config. Ids are named input_ids or inputs."""
+        """generate.py's `generate` under transformers' names: `inputs` are input_ids, too."""
         from chameleon_extras.pretrained import generation_options  # transformers' options
         from generate import generate  # here, as generate.py imports this file
 

@@ -294,12 +294,12 @@ class Contexts:
     of its past is computed again.
     """
 
-    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar, seen: Tensor,
-                 is_token: Tensor, streams: list[str], steps: int, decoder=None) -> None:
+    def __init__(self, model: ChameleonForConditionalGeneration, grammar: Grammar,
+                 is_token: Tensor, streams: list[str], limit: int, decoder=None) -> None:
         self.model, self.grammar, self.streams, self.decoder = model, grammar, streams, decoder
-        self.is_token = F.pad(is_token, (0, steps), value=True)  # (B, T + steps)
+        self.is_token = F.pad(is_token, (0, limit), value=True)  # (B, T + limit)
         self.needs_mask = len(streams) > 1 or not bool(is_token.all())
-        rows, size = len(seen) * len(streams), self.is_token.shape[1]
+        rows, size = len(is_token) * len(streams), self.is_token.shape[1]
         size = -(-size // CACHE_STEP) * CACHE_STEP  # rounded up
         if decoder:  # of decoding.py, for fast steps: it may reuse the last answer's cache
             self.cache = decoder.new_cache(rows, size)
@@ -406,7 +406,7 @@ class Picker:
         logits = computed = self.head(hidden).float()  # (B, V)
         logits = penalize_repetition(logits, seen, self.options.repetition_penalty)
         logits = logits.masked_fill(~self.grammar.allowed(missing, room), float("-inf"))
-        generators = [None if codes else g for g, codes in zip(self.generators, inside)]
+        generators = [None if drawing else g for g, drawing in zip(self.generators, inside)]
         o = self.options  # without do_sample the temperature below is 0: greedy
         ids = choose(logits, generators, o.temperature * o.do_sample, o.top_k, o.top_p)  # (B,)
         return ids.masked_fill(~computed.sum(-1).isfinite(), NO_ID)  # inf and nan stay in a sum
@@ -416,17 +416,17 @@ class Picker:
         logits = self.code_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])  # (G, B, K)
         o = self.options
         logits = guide(logits.float(), self.weights.values())  # (B, K)
-        generators = [g if codes else None for g, codes in zip(self.generators, inside)]
+        generators = [g if drawing else None for g, drawing in zip(self.generators, inside)]
         codes = choose(logits, generators, o.image_temperature, o.image_top_k, o.image_top_p)
         return self.code_to_id[codes].masked_fill(~logits.sum(-1).isfinite(), NO_ID)  # (B,)
 
 
-def until_ended(steps: Iterator[Tensor], stops: Tensor, pad: int, words: Sequence[str],
+def until_ended(steps: Iterator[Tensor], stops: Tensor, pad: int, strings: Sequence[str],
                 readers: list[StreamDecoder]) -> Iterator[Tensor]:
     """Passes the ids (B,) on until the last row has ended. ValueError for NO_ID.
 
-    A row ends with an id for which `stops` (V,) is True, or when its answer holds one of `words`;
-    `readers` has one for each row, or none without words. Ended rows get `pad`.
+    A row ends with an id for which `stops` (V,) is True, or when its answer holds one of `strings`;
+    `readers` has one for each row, or none without strings. Ended rows get `pad`.
     """
     ended = torch.tensor(False, device="cpu")  # whatever torch's default device is
     stops = stops.cpu()  # (V,)
@@ -440,7 +440,7 @@ def until_ended(steps: Iterator[Tensor], stops: Tensor, pad: int, words: Sequenc
         ended = ended | stops[ids]  # (B,)
         for row, (reader, i) in enumerate(zip(readers, ids.tolist())):
             texts[row] += reader.feed(i)
-            ended[row] |= any(word in texts[row] for word in words)
+            ended[row] |= any(string in texts[row] for string in strings)
         if ended.all():
             return
 
@@ -463,7 +463,7 @@ def evaluating(modules: list[nn.Module]) -> Iterator[None]:
 
 @torch.inference_mode()
 def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: Tensor,
-         pixel_values: Tensor | None, pick: Picker, pad: int, steps: int) -> Iterator[Tensor]:
+         pixel_values: Tensor | None, pick: Picker, pad: int, limit: int) -> Iterator[Tensor]:
     """One iteration for each token: hidden states, choice, update. `stream` checks the arguments.
 
     `is_token` (B, T) is False on padding. The loop itself does not stop when all rows have ended:
@@ -479,13 +479,13 @@ def loop(model: ChameleonForConditionalGeneration, input_ids: Tensor, is_token: 
     # all ids, and that one is in the row anyway.
     seen = torch.where(is_token, input_ids, input_ids[:, -1:])  # (B, T)
     missing = grammar.missing(seen)
-    contexts = Contexts(model, grammar, seen, is_token, list(pick.weights), steps, o.decoder)
+    contexts = Contexts(model, grammar, is_token, list(pick.weights), limit, o.decoder)
     if o.past_key_values is not None and len(pick.weights) == 1:
         contexts.take_over(o.past_key_values, seen)
     ended = torch.zeros_like(seen[:, 0], dtype=torch.bool)  # (B,)
     modules = list(model.modules())
     try:
-        for room in range(steps, 0, -1):
+        for room in range(limit, 0, -1):  # how many ids may still be made
             with evaluating(modules):
                 hidden = contexts.hidden(seen)  # (G, B, D)
                 chosen = pick(hidden, seen, missing, room).masked_fill(ended, pad)  # (B,)
@@ -625,11 +625,11 @@ def stream(
         if asked < 1:
             raise ValueError(f"max_length must be a whole number above {T}, the ids of the prompt, "
                              f"got {o.max_length}: or set max_new_tokens")
-    steps = min(room, asked or (256 if o.mode == "text" else room))
+    limit = min(room, asked or (256 if o.mode == "text" else room))
     if o.mode == "image":
-        steps = model.config.vq_config.codes_per_image + 2  # one picture with its marks
-    if o.min_new_tokens > steps:
-        raise ValueError(f"min_new_tokens {o.min_new_tokens} is more than the {steps} ids that may "
+        limit = model.config.vq_config.codes_per_image + 2  # one picture with its marks
+    if o.min_new_tokens > limit:
+        raise ValueError(f"min_new_tokens {o.min_new_tokens} is more than the {limit} ids that may "
                          "come: raise max_new_tokens, or shorten the prompt")
     stops = stop_ids(model, o.eos_token_id, o.mode)
     padding = model.config.pad_token_id if o.pad_token_id is None else o.pad_token_id
@@ -640,9 +640,9 @@ def stream(
     seeds = seeds_of(o.seed, len(input_ids) * o.num_return_sequences)
     if o.past_key_values is not None:
         check_past(model.config, o.past_key_values, len(seeds), is_token)
-    words = o.stop_strings or ()
-    words, readers = [words] if isinstance(words, str) else list(words), []
-    if words:
+    strings, readers = o.stop_strings or (), []
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    if strings:
         if not isinstance(o.tokenizer, Tokenizer):
             raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
         readers = [o.tokenizer.stream_decoder() for _ in seeds]
@@ -651,13 +651,13 @@ def stream(
 
         o = replace(o, decoder=decoder_of(model, o.compile))
     generators = [torch.Generator(input_ids.device).manual_seed(s) for s in seeds]
-    grammar = Grammar(model, o.mode, stops, steps - o.min_new_tokens)
+    grammar = Grammar(model, o.mode, stops, limit - o.min_new_tokens)
     has_pictures = grammar.begin in input_ids.flatten().tolist()
     weights = guidance_weights(o.guidance_text, o.guidance_image, o.mode, has_pictures)
     pick = Picker(model, grammar, o, generators, weights)
-    chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, steps)
+    chosen = loop(model, input_ids, is_token, pixel_values, pick, pad, limit)
     chosen = o.decoder.read(chosen) if o.decoder else chosen
-    return until_ended(chosen, grammar.stops, pad, words, readers)
+    return until_ended(chosen, grammar.stops, pad, strings, readers)
 
 
 def generate(

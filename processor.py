@@ -85,17 +85,17 @@ def load_image(path: str | Path) -> Image.Image:
     ValueError, in one line, if the file is missing, damaged, too large or no picture, or if its
     pixels have 32 bits.
     """
-    picture = f"picture {str(path)!r:.300}"
+    named = f"picture {str(path)!r:.300}"
     if re.search(r"(^|/)\w\w+:/", str(path)):  # a URL; Path turns its // into /
-        raise ValueError(f"{picture} is an address, and nothing is fetched from the network: "
+        raise ValueError(f"{named} is an address, and nothing is fetched from the network: "
                          "download it and name the file")
     if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe may wait for ever
-        raise ValueError(f"{picture} is a directory, a pipe or a device: name a file")
+        raise ValueError(f"{named} is a directory, a pipe or a device: name a file")
     if os.path.isfile(path) and str(path).lower().endswith((".heic", ".heif")):
         try:
             from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
         except ImportError:
-            raise ValueError(f"{picture} is HEIC: pip install pillow-heif, or save it as JPEG"
+            raise ValueError(f"{named} is HEIC: pip install pillow-heif, or save it as JPEG"
                              ) from None
         register_heif_opener()
     try:
@@ -110,22 +110,22 @@ def load_image(path: str | Path) -> Image.Image:
                 image.load()  # open() reads only the header; a truncated file fails here
                 image = as_shown(image)
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{picture} is too large ({error}): save it with at most 4000 pixels "
+        raise ValueError(f"{named} is too large ({error}): save it with at most 4000 pixels "
                          "a side") from None
     except OSError as error:  # includes PIL's UnidentifiedImageError
         reason = error.strerror or "not a picture, or one cut short"
-        raise ValueError(f"{picture} cannot be read: {reason}") from None
+        raise ValueError(f"{named} cannot be read: {reason}") from None
     except Exception as error:  # on broken files PIL raises SyntaxError, struct.error, ...
-        raise ValueError(f"{picture} is broken: {type(error).__name__}") from None
+        raise ValueError(f"{named} is broken: {type(error).__name__}") from None
     if not all(image.size):
-        raise ValueError(f"{picture} is empty: it has no pixels")
+        raise ValueError(f"{named} is empty: it has no pixels")
     if image.mode == "F" or image.mode[0] == "I":  # no viewer agrees with another on their range
-        raise ValueError(f"{picture} has pixels of 32 bits: save it with 8 or 16")
+        raise ValueError(f"{named} has pixels of 32 bits: save it with 8 or 16")
     return image
 
 
 def as_shown(image: Image.Image) -> Image.Image:
-    """A loaded picture file -> PIL picture upright, with 8 bits, and with its transparency."""
+    """A loaded picture file -> PIL picture: upright, 16-bit grey as 8-bit, with transparency."""
     with suppress(Exception):  # broken EXIF data raises errors of many kinds: it is ignored
         ImageOps.exif_transpose(image, in_place=True)
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
@@ -234,7 +234,7 @@ def rgb_levels(image: Image.Image) -> np.ndarray:
     levels = np.empty((image.height, image.width, 3), np.uint8)
     for rows in strips(image.height, image.width):
         strip = image.crop((0, rows.start, image.width, rows.stop))
-        levels[rows] = on_white(np.asarray(strip.convert("RGBA")))  # also of palettes
+        levels[rows] = on_white(np.asarray(strip.convert("RGBA")))  # a palette may have alpha
     return levels
 
 
@@ -276,8 +276,8 @@ def are_numbers(v: Any) -> bool:
     return all(map(real(-1e9, 1e9), v if isinstance(v, list) else [v]))
 
 
-EDGES = {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"}
-Edges = Annotated[Any, "shortest_edge, both edges, or height and width, 1 to 4096", sides(*EDGES)]
+Edges = Annotated[Any, "shortest_edge, both edges, or height and width, 1 to 4096", sides(
+    {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"height", "width"})]
 Sides = Annotated[Any, "height and width, 1 to 4096", sides({"height", "width"})]
 Filter = Annotated[int, "a filter of PIL, 0 to 5 (1 is Lanczos)", lambda x: type(x) in (
     int, Image.Resampling) and x in list(Image.Resampling)]
@@ -561,12 +561,12 @@ class ChameleonProcessor:
         """Rows of ids, and their pictures -> the model's arguments. TypeError for an option that is
         neither one of ChameleonImageProcessor nor one of `Tokenizer.batch`.
         """
-        seen = {name: options.pop(name) for name in IMAGE_OPTIONS & options.keys()}
+        for_images = {name: options.pop(name) for name in IMAGE_OPTIONS & options.keys()}
         if unknown := options.keys() - (Tokenizer.batch.__kwdefaults__ or {}).keys():
             raise TypeError(f"ChameleonProcessor does not know the keyword {min(unknown)!r}")
         data = self.tokenizer.batch(rows, labels, return_tensors=return_tensors, **options)
         if pictures:
-            data |= self.image_processor(pictures, return_tensors=return_tensors, **seen)
+            data |= self.image_processor(pictures, return_tensors=return_tensors, **for_images)
         return data
 
     def replies(self, prompts: list[str], answers: str | list[str] | None) -> list[str]:
@@ -708,8 +708,8 @@ class ChameleonProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, padding_side: str | None = None,
                         **changes) -> "ChameleonProcessor":
-        """Reads a folder or a hub id; defaults without processor_config.json. image_seq_length and
-        image_token in `changes` replace the values read; others are options of the hub.
+        """Reads a folder or a hub id, where processor_config.json may be missing. image_seq_length
+        and image_token in `changes` replace the values read; others are options of the hub.
         """
         from chameleon_extras.files import find_folder  # only to find files
 

@@ -11,12 +11,12 @@ N, S          pictures in a batch; codes per picture
 K, code       number of codes (8192); code: 0..K-1, a row of the VQ-VAE's codebook
 V, id         number of ids (65536); id: 0..V-1, a row of the decoder's embedding table
 token, name   what an id stands for; its string in the vocabulary
-mark          begin-image, end-image, end of turn, or <image>
+mark          begin-image, end-image, end of turn, or <image>, which HF calls `image_token`
+image token   an id or a name that stands for a code, such as IMGIMGFDZ
 word          a pre-token: merges never cross its ends
 
 What differs from the tokenizer of a text-only Llama
-- K ids are codes of pictures. Their names spell the code with A..J for the digits 0..9: "IMGIMGFDZ"
-  is code 53. Ids are looked up by name.
+- K ids are codes of pictures. Their names spell the code with A..J for the digits 0..9: 53 is FD.
 - It is byte-level BPE. A text is first split into words by six rules; each digit and each
   punctuation mark is a word of its own.
 - Text never becomes a control id, whatever it says. "<image>" has a meaning in prompts only
@@ -47,11 +47,11 @@ CONTROLS = {"<s>", "<pad>", "</s>", "<unk>", BEGIN_IMAGE, END_IMAGE, END_OF_TURN
             *IMAGE_PLACEHOLDERS}  # names of codes are controls, too: see IMAGE_TOKEN
 IGNORE = -100  # a label that counts for nothing, as in torch's cross_entropy
 IDS = (torch.int64, torch.int32)  # dtypes of ids
-IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")  # all that `image_token_name` gives
+IMAGE_TOKEN = re.compile("IMGIMG(A|[B-J][A-J]*)Z")  # every name that `image_token_name` gives
 
 
 # ---------------------------------------------------------------------------------------------
-# JSON files, for this file and for processor.py
+# JSON files, for this file and for those that import it
 
 
 def read_json(file: Path) -> dict:
@@ -192,7 +192,7 @@ def stack(arrays: list[np.ndarray], return_tensors: str | None) -> Arrays:
 
 def lengths_of(rows: list[list[int]], padding: bool | str | None, truncation: bool | str | None,
                max_length: int | None, multiple: int | None) -> tuple[int | None, int]:
-    """-> how many ids of a row stay (None: all), and to how many it is padded (0: to none)."""
+    """-> how many ids of a row stay (None: all), and how long it becomes (0: no padding)."""
     cuts = truncation in (True, "longest_first", "only_first")
     if not cuts and truncation not in (False, None, "do_not_truncate"):
         raise ValueError(f"truncation={truncation!r}: want True or False")
@@ -216,8 +216,8 @@ def lengths_of(rows: list[list[int]], padding: bool | str | None, truncation: bo
 
 
 def special_token(name: str) -> property:
-    """The attribute that names a special token; its id is the attribute NAME_id. Setting the name
-    sets the id. ValueError for a name that is not in the vocabulary.
+    """An attribute such as eos_token: the name of the token whose id is eos_token_id. Setting the
+    name sets the id. ValueError for a name that is not in the vocabulary.
     """
     def write(tokenizer: "Tokenizer", token: str) -> None:
         if token not in tokenizer.vocab:
@@ -294,12 +294,12 @@ class Tokenizer:
             raise ValueError(f"character {error.start + 1} of the text is not valid unicode"
                              ) from None
         ids = []
-        for n, part in enumerate(self._split(text)):  # each second part is a whole string
+        for n, part in enumerate(self._split(text)):  # at odd n, a string of `whole`
             ids += self._whole[part] if n % 2 else self.plain_ids(part)
         return ids
 
     def plain_ids(self, text: str) -> list[int]:
-        """Text without any whole string in it -> ids."""
+        """Text that holds no string of `whole` -> ids."""
         raise NotImplementedError
 
     def encode(self, text: str, add_special_tokens: bool = True, **options) -> Any:
@@ -561,9 +561,9 @@ class ByteLevelBPE(Tokenizer):
             vocab = dict(data["model"]["vocab"].items())  # AttributeError if it is no object
             added = data.get("added_tokens") or []
             # Words that somebody has added to the vocabulary (transformers' `add_tokens`).
-            words = {token["content"] for token in added
-                     if token["content"] not in vocab and token.get("special") is False}
-            if any(token.get(rule) for token in added if token["content"] in words
+            new = {token["content"] for token in added
+                   if token["content"] not in vocab and token.get("special") is False}
+            if any(token.get(rule) for token in added if token["content"] in new
                    for rule in ("single_word", "lstrip", "rstrip")):
                 raise ValueError("an added word has single_word, lstrip or rstrip, which are not "
                                  "read")
@@ -583,12 +583,12 @@ class ByteLevelBPE(Tokenizer):
         if not set("".join(joined)) <= byte_of.keys() <= vocab.keys():
             raise ValueError(f"{path}: some of the 256 byte tokens are missing, not byte-level BPE "
                              "(put the tokenizer.model that it was made from beside it)")
-        # Of what texts become: bytes, what merges join, and added words.
+        # The ids that a text can become: those of bytes, of what merges join, and of added words.
         text_bytes = {vocab[name]: bytes(byte_of[letter] for letter in name)
-                      for name in (*byte_of, *joined)} | {vocab[w]: w.encode() for w in words}
+                      for name in (*byte_of, *joined)} | {vocab[w]: w.encode() for w in new}
         self._characters, self._cache = [*byte_of], {}
         super().__init__(path, vocab, text_bytes, {
-            word: [vocab[word]] for word in sorted(words, key=len, reverse=True)})
+            word: [vocab[word]] for word in sorted(new, key=len, reverse=True)})
 
     def plain_ids(self, text: str) -> list[int]:
         return [i for word in split_words(text) for i in self.word_ids(word)]
@@ -670,10 +670,10 @@ class SentencePieceTokenizer(Tokenizer):
             i: bytes([int(name[3:5], 16)]) if model.is_byte(i)  # "<0x41>"
             else name.replace(self.SPACE, " ").encode() for name, i in vocab.items()
             if not (model.is_control(i) or model.is_unknown(i) or model.is_unused(i))}
-        space = [vocab.get(f"<0x{byte:02X}>", -1) for byte in self.SPACE.encode()]
-        super().__init__(path, vocab, text_bytes, {self.SPACE: space})
+        as_bytes = [vocab.get(f"<0x{byte:02X}>", -1) for byte in self.SPACE.encode()]
+        super().__init__(path, vocab, text_bytes, {self.SPACE: as_bytes})
         probe = "  A \n\ufb01"  # normalization or a dummy prefix would change it
-        if -1 in space or self.decode(self.text_ids(probe)) != probe:
+        if -1 in as_bytes or self.decode(self.text_ids(probe)) != probe:
             raise ValueError(f"{path}: this sentencepiece model does not keep a text as it is: "
                              f"train it with byte_fallback, no normalisation, no dummy prefix")
 

@@ -24,8 +24,8 @@ which stays fixed after its stage. In `sft` some codes of the input are corrupte
 correct (`Corpus.drawn`, `Corpus.given`). During training the codes' rows of the embedding and of
 the head are computed from the codebook (tiny_world/code_rows.py).
 
-Names not defined here are those of tiny_world/documents.py. Letters: B rows, T tokens of a row,
-N tokens with weight, V vocabulary, D width of the residual stream, H heads of width Dh.
+Names above that this file does not define are in tiny_world/documents.py. Letters: B rows, T tokens
+of a row, N tokens with weight, V vocabulary, D width of the residual stream, H heads of width Dh.
 Sections are those of the paper, https://arxiv.org/abs/2405.09818: 2.1 tokenizers, 2.2 pretraining
 data in two stages, 2.3 stability and optimization, 3 alignment (here: sft).
 """
@@ -78,7 +78,7 @@ DROPOUT = 0.0  # 0.1 (section 2.3); 0 here, because so small a model underfits
 LEARNING_RATE = 3e-3  # 1e-4 in pretraining (section 2.3), 1e-5 in alignment (section 3)
 OWN_RATE = {"all": 1e-5, "lora": 1e-4, "image-head": 1e-4}  # --data, at a width of 1024 or more
 STEPS = {"pretrain": 900, "sft": 12_000}  # a step is 4,608 tokens; in the paper 2^23 (section 2.3)
-# (end, shares): up to this part of sft's steps, the Shares of practice, of lists and of places.
+# (end, shares): up to this part of sft's steps, these Shares: of practice, lists and places.
 PRACTICE = ((0.5, Shares(0.40, 0.10)), (0.85, Shares(0.34, 0.06, 0.2)),
             (1.0, Shares(0.22, 0.04, 0.2)))
 ROWS = 18  # 2048, of 4096 tokens
@@ -179,7 +179,7 @@ def add_parts(model: ChameleonForConditionalGeneration, options: argparse.Namesp
     return adapter
 
 
-def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, peak: float, kind: str) -> list[torch.optim.Optimizer]:
     """The optimizers of all weights that learn. Weight decay is for matrices only: it would pull
     the gains of norms to 0.
 
@@ -202,9 +202,9 @@ def make_optimizers(model: nn.Module, rate: float, kind: str) -> list[torch.opti
               {"params": others, "weight_decay": 0.0}]
     groups, optimizers = [group for group in groups if group["params"]], []
     if groups:
-        optimizers += [torch.optim.AdamW(groups, lr=rate, betas=BETAS, eps=EPS, fused=True)]
+        optimizers += [torch.optim.AdamW(groups, lr=peak, betas=BETAS, eps=EPS, fused=True)]
     if layers:
-        optimizers += [Muon(layers, {"lr": rate, "weight_decay": WEIGHT_DECAY})]
+        optimizers += [Muon(layers, {"lr": peak, "weight_decay": WEIGHT_DECAY})]
     return optimizers
 
 
@@ -234,7 +234,7 @@ class Muon(torch.optim.Optimizer):
 
 def decoder_loss(model: ChameleonForConditionalGeneration, batch: dict[str, Tensor],
                  z_weight: float) -> tuple[Tensor, dict[str, float]]:
-    """A batch from `Rows` -> the loss (scalar), and its parts for curves.csv, in nats per token.
+    """A batch as of `Rows.batch` -> the loss (scalar), and its parts for curves.csv (nats a token).
 
         loss = sum_t w_t (-log p(x_t | x_<t) + z_weight log^2 Z_t) / sum_t w_t
 
@@ -309,11 +309,11 @@ def train_decoder(stage: str, run: Run) -> None:
     if options.checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:
-        lengths = None if options.data else False  # None: dynamic after a second length is seen
+        dynamic = None if options.data else False  # None: as soon as a second length is seen
         # The layers are alike, so torch compiles one and reuses its code. That code runs no hook.
         # So the last layer, which has QueryNorm's hook, is not compiled.
         for layer in model.model.layers[:-1]:
-            layer.forward = torch.compile(layer.forward, dynamic=lengths)
+            layer.forward = torch.compile(layer.forward, dynamic=dynamic)
     model.train()
     for step in run.progress(range(start, steps), stage):
         z_weight = 0.0 if options.no_z_loss else Z_LOSS
@@ -369,7 +369,7 @@ def toy_world(stage: str, run: Run, rng: np.random.Generator) -> Prepared:
     pictures = Pictures.sample(options.seed, min(PICTURES, 100 * steps))  # few for a smoke run
     pictures.encode(vq, run.state / f"codes-{run.rank}.int16", run.progress)
     corpus = Corpus(Writer(tokenizer, pictures.codes), pictures, rng)
-    rows = run.extra = Rows(tokenizer.pad_token_id)
+    rows = run.extra = Rows(tokenizer.pad_token_id)  # extra: saved with the run's state
 
     def batch_of(step: int) -> dict[str, Tensor]:
         if stage == "sft":
@@ -389,9 +389,9 @@ def own_data(run: Run) -> Prepared:
     examples = read_examples(options.data)  # first: it finds mistakes in seconds
     if options.train == "image-head" and not any("<image>" in line.answer for line in examples):
         raise ValueError("--train image-head learns from pictures, and no answer holds <image>")
-    frozen = options.train != "all" and fast_bf16(run.device)  # what does not learn is in bf16
+    in_bf16 = options.train != "all" and fast_bf16(run.device)  # most weights do not learn then
     model = ChameleonForConditionalGeneration.from_pretrained(
-        options.model, dtype=torch.bfloat16 if frozen else torch.float32, device_map=run.device)
+        options.model, dtype=torch.bfloat16 if in_bf16 else torch.float32, device_map=run.device)
     if kind := kind_of(model):
         raise ValueError(f"--model {options.model} holds {kind} weights, which do not learn: give "
                          "the folder they were made from")

@@ -11,7 +11,7 @@ h, w    the same after the encoder: H / 2^(levels-1)     32       levels: len(ch
 S       codes per picture, h * w in raster order         1024
 K       codes in the codebook                            8192     num_embeddings
 E       width of one code vector e_k ("D" in the paper)  256      embed_dim
-C       channels of a feature map                        128..    base_channels
+C       channels of a feature map                        128..512 base_channels
 N       vectors in a batch, B * S
 
 Why a picture is exactly 1024 tokens: 512 pixels, halved four times, are 32, and 32 * 32 = 1024.
@@ -86,7 +86,7 @@ def check_fields(config: object) -> None:
         value, optional = getattr(config, name), type(None) in get_args(hint)
         kind = get_args(hint)[0] if optional else hint
         if not hasattr(kind, "__metadata__"):
-            continue  # a plain type, in a subclass of your own: not checked
+            continue  # a plain type, such as `int | None`: not checked
         _, words, holds = get_args(kind)
         if not (holds(value) or (optional and value is None)):
             wanted = words + " or left out" * optional
@@ -227,15 +227,15 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # One name for every intermediate map, so that each assignment frees the map before it.
-        h = self.norm1(x)
-        h = swish(h)
-        h = self.conv1(h)  # (B, C_out, H, W)
-        h = self.norm2(h)
-        h = swish(h)
-        h = self.conv2(self.dropout(h))
+        y = self.norm1(x)
+        y = swish(y)
+        y = self.conv1(y)  # (B, C_out, H, W)
+        y = self.norm2(y)
+        y = swish(y)
+        y = self.conv2(self.dropout(y))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)  # (B, C_out, H, W)
-        return x + h
+        return x + y
 
 
 class AttnBlock(nn.Module):
@@ -250,13 +250,13 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))  # each (B, C, HW)
+        y = self.norm(x)
+        q, k, v = (f(y).flatten(2) for f in (self.q, self.k, self.v))  # each (B, C, HW)
         # weights[i, j] = softmax over j of q_i . k_j / sqrt(C)
         weights = torch.softmax(q.mT @ k * q.shape[1] ** -0.5, dim=-1)  # (B, HW, HW)
-        # h_i = sum_j weights[i, j] v_j
-        h = (v @ weights.mT).view_as(x)  # (B, C, H, W)
-        return x + self.proj_out(h)
+        # y_i = sum_j weights[i, j] v_j
+        y = (v @ weights.mT).view_as(x)  # (B, C, H, W)
+        return x + self.proj_out(y)
 
 
 def middle(c: ChameleonVQVAEConfig, channels: int) -> nn.Sequential:
@@ -394,7 +394,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / c.num_embeddings, 1 / c.num_embeddings)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (N, E) -> codes (N,), on a tie the lowest. Both `forward` and `encode` call this.
+        """z (N, E) -> codes (N,), on a tie the lowest. In training and in ChameleonVQVAE.encode.
 
             k = argmin_j |z - e_j|^2      (VQ-VAE, equations 1 and 2)
         """
@@ -532,10 +532,7 @@ class ChameleonVQVAE(PreTrainedModel):
         self.float().eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ChameleonVQVAE":
-        """torch calls this in .to(), .half() and .cuda(). It moves weights, and casts to fp32 only.
-
-        So codes stay the same when a whole model is cast to bf16 (see `encode`).
-        """
+        """Called by .to(), .half(), .cuda(): moves weights, casts to fp32 only (see `encode`)."""
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == torch.float32 else tensor.to(moved.device)
@@ -572,9 +569,9 @@ class ChameleonVQVAE(PreTrainedModel):
             raise ValueError(f"the VQ-VAE's weights are {self.quant_conv.weight.dtype}, which "
                              "changes codes: call vqmodel.float(), or load with from_pretrained("
                              "dtype=...); with FSDP, name them in ignored_params")
-        # Autocast would bring bf16 back, and cuDNN would round convolutions to TF32: both are off.
-        # What the caller has set for matrix products stays. A traced graph cannot change cuDNN's
-        # setting, so under torch.compile that one stays, too.
+        # Autocast would bring bf16 back, and cuDNN would round convolutions to TF32: both are off,
+        # the second not under torch.compile, because a traced graph cannot change the setting.
+        # What the caller has set for matrix products stays.
         exact = nullcontext()
         if pixel_values.is_cuda and not torch.compiler.is_compiling():
             # cudnn.flags would fail if the caller has set torch's newer `fp32_precision`.

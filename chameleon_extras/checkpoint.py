@@ -6,9 +6,9 @@
         naming model-0000i-of-0000n.safetensors                                v
                               tensors, memory-mapped --assign--> the model's parameters
 
-Who needs it: `from_pretrained` and `save_pretrained` of the model, generate.py, convert.py.
+Who needs it: `from_pretrained` and `save_pretrained` of the model, command.py, convert.py.
 
-Meta tensors have a shape but no storage, so a 7B model is built at once. Wrong names, shapes and
+"meta" tensors have a shape but no storage, so a 7B model is built at once. Wrong names, shapes and
 dtypes are found before the weights are read, inf and nan after. The memory-mapped tensors become
 the parameters (assign=True). Another dtype or device, and Meta's shards, make new tensors.
 

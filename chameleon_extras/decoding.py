@@ -33,11 +33,11 @@ matrix times vector   Libraries for matrix products are made for many rows. For 
 waiting               Reading an id is a GPU synchronization. So ids are read one step later, while
                       the next step already runs. Inside a picture, nothing else is read.
 
-One block is compiled, and its code serves all blocks, since they differ in their tensors only (if
-none has hooks or code of your own; such blocks are compiled one by one).
-That takes a sixth of the time of compiling the whole step, at the same speed. q, k, v and gate, up
-are not joined into one matrix each: on CUDA the compiler puts their loops into one launch
-(`combo_kernels`), and on a CPU joining would save 2 %.
+One block is compiled, and its code serves all blocks, since they differ in their tensors only. That
+takes a sixth of the time of compiling the whole step, at the same speed. Blocks that have hooks or
+code of your own are compiled one by one. q, k, v and gate, up are not joined into one matrix each:
+on CUDA the compiler puts their loops into one launch (`combo_kernels`), and on a CPU joining would
+save 2 %.
 
 Letter  meaning
 B       rows of the batch, guidance streams included

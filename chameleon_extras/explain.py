@@ -8,7 +8,7 @@ Who needs it: whoever wants to see what becomes of a prompt: ids, codes, shapes,
 
 Letters as in chameleon.py: T tokens, D width, V vocabulary; and h, w the grid of a picture's codes.
 
-Two numbers stand beside each token, in bits. The model gives both before it sees the token:
+Two numbers stand beside each token, in bits. Both come from what the model gave before it:
 
     entropy   -sum_i p_i log2 p_i     how many bits the model expects the token to cost
     surprise  -log2 p(the token)      how many bits the token does cost
