@@ -159,7 +159,6 @@ class ChameleonConfig(PreTrainedConfig):
 
     def take_rope_parameters(self, given: dict) -> None:
         """Turns rope_parameters into rope_theta and rope_scaling; ValueError if they contradict."""
-        self.rope_parameters = None
         kind = given.get("rope_type", given.get("type", "default"))
         scaling = None if kind == "default" else {"type": kind, "factor": given.get("factor")}
         theta = given.get("rope_theta", self.rope_theta)
@@ -167,7 +166,7 @@ class ChameleonConfig(PreTrainedConfig):
         other_theta = self.rope_theta not in (theta, ChameleonConfig.rope_theta)
         if other_theta or (self.rope_scaling and self.rope_scaling != scaling):
             raise ValueError("rope_parameters contradict rope_theta or rope_scaling: give only one")
-        self.rope_theta, self.rope_scaling = theta, scaling
+        self.rope_theta, self.rope_scaling, self.rope_parameters = theta, scaling, None
 
     @property
     def head_dim(self) -> int:
@@ -185,6 +184,7 @@ class ChameleonConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """The config.json of transformers 4, which every version of transformers reads."""
+        self.__post_init__()  # a field may have been set since
         values = super().to_dict() | {"vq_config": self.vq_config.to_dict()}
         del values["rope_parameters"]
         if not isinstance(self.hidden_act, str):

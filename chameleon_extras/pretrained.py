@@ -34,7 +34,8 @@ NEUTRAL = dict.fromkeys((
     "output_scores", "output_attentions", "output_hidden_states", "output_logits",
     "return_dict_in_generate", "synced_gpus", "early_stopping", "renormalize_logits"), False) | {
     "num_beams": 1, "num_beam_groups": 1, "length_penalty": 1.0, "typical_p": 1.0,
-    "diversity_penalty": 0.0, "no_repeat_ngram_size": 0, "min_length": 0,
+    "diversity_penalty": 0.0, "no_repeat_ngram_size": 0, "min_length": 0, "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "logits_processor": [], "stopping_criteria": [], "cache_implementation": "dynamic"}
 IDLE = {"text": ("image_", "guidance_"), "image": ("max_", "min_")}  # beginnings of names
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}

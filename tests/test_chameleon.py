@@ -15,6 +15,7 @@ from chameleon import (
     IGNORE,
     ChameleonConfig,
     ChameleonForConditionalGeneration,
+    ChameleonModel,
     ChameleonRMSNorm,
     KVCache,
     rotary_table,
@@ -461,6 +462,8 @@ def test_both_generations_of_config_are_read():
     assert ChameleonConfig.from_dict(again) == old
     plain = ChameleonConfig.from_dict(dict(rope_parameters=dict(rope_type="default")))
     assert plain == ChameleonConfig()
+    plain.rope_parameters = dict(rope_type="linear", rope_theta=5e5, factor=2.0)  # set afterwards
+    assert plain.to_dict() == old.to_dict() and plain == old
 
 
 def test_absent_values_mean_what_the_documentation_says():
@@ -515,6 +518,27 @@ def test_an_impossible_config_names_its_field(change, name):
     with pytest.raises(ValueError, match=name) as error:
         ChameleonConfig(**(SIZES | change))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, name", [
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "rope_scaling type 'yarn'"),
+    (dict(rope_scaling={"type": "linear"}), "rope_scaling needs a factor"),
+    (dict(hidden_act="sulu"), "hidden_act"), (dict(num_attention_heads=7), "hidden_size"),
+])
+def test_a_field_that_is_set_afterwards_is_checked_before_a_model_is_built(change, name):
+    config = ChameleonConfig(**SIZES)
+    vars(config).update(change)
+    with pytest.raises(ValueError, match=name):
+        ChameleonModel(config)
+
+
+def test_a_field_that_is_set_afterwards_acts():
+    config = ChameleonConfig(**SIZES)
+    config.rope_parameters = {"rope_type": "linear", "rope_theta": 50.0, "factor": 8.0}
+    config.vq_config = VQ  # a dict
+    model = ChameleonModel(config)
+    assert (model.config.rope_theta, model.config.rope_factor) == (50.0, 8.0)
+    assert model.vqmodel.config.embed_dim == VQ["embed_dim"]
 
 
 def test_a_config_without_vocabulary_map_builds_and_reads_no_pictures():
