@@ -59,8 +59,8 @@ CACHE_STEP = 256  # the length of a KV cache is a multiple of it, so that the ne
 Mode = Annotated[str, f"one of {', '.join(MODES)}", lambda x: x in MODES]
 Number = Annotated[int, "a whole number, at least 1", whole(1, 2**62)]
 Rows = Annotated[int, "a whole number from 1 to 65536", whole(1, 2**16)]
-Temperature = Annotated[float, "0 (greedy) or at least 0.0001",
-                        lambda x: x == 0 or real(1e-4, 1e300)(x)]
+Temperature = Annotated[float, "0 (greedy), or from 0.0001 to 1e30",
+                        lambda x: x == 0 or real(1e-4, 1e30)(x)]
 NumberOr0 = Annotated[int, "a whole number, 0 for no limit", whole(0, 2**62)]
 TopP = Annotated[float, "above 0 and at most 1", lambda x: real(0, 1)(x) and x > 0]
 Penalty = Annotated[float, "from 0.01 to 100 (1 is none)", real(0.01, 100)]
@@ -645,7 +645,7 @@ def stream(
     if strings:
         if not isinstance(o.tokenizer, Tokenizer):
             raise ValueError("stop_strings needs tokenizer=processor.tokenizer")
-        readers = [o.tokenizer.stream_decoder() for _ in seeds]
+        readers = [StreamDecoder(o.tokenizer) for _ in seeds]
     if o.decoder is None:
         from chameleon_extras.decoding import decoder_of  # what is fast is no part of the loop
 
@@ -725,7 +725,7 @@ def pieces(model: ChameleonForConditionalGeneration, tokenizer: Tokenizer,
     re-raises.
     """
     vocabulary, S = tokenizer.vocabulary, model.config.vq_config.codes_per_image
-    readers, interrupt = defaultdict(tokenizer.stream_decoder), None  # row -> its decoder
+    readers, interrupt = defaultdict(lambda: StreamDecoder(tokenizer)), None  # row -> its decoder
     drawn: dict[int, list[int]] = {}  # row -> the ids so far of the picture that it is in
 
     def picture(row: int) -> Piece:

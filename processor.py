@@ -263,10 +263,9 @@ def center_crop(array: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------
-# All steps: pictures -> pixel_values, and back
+# All steps: pictures -> pixel_values, and back. First, types of options, as in vqvae.py
 
 
-# Types of options, as in vqvae.py: what an error message calls them, and the check.
 def sides(*keys: set[str]) -> Callable[[object], bool]:
     return lambda v: isinstance(v, dict) and set(v) in keys and all(map(whole(1, 4096), v.values()))
 

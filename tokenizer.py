@@ -421,7 +421,7 @@ class Tokenizer:
         given = [given] if isinstance(given, int) else list(given)
         if given and np.ndim(given[0]):
             raise ValueError("decode takes the ids of one text: use batch_decode for several rows")
-        decoder = self.stream_decoder(skip_special_tokens)
+        decoder = StreamDecoder(self, skip_special_tokens)
         return "".join(decoder.feed(token_id) for token_id in given) + decoder.flush()
 
     def batch_decode(self, sequences: Iterable, skip_special_tokens: bool = False,
@@ -430,10 +430,6 @@ class Tokenizer:
         rows = list(sequences)
         return [self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
                 for ids in ([rows] if rows and not np.ndim(rows[0]) else rows)]
-
-    def stream_decoder(self, skip_special_tokens: bool = True) -> "StreamDecoder":
-        """A decoder that takes one id at a time."""
-        return StreamDecoder(self, skip_special_tokens)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Copies the tokenizer's files, and writes those from which transformers gives the same

@@ -258,12 +258,9 @@ def decoder_loss(model: ChameleonForConditionalGeneration, batch: dict[str, Tens
     loss = (w * (nll + z_weight * log_z.square())).sum() / batch.get("total", w.sum())
     with torch.no_grad():
         picture = torch.isin(target, model.model.vocabulary.code_to_id)
-        curves = {"log_z": log_z.mean().item()}
-        curves["z_loss"] = Z_LOSS * log_z.square().mean().item()  # logged with --no-z-loss, too
-        for name, kind in (("text_loss", ~picture), ("image_loss", picture)):
-            if kind.any():
-                curves[name] = nll[kind].mean().item()
-    return loss, curves
+        parts = {"log_z": log_z, "z_loss": Z_LOSS * log_z.square(),  # with --no-z-loss, too
+                 "text_loss": nll[~picture], "image_loss": nll[picture]}
+        return loss, {name: part.mean().item() for name, part in parts.items() if len(part)}
 
 
 class QueryNorm:

@@ -36,7 +36,7 @@ from processor import ChameleonImageProcessor, ChameleonProcessor, load_image
 
 HELP = """\
 TEXT            a turn; <image> in it marks a picture's place, else pictures come first
-/image FILE     adds a picture to the next turn; more files add more; /image last: the last again
+/image FILE     adds pictures to the next turn; /image last: the last again; /image: takes all back
 /draw TEXT      answers with a picture, saved as picture.png, picture-2.png ...
 /both TEXT      answers with text and pictures
 /seed N         sets the next answer's seed, a number or random; each turn adds 1
@@ -230,7 +230,7 @@ class Terminal:
                 raise ValueError("there is no picture yet: /image FILE")
             self.waiting.append(self.conversation.seen)
         elif not names:
-            raise ValueError("/image needs a file: /image examples/shapes.png")
+            self.waiting = []  # a turn with too many is refused, and they would stay
         else:
             try:
                 files = [names] if whole else shlex.split(escaped)

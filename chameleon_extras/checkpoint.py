@@ -265,7 +265,7 @@ def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path 
             if isinstance(part, ChameleonVQVAE):
                 part.decoder = None
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-               if name.startswith(prefix)}
+               if name.startswith(prefix) or not name.startswith(("model.", "lm_head."))}
     if kind:
         swap_layers(model, kind)
         tensors = {name: tensor.copied() for name, tensor in tensors.items()}

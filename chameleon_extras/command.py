@@ -283,7 +283,10 @@ def choose_name(options: argparse.Namespace) -> None:
         if n > 2 or "out" not in options.given:  # a name that nobody gave
             kept.append(options.out)
         if not any(map(os.path.lexists, kept)):
-            return
+            with suppress(FileExistsError):  # another process was sooner
+                if kept and kept[-1].suffix:  # a file, not a folder
+                    kept[-1].touch(exist_ok=False)
+                return
         options.out = path.with_stem(f"{path.stem}-{n}")
 
 
@@ -378,8 +381,9 @@ def answer(options: argparse.Namespace) -> None:
         if not options.image:
             raise ValueError("--reconstruct needs an --image")
         return reconstruct(options, processor)
+    check_pair(config, processor, {})
     if options.chat or options.demo:
-        return converse(options, config, processor)
+        return converse(options, processor)
     if options.prompts:
         from chameleon_extras.prompts import answer_all  # which imports this file
 
@@ -424,8 +428,7 @@ def answer(options: argparse.Namespace) -> None:
             say(stats.report(decoder.cache))
 
 
-def converse(options: argparse.Namespace, config: ChameleonConfig,
-             processor: ChameleonProcessor) -> None:
+def converse(options: argparse.Namespace, processor: ChameleonProcessor) -> None:
     """--chat and --demo"""
     # Only here, because these files import this one.
     from chameleon_extras.chat import Conversation, chat
@@ -433,7 +436,6 @@ def converse(options: argparse.Namespace, config: ChameleonConfig,
 
     if options.demo:
         check_gradio()
-    check_pair(config, processor, {})
     model = load_model(options)
     context = options.context or ("last" if options.model.resolve() == TINY else "whole")
     decoder = Decoder(model, options.compile, options.attention)

@@ -429,7 +429,7 @@ def with_row_products(module: nn.Module, rows: int, dtype: torch.dtype) -> nn.Mo
     twin = copy.copy(module)
     twin.training = False  # whatever the model does between two answers: no dropout in a step
     # Not named_children(): it leaves out None, and a module that has come before.
-    twin._modules = {name: child and with_row_products(child, rows, dtype)
+    twin._modules = {name: with_row_products(child, rows, dtype)
                      for name, child in module._modules.items()}
     return twin
 
@@ -500,10 +500,10 @@ def check_compile(device: torch.device) -> None:
         raise ValueError("--compile needs a GPU of compute capability 7.0 or newer: leave it out")
     if cuda and find_spec("triton") is None:
         raise ValueError("--compile on CUDA needs Triton: pip install triton, or leave it out")
-    names = ["gcc", "clang"] if cuda else ["g++", "clang++"]  # Triton's launchers are C
+    names = ["gcc", "clang"] if cuda else ["clang++" if sys.platform == "darwin" else "g++"]
     names = ["cl"] if sys.platform == "win32" else names  # the one that torch looks for there
-    given = os.environ.get("CC" if cuda else "CXX")
-    if not any(shutil.which(name) for name in (given, *names) if name):
+    given = os.environ.get("CC" if cuda else "CXX")  # Triton's launchers are C
+    if not any(map(shutil.which, [given] if given else names)):  # torch tries no others
         raise ValueError(f"--compile needs a {'C' if cuda else 'C++'} compiler: install {names[0]},"
                          " or leave it out")
     if sys.platform == "linux" and not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -555,7 +555,7 @@ class Decoder:
 
     Works on the model's own weights and changes none; only its choice of attention is set, unless
     `attention` is None.
-    `compiled` takes seconds once for each number of rows.
+    `compiled` takes seconds once for each number of rows. If layers are replaced, make a new one.
     One decoder keeps the last answer's cache and its CUDA graphs for the next of that shape.
     """
 
@@ -567,9 +567,9 @@ class Decoder:
         self.cache = None  # of the last answer that began; `spare`: of one that has ended
         layers = model.base_model.layers
         self.places = [attention.layer for layer in layers for attention in attentions(layer)]
-        if len(set(self.places)) < len(self.places):
-            raise ValueError("two layers have the same place in the cache: give each one's "
-                             "self_attn.layer a number of its own, from 0 on")
+        if len({*self.places} & {*range(model.config.num_hidden_layers)}) < len(self.places):
+            raise ValueError(f"the layers' places in the cache, self_attn.layer, are {self.places}:"
+                             f" give each its own, below num_hidden_layers")
         kind = kind_of(model)
         device, advice = model.device.type, None  # else packed weights are unpacked in each step
         if kind and device == "cuda" and not compiled:
@@ -621,6 +621,7 @@ class Decoder:
         """An empty cache for B rows and L columns; `keep` it when its answer has ended."""
         cache = vars(self).pop("spare", None)  # in one step: another thread may ask, too
         if cache is None or (len(cache.new), cache.max_length) != (B, L):
+            cache = self.cache = None  # or the old one would still be there beside the new one
             kind = StepCache if self.compiled else KVCache
             cache = kind(self.model.config, B, L, self.model.dtype, self.model.device)
         else:

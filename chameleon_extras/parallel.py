@@ -28,6 +28,7 @@ pages. Each rank reads for itself what has to be joined (Meta's files) or quanti
 once, use convert.py.
 """
 
+import atexit
 import dataclasses
 import os
 import sys
@@ -72,6 +73,8 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(lambda: torch.distributed.is_initialized()
+                        and torch.distributed.destroy_process_group())
     if torch.distributed.get_rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, until the end
     return device

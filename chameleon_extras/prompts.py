@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from chameleon import ChameleonConfig
-from chameleon_extras.command import check_pair, load_model, place_images, sampling
+from chameleon_extras.command import load_model, place_images, sampling
 from chameleon_extras.decoding import Decoder
 from chameleon_extras.files import Line, hold, read_lines, say
 from generate import generate, room_behind, seeds_of
@@ -87,6 +87,8 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
                processor: ChameleonProcessor) -> None:
     """--prompts. Checks all lines before the weights are read."""
     asked, rooms = read_prompts(options.prompts), []
+    if options.out and options.out.exists() and options.out.samefile(options.prompts):
+        raise ValueError(f"--out {options.out} is the file of the prompts: name another file")
     for line in asked:
         try:
             length = len(processor.prompt_ids(line.prompt, options.completion))
@@ -94,7 +96,6 @@ def answer_all(options: argparse.Namespace, config: ChameleonConfig,
             inputs_of([line], options, processor)
         except ValueError as error:
             raise ValueError(f"{line.where}: {error}") from None
-    check_pair(config, processor, {})
     seeds_of(options.seed, len(asked))
     if min(rooms) < (options.max_new_tokens or 256) and options.batch > 1:
         options.batch = 1

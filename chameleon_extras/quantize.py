@@ -154,7 +154,8 @@ class Int4Linear(PackedLinear):
     """As Int8Linear with 4-bit weights, two in a byte, and a scale for each group of inputs.
 
     For few rows of x, the CPU's kernel reads a second copy of the weights, in an order of its own
-    and of the same size, in memory only. In all other cases each call unpacks the weights.
+    and of the same size, in memory only. In all other cases each call unpacks the weights. After a
+    change of the weights by other means than load_state_dict, set `_kernel` to None.
     """
 
     IN_A_NUMBER = 2
@@ -314,7 +315,7 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
     layers = {name: module for name, module in model.named_modules()
-              if is_linear(module) and "vqmodel" not in name
+              if is_linear(module) and "vqmodel" not in name and "lora_" not in name
               and (kind, name) != ("nf4", "lm_head")}
     twins = {name: KINDS[kind](layer.in_features, layer.out_features)
              for name, layer in layers.items()}

@@ -163,7 +163,6 @@ def test_five_turns_with_two_pictures_in_and_two_out(lines, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ("/image", "needs a file"),
     ("/image none.png", "none.png"),
     ("/image last", "no picture yet"),
     ("/image it's.png", "no such file (put a name with quotes or blanks into double quotes)"),
@@ -412,6 +411,8 @@ def test_a_picture_may_have_blanks_in_its_name_or_lie_at_home(silent, tmp_path, 
         Image.new("RGB", (40, 40), colour).save(tmp_path / name)
     assert silent("/image my picture.png")[1] == "1 picture(s) for the next turn\n"
     assert silent('/image "my picture.png" ~/b.png')[1] == "3 picture(s) for the next turn\n"
+    assert silent("/image")[1] == "0 picture(s) for the next turn\n"  # takes them back
+    silent("/image ~/b.png")
     silent("What do you see?")
     silent("/image last")
     assert silent.terminal.waiting[0].getpixel((0, 0)) == (0, 0, 255)

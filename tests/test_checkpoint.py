@@ -272,6 +272,14 @@ def test_a_broken_folder_is_one_clear_line(folder, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part", [ChameleonModel, ChameleonVQVAE])
+def test_a_part_of_the_model_refuses_unknown_tensors_too(folder, part):
+    part.from_pretrained(folder)
+    change_tensor(lambda t: t.update(extra=torch.ones(2)))(folder)
+    with pytest.raises(ValueError, match="unknown extra"):
+        part.from_pretrained(folder)
+
+
 def test_many_problems_are_listed_with_their_count(folder):
     change_tensor(lambda t: [t.pop(n) for n in list(t) if "layers.1." in n])(folder)
     with pytest.raises(ValueError, match=r"missing model\.layers\.1.* and \d+ more"):

@@ -313,10 +313,12 @@ def test_a_picture_goes_through_the_vqvae_and_back(run, tmp_path, untrained_fold
 
 
 @pytest.mark.parametrize("words", [("--prompt", "Hi"), ("--prompts", "asked.jsonl"), ("--chat",),
-                                   ("--prompt", "Draw", "--mode", "image")])
+                                   ("--prompt", "Draw", "--mode", "image"),
+                                   ("--prompt", "Hi", "--image", "red.png")])
 @pytest.mark.parametrize("file, change, message", [
     ("config.json", {"vocabulary_map": {}}, "lacks image tokens"),
     ("processor_config.json", {"image_seq_length": 15}, "image_seq_length of the processor is 15"),
+    ("processor_config.json", {"image_seq_length": 1024}, "image_seq_length of the processor is 1"),
     ("config.json", {"vocabulary_map": {}, "vocab_size": 9}, "take both from one folder"),
     ("config.json", {"vocabulary_map": {"<s>": 5}}, "<s> is 0 in the tokenizer and 5"),
     ("preprocessor_config.json", {"crop_size": {"height": 8, "width": 32}}, "are 2 x 8 codes"),
@@ -371,6 +373,17 @@ def test_singles_that_another_process_has_made_meanwhile_are_kept(tmp_path):
     (tmp_path / "a-2.png").touch()
     command.choose_name(options)
     assert options.out == tmp_path / "a-3.png"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_processes_that_end_at_one_time_take_different_names(tmp_path, monkeypatch, count):
+    one, two = (argparse.Namespace(out=tmp_path / "p.png", count=count, prompt=["x"], given=[])
+                for _ in range(2))
+    command.choose_name(one)
+    unseen, exists = iter([False] * (count + (count > 1))), os.path.lexists
+    monkeypatch.setattr(os.path, "lexists", lambda path: next(unseen, exists(path)))
+    command.choose_name(two)
+    assert (one.out.name, two.out.name) == ("p.png", "p-2.png")
 
 
 def test_a_document_that_cannot_be_written_leaves_the_line_ended(run, monkeypatch, tmp_path):

@@ -367,7 +367,12 @@ def test_threads_may_share_a_compiled_model(traced):
 def test_layers_that_share_a_place_in_the_cache_are_refused():
     model = small_model()
     model.model.layers.append(copy.deepcopy(model.model.layers[1]))
-    with pytest.raises(ValueError, match="two layers have the same place in the cache"):
+    with pytest.raises(ValueError, match=r"places in the cache, .* are \[0, 1, 2, 1\]: give each"):
+        generate(model, torch.tensor([[0, 80]]), max_new_tokens=2)
+    del model.model.layers[1:3]
+    model.config.num_hidden_layers = 2
+    model.model.layers[1].self_attn.layer = 2
+    with pytest.raises(ValueError, match=r"are \[0, 2\]: give each its own, below num_hidden"):
         generate(model, torch.tensor([[0, 80]]), max_new_tokens=2)
 
 
@@ -889,8 +894,40 @@ def test_a_compiler_of_ones_own_is_found_by_its_variable(device, variable, monke
         monkeypatch.setenv(name, "mine" if name == variable else "other")
     check_compile(torch.device(device))
     monkeypatch.setenv(variable, "other")
+    # torch then tries no other compiler.
+    monkeypatch.setattr(decoding.shutil, "which", lambda name: None if name == "other" else name)
     with pytest.raises(ValueError, match="needs a C.* compiler"):
         check_compile(torch.device(device))
+    monkeypatch.delenv(variable)
+    check_compile(torch.device(device))
+
+
+def test_on_linux_torch_compiles_with_gpp_alone(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(decoding.sys, "platform", "linux")
+    monkeypatch.setattr(decoding.shutil, "which", lambda name: name if name != "g++" else None)
+    with pytest.raises(ValueError, match="install g"):
+        check_compile(torch.device("cpu"))
+
+
+def test_a_module_that_was_compiled_stays_in_a_compiled_step():
+    own = torch.compile(torch.nn.Linear(4, 4))  # it has no truth value
+    twin = decoding.with_row_products(torch.nn.ModuleList([own]), 1, torch.float32)
+    assert twin[0] is own
+
+
+def test_two_caches_are_never_there_at_one_time(monkeypatch):
+    decoder, made = Decoder(small_model()), []
+
+    class Watched(KVCache):
+        def __init__(self, *arguments):
+            made.append(decoder.cache)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(decoding, "KVCache", Watched)
+    for length in (64, 128):
+        decoder.new_cache(1, length)
+    assert made == [None, None]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere Python comes with its headers")

@@ -191,6 +191,7 @@ PROMPT = torch.tensor([[0, 80]])
 @pytest.mark.parametrize("ids, options, message", [
     (PROMPT, dict(temperature=-1.0), "temperature must be 0"),
     (PROMPT, dict(temperature=float("nan")), "temperature must be 0"),
+    (PROMPT, dict(temperature=1e39, do_sample=True), "temperature must be 0 .* to 1e30"),
     (PROMPT, dict(top_p=0.0), "top_p must be above 0"),
     (PROMPT, dict(top_p=1.5), "top_p must be above 0"),
     (PROMPT, dict(top_k=-1), "top_k must be"),
@@ -212,6 +213,12 @@ PROMPT = torch.tensor([[0, 80]])
 def test_what_cannot_work_is_one_clear_line(ids, options, message):
     with pytest.raises(ValueError, match=message):
         generate(MODEL, ids, **options)
+
+
+def test_the_highest_temperature_draws_any_id_that_is_allowed():
+    ids = generate(MODEL, PROMPT, do_sample=True, temperature=1e30, max_new_tokens=40,
+                   eos_token_id=[])
+    assert len(ids.unique()) > 20
 
 
 def test_a_model_that_computes_nan_does_not_answer():
@@ -253,13 +260,10 @@ def test_the_smallest_top_p_keeps_the_highest_logit():
 def test_rows_that_stop_strings_end_are_filled_with_the_pad_id_asked_for():
     class Letters(Tokenizer):
         def __init__(self):
-            self.pad_token_id = 1
+            self.pad_token_id, self.special_ids = 1, frozenset()
 
-        def stream_decoder(self, skip_special_tokens=True):
-            return self
-
-        def feed(self, token_id):
-            return f"{token_id}."
+        def token_bytes(self, token_id):
+            return f"{token_id}.".encode()
 
     prompts, options = torch.tensor([[0, 80], [0, 90]]), dict(
         max_new_tokens=12, pad_token_id=5, eos_token_id=[])

@@ -126,6 +126,14 @@ def test_options_that_cannot_work_are_one_line(run, tmp_path, options, message):
     assert (tmp_path / "other.jsonl").read_text() == '{"prompt": "b", "answer": "c"}\n'
 
 
+def test_the_file_of_the_prompts_is_no_place_for_the_answers(run, tmp_path):
+    content = '{"prompt": "a", "answer": "one to learn from"}\n'
+    (tmp_path / "both.jsonl").write_text(content)
+    code, _, err = run("both.jsonl", "--out", "both.jsonl")
+    assert code == 2 and "both.jsonl is the file of the prompts" in err and err.count("\n") == 1
+    assert (tmp_path / "both.jsonl").read_text() == content
+
+
 def test_two_never_write_one_file(run, tmp_path):
     (tmp_path / "both.jsonl").touch()
     with hold(tmp_path / "both.jsonl"):

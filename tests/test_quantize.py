@@ -359,6 +359,18 @@ def test_gradients_pass_through_packed_weights_for_short_rows_too(kind):
         torch.testing.assert_close(x.grad, near, rtol=0.3, atol=0.3)
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_of_an_adapter_are_not_packed(kind):
+    peft = pytest.importorskip("peft")
+    model = small_model(intermediate_size=128)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    quantize_model(model, kind)
+    layer = model.model.layers[0].mlp.up_proj
+    assert type(layer.base_layer) is KINDS[kind]
+    wrapped(torch.tensor([[0, 80, 81]]), labels=torch.tensor([[0, 80, 81]])).loss.backward()
+    assert layer.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_state_dict_replaces_packed_weights_and_plain_ones_are_refused(kind):
     """The kernel's copy of 4-bit weights, too; a cast of plain weights to int8 would give 0."""
     plain, one, two = small_model().bfloat16(), *(small_model().bfloat16() for _ in range(2))

@@ -33,6 +33,7 @@ import tokenizer as tokenizer_module
 from tokenizer import (
     ByteLevelBPE,
     SentencePieceTokenizer,
+    StreamDecoder,
     VocabularyMap,
     load_tokenizer,
     split_words,
@@ -395,7 +396,7 @@ def test_streamed_pieces_joined_equal_the_decoded_whole(bpe, sentencepiece_token
         ids = data.draw(st.lists(st.sampled_from(sorted(tokenizer.vocab.values())), max_size=30))
         whole = b"".join(tokenizer.token_bytes(i) for i in ids
                          if not (skip and i in tokenizer.special_ids)).decode("utf-8", "replace")
-        decoder = tokenizer.stream_decoder(skip_special_tokens=skip)
+        decoder = StreamDecoder(tokenizer, skip)
         assert "".join([decoder.feed(i) for i in ids]) + decoder.flush() == whole
         for kind in (list, torch.tensor, np.array):
             assert tokenizer.decode(kind(ids), skip_special_tokens=skip) == whole
@@ -403,9 +404,9 @@ def test_streamed_pieces_joined_equal_the_decoded_whole(bpe, sentencepiece_token
 
 def test_a_character_of_several_ids_is_streamed_when_it_is_whole(either):
     ids = either.text_ids("𝄞")  # in no corpus: four bytes, four ids
-    decoder = either.stream_decoder()
+    decoder = StreamDecoder(either)
     assert [decoder.feed(i) for i in ids] == ["", "", "", "𝄞"] and decoder.flush() == ""
-    decoder = either.stream_decoder()
+    decoder = StreamDecoder(either)
     assert [decoder.feed(i) for i in ids[:2]] == ["", ""] and decoder.flush() == "\ufffd"
 
 

@@ -633,6 +633,8 @@ def test_the_curves_tell_text_from_pictures(small_model):
     nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
     assert curves["text_loss"] == pytest.approx(float(nll[1:3].mean()), rel=1e-3)
     assert curves["image_loss"] == pytest.approx(float(nll[3:6].mean()), rel=1e-3)
+    nothing = batch | dict(weight=torch.zeros(1, 8), total=torch.tensor(5.0))  # of one rank
+    assert train.decoder_loss(small_model, nothing, 1e-4)[1] == {}
 
 
 def test_what_a_layer_adds_begins_small_and_is_dropped_at_both_ends(tokenizer):
