@@ -131,8 +131,7 @@ class ChameleonConfig(PreTrainedConfig):
         scaling = self.rope_scaling
         if self.rope_parameters is None and isinstance(scaling, dict) and "rope_theta" in scaling:
             self.rope_parameters, self.rope_scaling = scaling, None  # transformers 5's alias
-        if isinstance(self.rope_parameters, dict):
-            self.take_rope_parameters(self.rope_parameters)
+        vars(self).update(self.rope_fields())
         check_fields(self)
         D, H = self.hidden_size, self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or H
@@ -157,8 +156,10 @@ class ChameleonConfig(PreTrainedConfig):
                     check_ids({name: token_id}, self.vocab_size)
         check_ids(self.vocabulary_map or {}, self.vocab_size, "vocabulary_map: ")
 
-    def take_rope_parameters(self, given: dict) -> None:
-        """Turns rope_parameters into rope_theta and rope_scaling; ValueError if they contradict."""
+    def rope_fields(self) -> dict:
+        """rope_parameters -> rope_theta and rope_scaling; ValueError if they contradict."""
+        if not isinstance(given := self.rope_parameters, dict):
+            return {}
         kind = given.get("rope_type", given.get("type", "default"))
         scaling = None if kind == "default" else {"type": kind, "factor": given.get("factor")}
         theta = given.get("rope_theta", self.rope_theta)
@@ -166,7 +167,7 @@ class ChameleonConfig(PreTrainedConfig):
         other_theta = self.rope_theta not in (theta, ChameleonConfig.rope_theta)
         if other_theta or (self.rope_scaling and self.rope_scaling != scaling):
             raise ValueError("rope_parameters contradict rope_theta or rope_scaling: give only one")
-        self.rope_theta, self.rope_scaling, self.rope_parameters = theta, scaling, None
+        return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": None}
 
     @property
     def head_dim(self) -> int:
@@ -184,8 +185,7 @@ class ChameleonConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict:
         """The config.json of transformers 4, which every version of transformers reads."""
-        self.__post_init__()  # a field may have been set since
-        values = super().to_dict() | {"vq_config": self.vq_config.to_dict()}
+        values = super().to_dict() | {"vq_config": self.vq_config.to_dict()} | self.rope_fields()
         del values["rope_parameters"]
         if not isinstance(self.hidden_act, str):
             raise ValueError("hidden_act is a function, which no config.json can hold: name one of "

@@ -381,7 +381,7 @@ class Picker:
         if grammar.mode != "text":
             self.code_head = rows_of(model.lm_head, self.code_to_id)
         if options.decoder:
-            self.head, self.code_head = map(options.decoder.product, (self.head, self.code_head))
+            self.head, self.code_head = map(options.decoder.fast_head, (self.head, self.code_head))
 
     def __call__(self, hidden: Tensor, seen: Tensor, missing: list[int], room: int) -> Tensor:
         """hidden (G, B, D), ids so far (B, T), `missing` of B rows -> next ids (B,), NO_ID for a

@@ -117,8 +117,6 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{named} cannot be read: {reason}") from None
     except Exception as error:  # on broken files PIL raises SyntaxError, struct.error, ...
         raise ValueError(f"{named} is broken: {type(error).__name__}") from None
-    if not all(image.size):
-        raise ValueError(f"{named} is empty: it has no pixels")
     if image.mode == "F" or image.mode[0] == "I":  # no viewer agrees with another on their range
         raise ValueError(f"{named} has pixels of 32 bits: save it with 8 or 16")
     return image
@@ -441,7 +439,7 @@ class ChameleonImageProcessor:
         from chameleon_extras.files import HUB_OPTIONS, find_folder  # as in ChameleonProcessor
 
         hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
-        folder = find_folder(folder, **hub)
+        folder = find_folder(folder, False, **hub)
         file = Path(folder) / "processor_config.json"
         data = read_json(file).get("image_processor") if file.is_file() else None
         if data is None and (file := Path(folder) / "preprocessor_config.json").is_file():
@@ -713,7 +711,7 @@ class ChameleonProcessor:
         from chameleon_extras.files import find_folder  # only to find files
 
         own = {"image_seq_length", "image_token"}
-        folder = find_folder(folder, **{name: changes[name] for name in changes.keys() - own})
+        folder = find_folder(folder, False, **{n: changes[n] for n in changes.keys() - own})
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side)
         file = Path(folder) / "processor_config.json"
         data = (read_json(file) if file.is_file() else {}) | changes

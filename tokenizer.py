@@ -714,6 +714,6 @@ class AutoTokenizer:
                         **hub: object) -> Tokenizer:
         from chameleon_extras.files import find_folder  # only to find files
 
-        tokenizer = load_tokenizer(find_folder(folder, **hub))
+        tokenizer = load_tokenizer(find_folder(folder, False, **hub))
         tokenizer.padding_side = padding_side or tokenizer.padding_side
         return tokenizer

@@ -123,9 +123,6 @@ class PreTrainedConfig:
                   "quantization_config", "quantized_weights"}
     model_type = ""  # transformers' name for what the config describes
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
     @classmethod
     def from_dict(cls, values: dict) -> Self:
         """The object in a config.json, or what `to_dict` gives -> a config."""
@@ -453,7 +450,7 @@ class PreTrainedModel(nn.Module):
             if given.__name__ == wanted:  # transformers' config of the same name
                 message += f": give {wanted}.from_dict(config.to_dict())"
             raise ValueError(message)
-        config.__post_init__()  # a field may have been set since
+        self.config_class.__post_init__(config)  # a field may have been set since
         self.config = config
 
     @property

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from chameleon import ChameleonForConditionalGeneration, KVCache
-from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, seed, with_bar
+from chameleon_extras.command import ASKS_TO_DRAW, check_folder, place_images, read_seed, with_bar
 from chameleon_extras.files import STOPS, line_of, say, stop
 from chameleon_extras.sheets import parts_of, save_picture, write_document
 from generate import Piece, pieces, room_behind, seeds_of, stream
@@ -167,7 +167,7 @@ class Terminal:
         elif word == "/image":
             self.image(rest)
         elif word == "/seed":
-            self.seed = seeds_of(seed(rest), 1)[0]
+            self.seed = seeds_of(read_seed(rest), 1)[0]
         elif word == "/reset":
             self.conversation.reset()
             self.waiting = []
@@ -185,7 +185,7 @@ class Terminal:
     def turn(self, text: str, mode: str) -> None:
         if mode == "text" and ASKS_TO_DRAW.match(text):
             say("a turn is answered in words: /draw TEXT draws")
-        turns, in_line, empty = len(self.conversation.parts), False, True
+        before, in_line, empty = len(self.conversation.parts), False, True
         steps = self.conversation.ask(text, self.waiting, mode, seed=self.seed, **self.sampling)
         try:
             for piece in steps:
@@ -201,7 +201,7 @@ class Terminal:
                 say("the answer has no words")
         finally:
             steps.close()
-            if len(self.conversation.parts) > turns:  # else the turn was refused
+            if len(self.conversation.parts) > before:  # else the turn was refused
                 self.waiting, self.seed = [], self.seed + 1
                 print(end="\n" * in_line, flush=True)
         free, context = self.conversation.room()

@@ -8,18 +8,18 @@
 
 Who needs it: `from_pretrained` and `save_pretrained` of the model, command.py, convert.py.
 
-"meta" tensors have a shape but no storage, so a 7B model is built at once. Wrong names, shapes and
+"meta" tensors have a shape but no storage, so a 7B model is soon built. Wrong names, shapes and
 dtypes are found before the weights are read, inf and nan after. The memory-mapped tensors become
 the parameters (assign=True). Another dtype or device, and Meta's shards, make new tensors.
 
 With `quantize="int8"`, each matrix is packed right after it is read, and its pages are freed. So
 memory holds the quantized model and one matrix. A quantized model can be saved, too. Its folder has
 the same layout, with the field "quantized_weights" in config.json and these tensors for each linear
-layer (quantize.py explains them):
+layer (quantize.py explains them; of two weights in a byte, the first is the high half):
 
-    NAME.weight  (O, I) int8              NAME.scale  (O,) fp32          "quantized_weights": "int8"
-    NAME.weight  (O, I/2) uint8, first    NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
-                 of two in the high half  NAME.scale  (O, I/64) fp32     "quantized_weights": "nf4"
+    NAME.weight  (O, I) int8       NAME.scale  (O,) fp32          "quantized_weights": "int8"
+    NAME.weight  (O, I/2) uint8    NAME.scale  (O, I/g) bf16      "quantized_weights": "int4"
+    NAME.weight  (O, I/2) uint8    NAME.scale  (O, I/64) fp32     "quantized_weights": "nf4"
 
 Its files are called model.int8.safetensors, so that no other reader takes them for plain weights.
 
@@ -101,8 +101,8 @@ def read_folder(folder: Path, kind: str | None, *arguments) -> dict[str, Stored]
     except (KeyError, AttributeError, TypeError):
         raise ValueError(f"{index} is broken: it has no readable weight_map") from None
     if absent:
-        kinds = ("*.safetensors", "*.bin", "*.pt*", "*/*.distcp")
-        others = [path.name for kind in kinds for path in sorted(folder.glob(kind))]
+        patterns = ("*.safetensors", "*.bin", "*.pt*", "*/*.distcp")
+        others = [path.name for pattern in patterns for path in sorted(folder.glob(pattern))]
         there = f", but holds {', '.join(others):.80}: save with model.save_pretrained(folder), or"
         known = others and not index.is_file()  # else a shard is missing
         raise ValueError(f"{folder} lacks {', '.join(absent)}{there if known else ':'} download "
@@ -158,8 +158,7 @@ def open_vqvae(folder: Path, device: str | torch.device
 
 
 def check_layers(folder: Path, config: ChameleonConfig, tensors: dict[str, Stored]) -> None:
-    """ValueError, before any layer is built, if weights and config differ in the number of layers.
-    """
+    """ValueError, before a layer is built, if weights and config differ in their number."""
     layers = [int(match[1]) for name in tensors
               if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
     found, said = max(layers, default=-1) + 1, config.num_hidden_layers
@@ -265,7 +264,7 @@ def open_model(cls: type, folder: Path, device: str | torch.device, vqgan: Path 
             if isinstance(part, ChameleonVQVAE):
                 part.decoder = None
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-               if name.startswith(prefix) or not name.startswith(("model.", "lm_head."))}
+               if name.startswith(prefix)}
     if kind:
         swap_layers(model, kind)
         tensors = {name: tensor.copied() for name, tensor in tensors.items()}
@@ -330,15 +329,15 @@ def byte_size(text: str | int) -> int:
 
 def save_checkpoint(model: nn.Module, folder: Path, max_shard_size: int | str,
                     state_dict: dict | None = None) -> None:
-    tensors, places = {}, set()
+    tensors, addresses = {}, set()
     for name, tensor in tensors_of(model, state_dict).items():
         if type(tensor) is not Tensor:  # such as a DTensor
             raise ValueError(f"{name} is a {type(tensor).__name__}, which is not written to a "
                              "file: save a whole model, quantized to int8 or int4 if need be")
         stored = Stored.of(tensor)
         # A tensor with two names is written twice: safetensors refuses shared memory.
-        tensors[name] = stored.copied() if tensor.data_ptr() in places else stored
-        places.add(tensor.data_ptr())
+        tensors[name] = stored.copied() if tensor.data_ptr() in addresses else stored
+        addresses.add(tensor.data_ptr())
     write_checkpoint(folder, model.config, tensors, byte_size(max_shard_size), kind_of(model),
                      architecture=type(model).__name__)
 
@@ -375,7 +374,7 @@ def write_checkpoint(folder: Path, config: ChameleonConfig, tensors: dict[str, S
     total = sum(tensor.nbytes for tensor in tensors.values())
     files, index = [f"{stem}.safetensors"], f"{stem}.safetensors.index.json"
     if n > 1:
-        # An index of an earlier save would make one that is cut short be read as a mix of both.
+        # If this save is cut short, nobody shall read its files by the index of an earlier one.
         (folder / index).unlink(missing_ok=True)
         files = [f"{stem}-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}

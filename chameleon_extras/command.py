@@ -196,7 +196,7 @@ def sampling(options: argparse.Namespace) -> dict:
     return values | {"do_sample": options.temperature > 0}
 
 
-def seed(text: str) -> int:
+def read_seed(text: str) -> int:
     """The value of --seed -> the seed."""
     if text == "random" and ranks() == 1:  # under torchrun, all ranks need the same
         value = int.from_bytes(os.urandom(4), "big")
@@ -238,7 +238,7 @@ def place_images(prompts: list[str], count: int) -> list[str]:
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """ValueError for an --out that does not fit. Sets the default of --out."""
+    """ValueError for an amount or an --out that does not fit. Sets the default of --out."""
     out, command = options.out, options.command
     if len(options.prompt) > 1 and command in ("--explain", "--mode interleaved"):
         raise ValueError(f"{command} takes one prompt: give one --prompt")
@@ -281,11 +281,11 @@ def choose_name(options: argparse.Namespace) -> None:
     for n in count(2):
         kept = numbered_names(options)
         if n > 2 or "out" not in options.given:  # a name that nobody gave
-            kept.append(options.out)
+            kept.insert(0, options.out)
         if not any(map(os.path.lexists, kept)):
             with suppress(FileExistsError):  # another process was sooner
-                if kept and kept[-1].suffix:  # a file, not a folder
-                    kept[-1].touch(exist_ok=False)
+                if kept and kept[0].suffix and own_rank() == 0:  # a file, not a folder
+                    kept[0].touch(exist_ok=False)
                 return
         options.out = path.with_stem(f"{path.stem}-{n}")
 
@@ -306,7 +306,7 @@ def check_writable(options: argparse.Namespace) -> None:
     else:
         out = [out, *numbered_names(options)][-1]
     try:
-        write_atomically(out, lambda part: part.touch(), keep=False)
+        write_atomically(out, lambda part: None, keep=False)  # it makes the file by itself
     except OSError as e:
         raise ValueError(f"--out {options.out} cannot be written: {e.strerror}") from None
 
@@ -364,7 +364,7 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
 
 def answer(options: argparse.Namespace) -> None:
     """Checks all input first, because reading the weights takes long. Then computes and writes."""
-    options.seed = seed(options.seed)
+    options.seed = read_seed(options.seed)
     Options(**sampling(options))  # checks them
     check_unused(options)
     check_output(options)
@@ -398,9 +398,9 @@ def answer(options: argparse.Namespace) -> None:
                        padding_side="left", return_for_text_completion=options.completion)
     check_pair(config, processor, inputs)
     if options.mode == "image":
-        count, side = options.count * len(prompts), config.vq_config.resolution
-        options.scale = options.scale or (max(1, DRAWN // side) if count > 1 else 1)
-        check_sheet(options.out, count, side * options.scale)
+        rows, side = options.count * len(prompts), config.vq_config.resolution
+        options.scale = options.scale or (max(1, DRAWN // side) if rows > 1 else 1)
+        check_sheet(options.out, rows, side * options.scale)
     check_writable(options)
     room, picture = min(room, options.max_new_tokens or room), processor.image_seq_length + 2
     if options.mode == "interleaved" and room < picture:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from chameleon import ChameleonForConditionalGeneration
 from chameleon_extras.checkpoint import byte_size, open_model, write_checkpoint
-from chameleon_extras.files import OneLineParser, exit_code, say
+from chameleon_extras.files import OneLineParser, exit_code, find_folder, say
 from chameleon_extras.quantize import KINDS, kind_of
 from chameleon_extras.release import find_release, load_processor
 from tokenizer import (
@@ -116,8 +116,8 @@ def write_processor(source: Path, folder: Path) -> None:
     for name in TOKENIZER_AND_PROCESSOR:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    has_one = any((source / name).is_file() for name in TOKENIZER_FILES)
-    if has_one and not (folder / "tokenizer.json").is_file():
+    has_tokenizer = any((source / name).is_file() for name in TOKENIZER_FILES)
+    if has_tokenizer and not (folder / "tokenizer.json").is_file():
         load_tokenizer(source).save_pretrained(folder)
 
 
@@ -164,8 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> None:
-        convert(options.source, options.target, options.vqgan, byte_size(options.shard_size),
-                options.quantize)
+        convert(find_folder(options.source), options.target, options.vqgan,
+                byte_size(options.shard_size), options.quantize)
         say(f"{options.target}: written")
 
     return exit_code("convert", run)

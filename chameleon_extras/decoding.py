@@ -1,8 +1,8 @@
 """Fast steps: what makes writing one token after the other quick, all of it outside the model.
 
     prompt (B,T) --model, as it is--> KVCache, filled to column t
-    ids (B,1) --embed--> x (B,1,D) --all blocks, one compiled code--> --norm--> hidden (B,D)
-                              every block writes column t in place and reads columns 0 to t
+    ids (B,1) --embed--> x (B,1,D) --all layers, one compiled code--> --norm--> hidden (B,D)
+                              every layer writes column t in place and reads columns 0 to t
 
 Who needs it: whoever wants long answers, pictures or large models sooner. `generate` takes its
 uncompiled steps without being asked, its compiled ones by `compile=True` (`--compile`). The ids are
@@ -33,8 +33,8 @@ matrix times vector   Libraries for matrix products are made for many rows. For 
 waiting               Reading an id is a GPU synchronization. So ids are read one step later, while
                       the next step already runs. Inside a picture, nothing else is read.
 
-One block is compiled, and its code serves all blocks, since they differ in their tensors only. That
-takes a sixth of the time of compiling the whole step, at the same speed. Blocks that have hooks or
+One layer is compiled, and its code serves all layers, since they differ in their tensors only. That
+takes a sixth of the time of compiling the whole step, at the same speed. Layers that have hooks or
 code of your own are compiled one by one. q, k, v and gate, up are not joined into one matrix each:
 on CUDA the compiler puts their loops into one launch (`combo_kernels`), and on a CPU joining would
 save 2 %.
@@ -385,7 +385,7 @@ def four_bit_sums(layer: Int4Linear, rows: Tensor) -> Tensor:
 
 @cache
 def compiled_row_sums(rows: int, dtype: torch.dtype) -> Callable:
-    """`row_sums` alone, to be measured. A copy for each kind: torch limits compilations of one."""
+    """`row_sums` alone, to be measured; a copy for each kind, as torch compiles one a few times."""
     return compile_step(copy_of(row_sums), torch.device("cpu"))
 
 
@@ -571,7 +571,7 @@ class Decoder:
             raise ValueError(f"the layers' places in the cache, self_attn.layer, are {self.places}:"
                              f" give each its own, below num_hidden_layers")
         kind = kind_of(model)
-        device, advice = model.device.type, None  # else packed weights are unpacked in each step
+        device, advice = model.device.type, None  # what spares unpacking the weights in each step
         if kind and device == "cuda" and not compiled:
             advice = "compile=True (--compile)"
         elif device == "cpu" and model.dtype != torch.bfloat16 and (
@@ -602,8 +602,8 @@ class Decoder:
                 raise ValueError(f"compile=True reads plain weights, and these are {min(odd)}: "
                                  "leave it out, or quantize by a quantization_config instead")
             self.layers = {}  # rows of a step -> the layers with the forms for so many
-            self.parts = parts(model)
-            # Before each call torch checks all its assumptions (guards); for all blocks that is a
+            self.made_of = made_of(model)
+            # Before each call torch checks all its assumptions (guards); for all layers that is a
             # tenth of a step. Here it checks tensors only. The rest holds, because a copy of the
             # code serves one model, and within it layers that differ only in the values of their
             # tensors and in their place, `layer`. Other code than torch's and this project's, and
@@ -651,7 +651,7 @@ class Decoder:
                 contexts.enter_context(torch._C.DisableTorchFunction())
             yield
 
-    def product(self, layer: nn.Module) -> Callable:
+    def fast_head(self, layer: nn.Module) -> Callable:
         """A head, rows (n, D) -> (n, outputs), as fast as it gets from its second use on.
 
         The first use runs the plain layer, so that the first id of an answer waits for no compiler
@@ -759,7 +759,7 @@ class Decoder:
         return type(None), ()
 
 
-def parts(model: ChameleonForConditionalGeneration) -> list:
+def made_of(model: ChameleonForConditionalGeneration) -> list:
     """What a compiled decoder was made of. If one of these has changed, it is out of date."""
     places = [tensor.data_ptr() for tensor in model.state_dict().values()]
     modules = [(module, type(module).forward, *hooks_of(module)) for module in model.modules()]
@@ -810,6 +810,6 @@ def decoder_of(model: ChameleonForConditionalGeneration, compiled: bool) -> Deco
     if not compiled:
         return Decoder(model, attention=None)
     kept = vars(model).get("compiled_decoder")
-    if kept is None or kept.parts != parts(model):
+    if kept is None or kept.made_of != made_of(model):
         kept = vars(model)["compiled_decoder"] = Decoder(model, compiled=True, attention=None)
     return kept

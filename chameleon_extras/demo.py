@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from html import escape
 
 import torch
 from PIL import Image
@@ -97,10 +98,10 @@ def row(conversation: Conversation) -> str:
         kind, name = kind_and_name(conversation.processor.tokenizer, i)
         count[kind] += 1
         chips.append(chip(kind, "" if kind == "code" else name, f"{name} = {i}"))
-    total = " ".join(chip(kind, f"{n} {KINDS[kind]}") for kind, n in count.items())
+    counts = " ".join(chip(kind, f"{n} {KINDS[kind]}") for kind, n in count.items())
     rest = f"{conversation.room()[0]} more fit." if conversation.whole else (
         "This is all that the model sees: the turn, and for a question the last pictures.")
-    return f'<div class="side"><p>{len(chips)} ids: {total} {rest}</p>{"".join(chips)}</div>'
+    return f'<div class="side"><p>{len(chips)} ids: {counts} {rest}</p>{"".join(chips)}</div>'
 
 
 def walk(conversation: Conversation) -> str:
@@ -154,7 +155,7 @@ def entropies(values: Tensor) -> str:
 
 def check_gradio() -> None:
     """ValueError, with the remedy, where gradio is missing."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no telemetry
     try:
         import gradio  # noqa: F401, an extra
     except ImportError:
@@ -166,8 +167,9 @@ def page(start: Callable[[], Conversation], seed: int, sampling: dict):
     import gradio as gr
 
     def messages(visit: Visit) -> list[dict]:
-        return [{"role": role, "content": said if isinstance(said, str) else gr.Image(
-            said, show_label=False, buttons=[], container=False)} for role, said in visit.messages]
+        return [{"role": role, "content": gr.Image(
+            said, show_label=False, buttons=[], container=False) if isinstance(said, Image.Image)
+            else escape(said, quote=False)} for role, said in visit.messages]  # it expects HTML
 
     def ask(visit, message, mode, seed, temperature, guidance_text, guidance_image):
         visit = visit or Visit(start())

@@ -180,10 +180,10 @@ class Line(NamedTuple):
     answer: str = ""
 
 
-def read_lines(file: Path, *texts: str) -> list[Line]:
+def read_lines(file: Path, *required: str) -> list[Line]:
     """The lines of a file that are not blank: of JSON if it is named .jsonl, else each is a prompt.
 
-    ValueError, with file and line, for what is none, or lacks one of the `texts`.
+    ValueError, with file and line, for JSON that is none, or lacks a text under a `required` key.
     """
     try:
         # utf-8-sig leaves a byte order mark out. Inside a string, JSON allows characters at which
@@ -196,14 +196,14 @@ def read_lines(file: Path, *texts: str) -> list[Line]:
         if line.strip():
             where, of_json = f"{file} line {n}", file.suffix.lower() == ".jsonl"
             try:
-                values = read_line(line, texts) if of_json else {"prompt": line}
+                values = read_line(line, required) if of_json else {"prompt": line}
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
             found.append(Line(where, **{"images": [], **values}))
     return found
 
 
-def read_line(text: str, texts: tuple[str, ...]) -> dict:
+def read_line(text: str, required: tuple[str, ...]) -> dict:
     """A line of JSON -> some of prompt, images and answer. ValueError: see `read_lines`."""
     def once(pairs: list[tuple[str, object]]) -> dict:
         if len(dict(pairs)) < len(pairs):
@@ -218,7 +218,7 @@ def read_line(text: str, texts: tuple[str, ...]) -> dict:
         raise ValueError('a line must be an object like {"prompt": "...", "answer": "..."}')
     if unknown := sorted(set(line) - {"prompt", "images", "answer"}):
         raise ValueError(f"unknown key {unknown[0]!r}: the keys are prompt, images, answer")
-    for key in texts:
+    for key in required:
         if not isinstance(line.get(key), str) or not line[key]:
             raise ValueError(f"{key!r} must be a text that is not empty")
     images = line.get("images", [])
@@ -259,7 +259,7 @@ def ranks() -> int:
 
 
 def own_rank() -> int:
-    """Which of them this process is. All compute the same, and rank 0 writes the files."""
+    """The number of this process among `ranks()`. What all of them would write, rank 0 writes."""
     return int(os.environ.get("RANK", 0)) if ranks() > 1 else 0
 
 
@@ -268,7 +268,7 @@ def own_rank() -> int:
 
 
 class Stored(NamedTuple):
-    """A tensor on disk. `read` loads it."""
+    """A tensor, most often not in memory yet: `read` loads it, and may join or pack it then."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -276,7 +276,7 @@ class Stored(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Stored":
-        """A tensor that may be memory-mapped, or in memory already."""
+        """Of a tensor that is memory-mapped, or in memory already."""
         return cls(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
     @property
@@ -352,8 +352,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no tensors by name: it is no checkpoint")
     tensors = {name: tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
     for name, tensor in tensors.items():
-        dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
-        if not isinstance(name, str) or not dense or tensor.device.type != "cpu":
+        dense = tensor.dtype in DTYPES.values() and tensor.layout == torch.strided
+        if not isinstance(name, str) or not dense or tensor.is_nested or not tensor.is_cpu:
             raise ValueError(f"{path}: the tensor {name!r:.80} is no plain tensor under a name: "
                              "save a state_dict of plain CPU tensors")
     return tensors
@@ -365,11 +365,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 HUB_OPTIONS = ("token", "cache_dir", "revision", "local_files_only", "force_download")
 
 
-def find_folder(name: str | PathLike, **options: object) -> Path:
+def find_folder(name: str | PathLike, weights: bool = True, **options: object) -> Path:
     """A folder, or a hub id such as "facebook/chameleon-7b" -> the folder that holds its files.
 
-    `options` are those of HUB_OPTIONS. ValueError for any other option and, with the way to get it,
-    for a hub id that cannot be loaded.
+    `options` are those of HUB_OPTIONS. ValueError for any other option, and for a hub id that
+    cannot be loaded: it says how to get the folder.
     """
     if unknown := sorted(options.keys() - set(HUB_OPTIONS)):
         raise ValueError(f"from_pretrained has no option {', '.join(unknown)} here; for the hub it "
@@ -384,7 +384,7 @@ def find_folder(name: str | PathLike, **options: object) -> Path:
         raise ValueError(f'no folder {name}: pip install -e ".[hub]" to load it from the hub, '
                          + by_hand) from None
     try:
-        files = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.model", "*.jinja"]
+        files = ["*.json", "*.model", "*.jinja", *["*.safetensors", "pytorch_model*.bin"] * weights]
         return Path(snapshot_download(name, allow_patterns=files, **options))
     except Exception as e:  # of many kinds: no network, no token, a gated or missing repository
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]

@@ -48,15 +48,15 @@ ROWS = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "gate_proj", "up_proj"
 COLUMNS = ("o_proj", "down_proj")
 
 
-def check_ranks(config, N: int, quantize: str | None = None) -> None:
-    """ValueError if a model, with weights quantized as `quantize` says, has no N equal parts."""
+def check_ranks(config, N: int, kind: str | None = None) -> None:
+    """ValueError if a model, with weights of this kind of KINDS or None, has no N equal parts."""
     for what, count in (("key/value heads", config.num_key_value_heads),
                         ("units of feed-forward", config.intermediate_size)):
         if count % N:  # the number of heads is a multiple of that of key/value heads
             raise ValueError(f"{N} processes cannot share {count} {what}: "
                              "start a number that divides it")
     for width in (config.hidden_size, config.intermediate_size):  # of o_proj and down_proj
-        group = group_size(width, KINDS[quantize].GROUPS) if quantize in ("int4", "nf4") else 1
+        group = group_size(width, KINDS[kind].GROUPS) if kind in ("int4", "nf4") else 1
         if width // group % N:
             raise ValueError(f"{N} processes cannot share {width} inputs in 4-bit groups of "
                              f"{group}: take --quantize int8")
@@ -112,8 +112,7 @@ def shard(model: ChameleonForConditionalGeneration,
     start = rank * -(-V // N)  # the first id of this rank
 
     def look_up(ids: Tensor) -> Tensor:
-        """ids of the whole vocabulary (...) -> their rows, each from the rank that has it (..., D)
-        """
+        """ids of all ranks (...) -> their rows (..., D), each from the rank that has it"""
         here = (ids >= start) & (ids < start + len(table.weight))
         x = F.embedding((ids - start).where(here, 0), table.weight)
         x = x.masked_fill(~here[..., None], 0)

@@ -1,10 +1,10 @@
-"""The options of `from_pretrained` under transformers' names, and what they mean here.
+"""Options of `from_pretrained` and `generate` under transformers' names: what they mean here.
 
     ("facebook/chameleon-7b", torch_dtype=..., device_map=..., quantization_config=...)
         --find_folder--> a folder --load_checkpoint--> the model, on its device
 
-Who needs it: whoever comes from transformers' documentation. Each option is turned into one of
-`load_checkpoint`'s; an option that is not offered is refused by name.
+Who needs it: whoever comes from transformers' documentation. Each option is turned into one of our
+own; an option that is not offered is refused by name.
 Source: the documentation of transformers' PreTrainedModel.from_pretrained and BitsAndBytesConfig.
 """
 
@@ -26,10 +26,9 @@ from vqvae import ChameleonVQVAE, ChameleonVQVAEConfig, PreTrainedModel
 
 # DIFFERS: flash_attention_2 is torch's own flash kernel, where it can run (CUDA, half precision,
 # no padding), and torch's next best kernel elsewhere; the flash-attn package is not used.
-ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
+OUR_ATTENTION = {"eager": "eager", "sdpa": "auto", "flash_attention_2": "auto"}
 
-# Of transformers' `generate`: values that change nothing here, and what a GenerationConfig holds
-# beside options.
+# Options of transformers' `generate`, with the one value of each that changes nothing here.
 NEUTRAL = dict.fromkeys((
     "output_scores", "output_attentions", "output_hidden_states", "output_logits",
     "return_dict_in_generate", "synced_gpus", "early_stopping", "renormalize_logits"), False) | {
@@ -37,8 +36,9 @@ NEUTRAL = dict.fromkeys((
     "diversity_penalty": 0.0, "no_repeat_ngram_size": 0, "min_length": 0, "guidance_scale": 1.0,
     "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "logits_processor": [], "stopping_criteria": [], "cache_implementation": "dynamic"}
-IDLE = {"text": ("image_", "guidance_"), "image": ("max_", "min_")}  # beginnings of names
+IDLE = {"text": ("image_", "guidance_text", "guidance_image"), "image": ("max_", "min_")}
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+# What else a GenerationConfig holds.
 NO_OPTIONS = ("bos_token_id", "transformers_version", "_from_model_config")
 
 Config, Model = TypeVar("Config"), TypeVar("Model")
@@ -70,16 +70,16 @@ def kind_of_quantization(config: object) -> str | None:
         raise ValueError(f"quantization_config {config!r:.80} is not offered: use "
                          "BitsAndBytesConfig(load_in_8bit=True) or (load_in_4bit=True, "
                          "bnb_4bit_quant_type='nf4')")
-    int8, nf4 = (read(name) or False for name in ("load_in_8bit", "load_in_4bit"))
-    if {type(int8), type(nf4)} != {bool} or (int8 and nf4):
+    in_8, in_4 = (read(name) or False for name in ("load_in_8bit", "load_in_4bit"))
+    if {type(in_8), type(in_4)} != {bool} or (in_8 and in_4):
         raise ValueError("load_in_8bit and load_in_4bit are true or false, and not both are true")
     for name in ("llm_int8_skip_modules", "bnb_4bit_use_double_quant"):
         if read(name):
             raise ValueError(f"{name} is not offered: leave it out")
-    if nf4 and read("bnb_4bit_quant_type") != "nf4":
+    if in_4 and read("bnb_4bit_quant_type") != "nf4":
         raise ValueError(f"bnb_4bit_quant_type {read('bnb_4bit_quant_type')!r} is not offered: "
                          "use 'nf4'")
-    return "int8" if int8 else "nf4" if nf4 else None
+    return "int8" if in_8 else "nf4" if in_4 else None
 
 
 def as_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
@@ -106,9 +106,9 @@ def as_device(device_map: str | int | dict | torch.device | None) -> torch.devic
 
 def attention_of(name: str) -> str:
     """attn_implementation -> its name here. ValueError for one that is not offered."""
-    if name not in list(ATTENTION):  # a dict has no hash
-        raise ValueError(f"attn_implementation {name!r} is none of {', '.join(ATTENTION)}")
-    return ATTENTION[name]
+    if name not in list(OUR_ATTENTION):  # a list compares: `name` may be a dict, without a hash
+        raise ValueError(f"attn_implementation {name!r} is none of {', '.join(OUR_ATTENTION)}")
+    return OUR_ATTENTION[name]
 
 
 def generation_options(*configs, **options: object) -> dict:
@@ -118,7 +118,7 @@ def generation_options(*configs, **options: object) -> dict:
     """
     mode = options.get("mode", "text")
     if idle := [name for name, value in options.items()
-                if value is not None and name.startswith(IDLE.get(str(mode), "none"))]:
+                if value is not None and name.startswith(IDLE.get(str(mode), ()))]:
         warnings.warn(f"with mode={mode!r}, {', '.join(idle)} changes nothing", stacklevel=3)
     for config in [config for config in configs if config is not None]:
         if not hasattr(config, "to_diff_dict"):
@@ -158,7 +158,7 @@ def resize_embeddings(model: ChameleonPreTrainedModel, new_num_tokens: int | Non
 def load_config(cls: type[Config], folder: str | PathLike, **changes: object) -> Config:
     """What `from_pretrained` of both configs does; the VQ-VAE's may lie inside the model's."""
     hub = {name: changes.pop(name) for name in HUB_OPTIONS if name in changes}
-    file = find_folder(folder, **hub) / str(changes.pop("subfolder", "")) / "config.json"
+    file = find_folder(folder, False, **hub) / str(changes.pop("subfolder", "")) / "config.json"
     values = read_json(file)
     if issubclass(cls, ChameleonVQVAEConfig) and (
             "vq_config" in values or values.get("model_type") == "chameleon"):
@@ -194,9 +194,9 @@ def load_pretrained(
 ) -> Model:
     """What `from_pretrained` of all models does. ValueError, in one line, for what is wrong."""
     if unknown := sorted(hub.keys() - set(HUB_OPTIONS)):
-        own = [n for n in inspect.signature(load_pretrained).parameters if n not in ("cls", "hub")]
+        own = list(inspect.signature(load_pretrained).parameters)[2:-1]  # not cls, folder, hub
         raise ValueError(f"from_pretrained has no option {', '.join(unknown)}; it has "
-                         f"{', '.join(own[1:])}, {', '.join(HUB_OPTIONS)}")
+                         f"{', '.join([*own, *HUB_OPTIONS])}")
     if not issubclass(cls, PreTrainedModel):
         raise ValueError(f"{cls.__module__}.{cls.__name__} is a copy of a class: from_pretrained "
                          "is for those of vqvae.py and chameleon.py and their subclasses")

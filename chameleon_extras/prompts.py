@@ -23,8 +23,7 @@ from processor import ChameleonProcessor
 
 
 def read_prompts(file: Path) -> list[Line]:
-    """The prompts of a file, each picture at its <image>. ValueError names the line and the error.
-    """
+    """The prompts of a file, each picture at its <image>. ValueError names a line and its error."""
     if not file.is_file():
         raise ValueError(f"--prompts {file} is no file: write one prompt a line into it")
     if file.suffix.lower() == ".json":

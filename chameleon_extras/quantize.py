@@ -22,14 +22,13 @@ multiplies the finished sum, so it costs nothing:
 
     y_o = sum_i w_oi x_i  ~  s_o * (sum_i q_oi x_i),     q = round(w / s),  s_o = max |w_o| / 127
 
-With 4 bits there are 16 values, and one scale for each GROUP of weights in a row:
+With 4 bits there are 16 values ("nf4": at unequal distances, see NF4Linear), and one scale for each
+GROUP of weights in a row:
 
     y_o = sum_g s_og * (sum_{i in g} q_oi x_i)
 
 Left as they are: embeddings (one row is read, not all), norms, and the VQ-VAE, whose codes would
 change.
-
-"nf4" has 16 values at unequal distances, see NF4Linear.
 
 Weights have the same bits whether they are packed while they are read (checkpoint.py), by
 convert.py, or in memory (`quantize_model`), if memory holds them in the dtype of the file.
@@ -50,9 +49,9 @@ NF4 = (  # quantiles of the normal distribution, as printed in arXiv 2305.14314,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0)
 ROWS_AT_ONCE = 64  # of a weight, while it is packed: it passes through fp32
-FEW_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
-INT4_ROWS = 64  # the same for 4 bits, whose unpacking takes longer
-KERNEL_ROWS = 64  # of a 4-bit weight, which that kernel orders by blocks of so many
+INT8_ROWS = 16  # up to so many rows of x, PyTorch's CPU kernel for int8 weights is the faster way
+INT4_ROWS = 64  # the same of its kernel for int4 weights, whose unpacking takes longer
+KERNEL_ROWS = 64  # of an int4 weight: its kernel orders them by blocks of so many
 VECTORS = sys.platform != "win32"  # MSVC builds those kernels as plain loops: slower than unpacking
 IN_CACHE = 256  # rows of a 4-bit weight unpacked at once: few enough for the cache
 
@@ -78,7 +77,7 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, row.new_empty(outputs, *row.shape[1:], device="meta"))
         self.register_parameter("bias", None)
         # Of the layer, not the class: torch.export puts back only what a layer had before.
-        self._kernel, self._known = None, None
+        self._kernel, self._table = None, None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x.reshape(-1, x.shape[-1]).contiguous())  # (rows, O)
@@ -135,13 +134,13 @@ class Int8Linear(PackedLinear):
         return self.weight.float() * self.scale[:, None]
 
     def product(self, x: Tensor) -> Tensor:
-        few = x.shape[0] <= FEW_ROWS
+        few = x.shape[0] <= INT8_ROWS
         # The kernel reads 16 numbers at once, and crashes where a row begins in between. (A
         # compiler cannot trace offsets; its own tensors are aligned.)
         begin = 0 if torch.compiler.is_compiling() else x.storage_offset()
-        straight = x.shape[1] % 16 == 0 and begin % 16 == 0
-        ours = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
-        if VECTORS and few and straight and ours:  # the kernel has no gradient
+        aligned = x.shape[1] % 16 == 0 and begin % 16 == 0
+        suits = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.requires_grad
+        if VECTORS and few and aligned and suits:  # the kernel has no gradient
             y = torch._weight_int8pack_mm(x, self.weight, self.ones)  # (rows, O)
         else:
             wide = x.float() if x.dtype == torch.float16 else x  # sums may exceed 65504
@@ -161,7 +160,7 @@ class Int4Linear(PackedLinear):
     IN_A_NUMBER = 2
     VALUES = tuple(range(-8, 8))  # what the 16 numbers of 4 bits stand for, times the scale
     GROUPS = (128, 64, 32)  # inputs that share a scale: the largest that divides the width
-    _known: Tensor | None  # `table`, made when first used
+    _table: Tensor | None  # what `table` returns, made when first used
 
     @property
     def group(self) -> int:
@@ -206,9 +205,9 @@ class Int4Linear(PackedLinear):
 
     def table(self) -> Tensor:
         """VALUES (16,) on the device of the weight"""
-        if self._known is None or self._known.device != self.weight.device:
-            self._known = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)
-        return self._known
+        if self._table is None or self._table.device != self.weight.device:
+            self._table = torch.tensor(self.VALUES, dtype=torch.float32, device=self.weight.device)
+        return self._table
 
     def values(self, q: Tensor) -> Tensor:
         """q, int32 from 0 to 15 -> what they stand for, fp32"""
@@ -239,8 +238,8 @@ class NF4Linear(Int4Linear):
 
     Weights of a row are about normally distributed. The 16 values come from quantiles of that
     distribution, so they are dense where most weights are. Equals bitsandbytes' "nf4" bit for bit.
-    The head stays as it is, as in transformers. There is no kernel for it: the weights are
-    unpacked in each call, which saves memory and no time, but for a compiled step on CUDA.
+    The head stays as it is, as in transformers. No CPU kernel reads these weights: each call
+    unpacks them. So they save memory and no time, but for a compiled step on CUDA.
     """
 
     VALUES, GROUPS = NF4, (64,)
@@ -315,8 +314,8 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
     layers = {name: module for name, module in model.named_modules()
-              if is_linear(module) and "vqmodel" not in name and "lora_" not in name
-              and (kind, name) != ("nf4", "lm_head")}
+              if is_linear(module) and (kind, name) != ("nf4", "lm_head")
+              and not any(part in name for part in ("vqmodel", "lora_", "modules_to_save"))}
     twins = {name: KINDS[kind](layer.in_features, layer.out_features)
              for name, layer in layers.items()}
     for name, twin in twins.items():

@@ -11,14 +11,12 @@ checkpoint.py calls it for a folder of one of these layouts:
     models/7b or models/30b, tokenizer/        the release's root, also GAIR/Anole-7b-v0.1
     *.safetensors, q_norm.weight of one dimension    written by Anole's fork of transformers
 
-`name_table` lists the names of both, and how the P shards of a tensor are joined.
+`name_table` lists Meta's and Hugging Face's names, and how the P shards of a tensor are joined.
 
 Halves: RoPE rotates pairs of numbers. Meta pairs neighbours (x_2i, x_2i+1); Hugging Face and
 chameleon.py pair (x_i, x_i+Dh/2). Putting the even rows of each head before its odd rows turns one
 into the other. The vectors of QK-norm act on these rows and move with them. q and k are permuted
 alike, so no attention score changes.
-
-Pickles are memory-mapped and read with weights_only. A tensor is read when it is needed.
 """
 
 import re
@@ -309,7 +307,8 @@ def pairs_to_halves(c: ChameleonConfig, tensors: dict[str, Stored]) -> dict[str,
     DIFFERS: a fork's file with (H, Dh) would be read in transformers' order. Nothing tells the two
     apart.
     """
-    if tensors.get("model.layers.0.self_attn.q_norm.weight", ((),))[0] != (c.head_dim,):
+    norm = tensors.get("model.layers.0.self_attn.q_norm.weight")
+    if norm is None or norm.shape != (c.head_dim,):
         return tensors
     tensors = dict(tensors)
     for name, (_, join) in name_table(c).items():
@@ -325,6 +324,6 @@ def load_processor(folder: Path) -> ChameleonProcessor:
     if release is None:
         return ChameleonProcessor.from_pretrained(folder)
     place = tokenizer_folder(release)
-    vq = vq_config(release, open_vqgan(place / "vqgan.ckpt"))
-    pictures = ChameleonImageProcessor(size=vq.resolution, crop_size=vq.resolution)
-    return ChameleonProcessor(pictures, load_tokenizer(place), vq.codes_per_image)
+    c = vq_config(release, open_vqgan(place / "vqgan.ckpt"))
+    images = ChameleonImageProcessor(size=c.resolution, crop_size=c.resolution)
+    return ChameleonProcessor(images, load_tokenizer(place), c.codes_per_image)

@@ -134,7 +134,7 @@ def code(kind: str, B: int) -> str:
             linear = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
             for name, module in linear.items() if kind in KINDS else ():
                 twin = KINDS[kind](module.in_features, module.out_features).to_empty(device="cuda")
-                twin._known = torch.empty(16, dtype=torch.float32)  # of 4 bits
+                twin._table = torch.empty(16, dtype=torch.float32)  # of 4 bits
                 layer.set_submodule(name, twin)
             x, angles = torch.empty(B, 1, c.hidden_size), torch.empty(2, B, 1, 1, c.head_dim)
             k, v = (torch.empty(shape)[:, :, :COLUMNS] for _ in range(2))

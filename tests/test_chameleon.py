@@ -3,6 +3,7 @@ transformers is in test_oracle.py; files are in test_checkpoint.py."""
 
 import copy
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -328,6 +329,8 @@ def test_attention_dropout_acts_in_training_only():
 def test_tied_embeddings_are_one_matrix():
     model = small_model(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.set_input_embeddings(other := torch.nn.Embedding(V, model.config.hidden_size))
+    assert model.get_input_embeddings() is other and model.lm_head.weight is other.weight
 
 
 # ---------------------------------------------------------------------------- pictures and labels
@@ -463,7 +466,7 @@ def test_both_generations_of_config_are_read():
     plain = ChameleonConfig.from_dict(dict(rope_parameters=dict(rope_type="default")))
     assert plain == ChameleonConfig()
     plain.rope_parameters = dict(rope_type="linear", rope_theta=5e5, factor=2.0)  # set afterwards
-    assert plain.to_dict() == old.to_dict() and plain == old
+    assert plain.to_dict() == old.to_dict()
 
 
 def test_absent_values_mean_what_the_documentation_says():
@@ -530,6 +533,17 @@ def test_a_field_that_is_set_afterwards_is_checked_before_a_model_is_built(chang
     vars(config).update(change)
     with pytest.raises(ValueError, match=name):
         ChameleonModel(config)
+
+
+def test_what_a_subclass_makes_of_its_fields_it_makes_once():
+    @dataclass
+    class Longer(ChameleonConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self.vocab_size += 8
+
+    model = ChameleonForConditionalGeneration(Longer(**SIZES, vq_config=VQ))
+    assert model.lm_head.out_features == model.config.to_dict()["vocab_size"] == V + 8
 
 
 def test_a_field_that_is_set_afterwards_acts():

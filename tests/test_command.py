@@ -162,10 +162,10 @@ def test_the_seed_of_an_answer_and_warnings_are_lines_of_stderr(run, monkeypatch
         told.append((out, err))
     assert told[0][0] == told[1][0] and all(err.count("\n") == 2 - n for n, (_, err) in
                                             enumerate(told))
-    assert command.seed("random") != command.seed("random")
+    assert command.read_seed("random") != command.read_seed("random")
     monkeypatch.setenv("WORLD_SIZE", "2")  # each process would draw another
     with pytest.raises(ValueError, match="whole number below 2\\^63$"):
-        command.seed("random")
+        command.read_seed("random")
 
 
 def test_two_processes_never_write_one_document(run, tmp_path):
@@ -384,6 +384,14 @@ def test_processes_that_end_at_one_time_take_different_names(tmp_path, monkeypat
     monkeypatch.setattr(os.path, "lexists", lambda path: next(unseen, exists(path)))
     command.choose_name(two)
     assert (one.out.name, two.out.name) == ("p.png", "p-2.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["p.png", "p-2.png"]  # the sheets
+
+
+def test_of_several_ranks_the_one_that_saves_takes_the_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "own_rank", lambda: 1)
+    options = argparse.Namespace(out=tmp_path / "p.png", count=1, prompt=["x"], given=[])
+    command.choose_name(options)
+    assert options.out.name == "p.png" and not options.out.exists()
 
 
 def test_a_document_that_cannot_be_written_leaves_the_line_ended(run, monkeypatch, tmp_path):

@@ -277,9 +277,9 @@ def test_another_part_without_weights_makes_a_compiled_decoder_out_of_date():
     before = []
     for act in (torch.nn.Tanh(), torch.nn.Sigmoid()):
         model.model.layers[1].mlp.act = act
-        assert before != (now := decoding.parts(model))
+        assert before != (now := decoding.made_of(model))
         before = now
-    assert before == decoding.parts(model)
+    assert before == decoding.made_of(model)
 
 
 def test_attributes_are_compared_by_value_if_they_are_numbers_texts_or_tuples():

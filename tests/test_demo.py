@@ -259,3 +259,5 @@ def test_in_a_browser_one_asks_draws_stops_and_reloads(browsers):
     page.until(lambda: page.all("textarea") and "ids:" not in page.text())
     page.ask("Hello", mode="Answer")
     page.until(lambda: "Show me a picture" in page.text())
+    page.ask("Is <s> here?", mode="Answer")
+    page.until(lambda: "Is <s> here?" in page.text())  # shown as it was typed, and no HTML

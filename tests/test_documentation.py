@@ -665,6 +665,7 @@ def test_a_models_own_generation_config_holds_and_none_changes_nothing():
     nothing = dict(temperature=None, top_p=None, top_k=None, logits_processor=None,
                    stopping_criteria=None, output_attentions=False, synced_gpus=False, num_beams=1,
                    early_stopping=False, length_penalty=1.0, no_repeat_ngram_size=0,
+                   guidance_scale=1.0, encoder_repetition_penalty=1.0, epsilon_cutoff=0.0,
                    output_scores=False, output_logits=False, return_dict_in_generate=False)
     expected = MODEL.generate(PROMPT, max_new_tokens=3, eos_token_id=[])
     assert torch.equal(model.generate(PROMPT, **nothing), expected)

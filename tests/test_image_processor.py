@@ -251,6 +251,8 @@ def test_postprocess_clamps_and_truncates():
         pixels.float())
     with pytest.raises(ValueError, match="N, 3, H, W"):
         ChameleonImageProcessor.postprocess(pixels[0])
+    with pytest.raises(ValueError, match="pixels hold inf or nan"):
+        ChameleonImageProcessor.postprocess(pixels * torch.inf)
 
 
 def test_options_survive_saving_and_transformers_reads_them(tmp_path):
@@ -338,6 +340,16 @@ def test_what_is_no_picture_is_a_one_line_error(bad):
     with pytest.raises(ValueError) as error:
         ChameleonImageProcessor()(bad, return_tensors="pt")
     assert "\n" not in str(error.value) and len(str(error.value)) > 20
+
+
+@pytest.mark.parametrize("bad, options, message", [
+    (np.zeros((9, 9, 6), np.uint8), dict(input_data_format="channels_last"), "6 channels are not"),
+    (np.zeros((9, 9, 3)), dict(data_format="channel_first"), "data_format='channel_first'"),
+    (np.full((9, 9, 3), np.nan), dict(do_resize=False), "hold inf or nan"),
+])
+def test_what_would_be_computed_wrongly_is_refused(bad, options, message):
+    with pytest.raises(ValueError, match=message):
+        ChameleonImageProcessor()(bad, **options)
 
 
 def test_pictures_of_different_shapes_cannot_be_stacked():

@@ -362,12 +362,15 @@ def test_gradients_pass_through_packed_weights_for_short_rows_too(kind):
 def test_the_weights_of_an_adapter_are_not_packed(kind):
     peft = pytest.importorskip("peft")
     model = small_model(intermediate_size=128)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(
+        r=4, target_modules=["q_proj", "up_proj"], modules_to_save=["gate_proj"]))
     quantize_model(model, kind)
     layer = model.model.layers[0].mlp.up_proj
     assert type(layer.base_layer) is KINDS[kind]
     wrapped(torch.tensor([[0, 80, 81]]), labels=torch.tensor([[0, 80, 81]])).loss.backward()
     assert layer.lora_B["default"].weight.grad.abs().sum() > 0
+    trained = model.model.layers[0].mlp.gate_proj.modules_to_save["default"]
+    assert trained.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

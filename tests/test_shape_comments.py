@@ -203,7 +203,7 @@ def first_stage() -> None:
     vq = ChameleonVQVAE(vqvae_stage.VQ)
     vqvae_stage.initialize(vq)
     codebook, rng = vqvae_stage.Codebook(vq), np.random.default_rng(0)
-    codebook.start(*vqvae_stage.codebook_sample(vq, rng, torch.device("cpu"), 32))
+    codebook.start(*vqvae_stage.codebook_sample(vq, rng, 32))
     scenes = [world.sample_scene(rng, 3) for _ in range(2)]
     pixels = torch.from_numpy(world.render_pixels(scenes))
     for retire in (False, True):

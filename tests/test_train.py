@@ -198,7 +198,8 @@ def test_words_of_a_document_are_about_the_pictures_in_it(corpus, monkeypatch):
     owner = {codes[scene].tobytes(): n for scene, n in number.items()}
 
     def number_of(part):  # of a Scene or a Picture
-        return owner[(part.codes if isinstance(part, documents.Picture) else codes[part]).tobytes()]
+        own = part.codes if isinstance(part, documents.Corrupted) else codes[part]
+        return owner[own.tobytes()]
 
     def named(kind):
         return lambda *given, **_: f"#{kind} " + " ".join(
@@ -1067,7 +1068,7 @@ def test_own_documents_are_those_of_the_writer_and_an_epoch_is_each_of_them_once
     corpus = documents.OwnData(documents.read_examples(folder), model, processor, seed=0)
     pixels = processor.image_processor([str(folder / name) for name in ("a.png", "b.png")],
                                        return_tensors="pt")["pixel_values"]
-    one, two = (documents.Picture(x, x) for x in model.model.vqmodel.encode(pixels).numpy())
+    one, two = (documents.Corrupted(x, x) for x in model.model.vqmodel.encode(pixels).numpy())
     writer = Writer(processor.tokenizer, {})
     wanted = writer.chat((("Like ", one, "?"), ("So: ", two)))
     assert corpus.documents[0].ids == wanted.ids and len(corpus.documents) == 5

@@ -41,6 +41,9 @@ def test_the_released_sizes_have_the_published_parameter_counts():
     reading = sum(count.values()) - count["decoder"]
     assert round(reading / 1e6, 1) == 29.4 and round(count["decoder"] / 1e6, 1) == 39.3
     assert model.config.codes_per_image == 1024  # 512 / 2^4 = 32, squared
+    model.decoder.requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == reading
+    assert model.num_parameters(exclude_embeddings=True) == sum(count.values()) - 8192 * 256
 
 
 @settings(max_examples=15, deadline=None)

@@ -120,11 +120,11 @@ class Document:
     read: list[int] = field(default_factory=list)  # the inputs: `ids` with some corrupted codes
 
     def add(self, ids: list[int], weight: float, read: list[int] | None = None) -> None:
-        """Appends tokens of one weight to the shared beginning."""
-        self.extend(Document(ids, [weight] * len(ids), [0] * len(ids), read or ids))
+        """Appends tokens of one weight to the shared beginning. Default of `read`: `ids`."""
+        self.extend(Document(ids, [weight] * len(ids), read=read or ids))
 
     def extend(self, other: "Document", branch: int = 0) -> None:
-        """Appends all tokens of another document, as tokens of a branch."""
+        """Appends all tokens of another document, whatever branches it has, to this branch."""
         self.ids += other.ids
         self.weight += other.weight
         self.branch += [branch] * len(other.ids)
@@ -132,7 +132,7 @@ class Document:
         assert len(self.read) == len(self.weight) == len(self.ids)  # else `packed` would shift them
 
 
-class Picture(NamedTuple):
+class Corrupted(NamedTuple):
     """A picture whose inputs and targets differ: teacher forcing with corrupted codes."""
 
     codes: np.ndarray  # (S,), the targets
@@ -144,7 +144,7 @@ class Writer:
 
         <s> text <racm3:break> S codes <eoss> text <reserved08706> answer </s>
 
-    The parts of a document are text (str), pictures (Scene or Picture) and special tokens (int).
+    The parts of a document are text (str), pictures (Scene or Corrupted) and special tokens (int).
     """
 
     def __init__(self, tokenizer: Tokenizer, codes: dict) -> None:
@@ -153,20 +153,20 @@ class Writer:
         self.begin_image, self.end_image = v.begin_image_id, v.end_image_id
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-    def write(self, parts: Sequence, text: float, image: float) -> Document:
-        """Parts -> tokens. `text` and `image` are the loss weights of a text token and a code."""
+    def write(self, parts: Sequence, text_weight: float, code_weight: float) -> Document:
+        """Parts -> tokens, with these loss weights for a code and for all other tokens."""
         document = Document()
         for part in parts:
             if isinstance(part, str):
-                document.add(self.tokenizer.text_ids(part), text)
+                document.add(self.tokenizer.text_ids(part), text_weight)
             elif isinstance(part, int):
-                document.add([part], text)
+                document.add([part], text_weight)
             else:
-                both = part if isinstance(part, Picture) else (self.codes[part], self.codes[part])
+                both = part if isinstance(part, Corrupted) else (self.codes[part], self.codes[part])
                 ids, read = (self.code_to_id[codes].tolist() for codes in both)
-                document.add([self.begin_image], text)
-                document.add(ids, image, read)
-                document.add([self.end_image], text)
+                document.add([self.begin_image], text_weight)
+                document.add(ids, code_weight, read)
+                document.add([self.end_image], text_weight)
         return document
 
     def turn(self, prompt: Sequence, answer: Sequence, end: int) -> Document:
@@ -185,9 +185,7 @@ class Writer:
         return turn
 
     def chat(self, *turns: tuple[Sequence, Sequence]) -> Document:
-        """Prompts and answers, each of text and pictures. Only the answers are in the loss. With an
-        empty prompt an answer is a plain statement, see `turn`.
-        """
+        """Prompts and answers of text and pictures. Only answers are in the loss, see `turn`."""
         document = self.write((self.bos,), 0.0, 0.0)
         for n, (prompt, answer) in enumerate(turns, start=1):
             end = self.eos if n == len(turns) else self.end_of_turn
@@ -198,20 +196,20 @@ class Writer:
         """Text and pictures without turns. Every token is in the loss."""
         return self.chat(((), parts))
 
-    def branches(self, shared: tuple, turns: list[tuple[str, str]], image: float,
+    def branches(self, shared: tuple, turns: list[tuple[str, str]], weight: float,
                  room: int) -> Document:
         """A shared beginning and one branch for each turn, as many as fit into `room` tokens.
 
-        A turn is (question, answer), see `turn`. With an empty `shared`, no picture tells what the
-        answer's first sentence describes, so that sentence is not in the loss.
+        `weight`: of each token of `shared`. A turn is (question, answer), see `turn`. With an empty
+        `shared`, no picture tells what an answer's first sentence describes, so it weighs 0.
         """
         document = self.write((self.bos,), 0.0, 0.0)
-        document.extend(self.write(shared, image, image))
-        for branch, (question, text) in enumerate(turns, start=1):
-            turn = self.turn((question,) if question else (), (text,), self.eos)
+        document.extend(self.write(shared, weight, weight))
+        for branch, (question, answer) in enumerate(turns, start=1):
+            turn = self.turn((question,) if question else (), (answer,), self.eos)
             if question and not shared:
                 seen = turn.ids.index(self.end_of_turn) + 1
-                seen += len(self.tokenizer.text_ids(text.split(". ")[0])) + 1  # and the full stop
+                seen += len(self.tokenizer.text_ids(answer.split(". ")[0])) + 1  # and the full stop
                 turn.weight[:seen] = [0.0] * seen
             if len(document.ids) + len(turn.ids) > room:
                 break
@@ -249,7 +247,7 @@ class Corpus:
         return pick(self.rng, self.pictures.singles)
 
     def busy_scene(self) -> Scene:
-        """A scene, less often of one thing, whose answers depend little on the question."""
+        """A scene, less often of one thing: then the answers depend little on the question."""
         scene = self.scene()
         while len(scene.things) == 1 and self.rng.random() < 0.5:
             scene = self.scene()
@@ -262,7 +260,7 @@ class Corpus:
             if turn := language.QUESTIONS[name](self.rng, scene):
                 return language.vary(self.rng, turn[0]), turn[1]
 
-    def prompt(self, question: str, *pictures: Scene | Picture) -> tuple:
+    def prompt(self, question: str, *pictures: Scene | Corrupted) -> tuple:
         """Question and pictures as parts of a prompt, in either order with equal probability."""
         gap, behind = pick(self.rng, GAPS), self.rng.random() < 0.5
         return (question + gap, *pictures) if behind else (*pictures, gap + question)
@@ -374,16 +372,16 @@ class Corpus:
                 while pair[0].things[0].colour == pair[1].things[0].colour and rng.random() < 0.6:
                     pair = world.sample_pair(rng, rng.random() < 0.3)  # equal colours are too easy
                 edit = world.sample_edit(rng, rng.random() < 0.3)
-            share, field = rng.random(), "background" if rng.random() < 0.4 else ""
+            chance, field = rng.random(), "background" if rng.random() < 0.4 else ""
             if kind < 0.5:
                 turn = self.question(scene)
             elif kind > 1 - self.shares.places:  # instead of questions about pairs, see below
                 turn = language.ask_thing(rng, scene)
             else:
-                two, ask, ask_which = ((edit, language.ask_difference, 0.4) if kind < 0.7 else
-                                       (pair, language.ask_common, 0.5))
+                two, ask, of_which = ((edit, language.ask_difference, 0.4) if kind < 0.7 else
+                                      (pair, language.ask_common, 0.5))
                 turn = ask(rng, *two)
-                if share < ask_which:
+                if chance < of_which:
                     turn = language.ask_which(rng, *two, field)
             if turn and ". " in turn[1]:  # a description and a conclusion
                 turns.append((language.vary(rng, turn[0]), turn[1]))
@@ -425,7 +423,7 @@ class Corpus:
             answer = (scene, language.caption(scene))
         return self.writer.chat(((language.vary(rng, request),), answer))
 
-    def drawn(self, scene: Scene) -> Scene | Picture:
+    def drawn(self, scene: Scene) -> Scene | Corrupted:
         """A picture to be drawn, with corrupted inputs: codes of its twin replace some of its own.
 
         The twin has other colours or shapes at the same places. Such inputs cannot be trusted, so
@@ -438,9 +436,9 @@ class Corpus:
             return scene
         codes, other = self.writer.codes[scene], self.writer.codes[twin]
         corrupted = self.rng.random(len(codes)) < share  # (S,)
-        return Picture(codes, np.where(corrupted, other, codes))
+        return Corrupted(codes, np.where(corrupted, other, codes))
 
-    def given(self, scene: Scene) -> Picture:
+    def given(self, scene: Scene) -> Corrupted:
         """A picture of a question, with corrupted inputs.
 
         Some codes are replaced by one of their nearest neighbours in the codebook, which decode to
@@ -450,7 +448,7 @@ class Corpus:
         rng, codes, alike = self.rng, self.writer.codes[scene], self.pictures.alike
         other = alike[codes, rng.integers(alike.shape[1], size=len(codes))]  # (S,)
         corrupted = rng.random(len(codes)) < pick(rng, CORRUPTED_PROMPT)  # (S,)
-        return Picture(codes, np.where(corrupted, other, codes))
+        return Corrupted(codes, np.where(corrupted, other, codes))
 
     def edit(self) -> Document:
         """A picture with a request to change it, and the changed picture."""

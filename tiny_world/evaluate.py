@@ -131,8 +131,8 @@ def read(processor, conversations: list[Turns]) -> dict[str, Tensor]:
 def answer(model, processor, conversations: list[Turns]) -> list[str]:
     """Greedy answers to a batch."""
     inputs = read(processor, conversations).to(model.device)
-    with torch.inference_mode():  # the longest answer: three things, then two of them again
-        ids = generate(model, **inputs, max_new_tokens=96)  # (B, T + new)
+    # The longest answer: three things, then two of them again.
+    ids = generate(model, **inputs, max_new_tokens=96)  # (B, T + new)
     return processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -78,7 +78,7 @@ THEN_SAY = (", then say what it is.", " and describe it.", ", then describe it."
 
 
 def vary(rng: Generator, text: str) -> str:
-    """A text as people type it: British or American spelling, case, with or without full stop."""
+    """A text as people type it: British or American spelling, lower case, no last mark."""
     if rng.random() < 0.4:
         text = text.replace("olour", "olor")
     if rng.random() < 0.3:

@@ -121,7 +121,7 @@ class Run:
 
         ValueError if the file is missing or damaged, or if they do not fit.
         """
-        path, whole = self.file(stage), dcp.StateDictOptions(full_state_dict=True)
+        path, how = self.file(stage), dcp.StateDictOptions(full_state_dict=True)
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `train.py {stage}` before this stage")
         try:
@@ -131,7 +131,7 @@ class Run:
         except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError):
             raise ValueError(f"{path} is damaged: remove it to begin the stage again") from None
         try:
-            dcp.set_state_dict(model, optimizers, options=whole, model_state_dict=weights,
+            dcp.set_state_dict(model, optimizers, options=how, model_state_dict=weights,
                                optim_state_dict=state)
         except (RuntimeError, ValueError, KeyError):
             raise ValueError(f"{path} was saved with other options: give those, or remove it to "

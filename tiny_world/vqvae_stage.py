@@ -179,14 +179,14 @@ def vqvae_loss(vq: ChameleonVQVAE, pixels: Tensor, quantized: bool) -> tuple[Ten
     return loss, curves, patches
 
 
-def codebook_sample(vq: ChameleonVQVAE, rng: np.random.Generator, device: torch.device,
+def codebook_sample(vq: ChameleonVQVAE, rng: np.random.Generator,
                     pictures: int) -> tuple[Tensor, Tensor]:
     """Encoder outputs z (N, E) of new pictures, and weights (N,) that favour things."""
     z, weight = [], []
     with torch.no_grad():
         for _ in range(0, pictures, 16):
             scenes = [world.sample_scene(rng, 3, None) for _ in range(16)]
-            pixels = torch.from_numpy(world.render_pixels(scenes)).to(device)
+            pixels = torch.from_numpy(world.render_pixels(scenes)).to(vq.device)
             z.append(flatten_patches(vq.quant_conv(vq.encoder(pixels))))
             weight.append(F.max_pool2d(foreground(pixels), VQ.downsampling).flatten() + 0.02)
     return torch.cat(z), torch.cat(weight)
@@ -207,7 +207,7 @@ def train_vqvae(run: Run) -> None:
     start = run.resume("vqvae", vq, optimizer, rng)
     for step in run.progress(range(start, steps), "vqvae"):
         if step == begin:
-            codebook.start(*codebook_sample(vq, rng, run.device, 16 * min(75, steps)))
+            codebook.start(*codebook_sample(vq, rng, 16 * min(75, steps)))
         # Crowded pictures teach fast. Sparse ones have the low contrast that GroupNorm has to meet.
         counts = rng.choice((1, 2, 3, 5, 8), BATCH, p=(0.15, 0.2, 0.25, 0.2, 0.2))
         scenes = [world.sample_scene(rng, int(n), None) for n in counts]

@@ -1,6 +1,6 @@
 """A toy world of coloured shapes: it renders pictures, and reads from a picture what it shows.
 
-    rng -> sample_scene -> Scene -> render -> picture (H, W, 3) uint8
+    rng -> sample_scene -> Scene -> render -> picture (N, N, 3) uint8
                 picture -> read_scene -> Scene        judges reconstructions and drawings
 
     Thing    one coloured shape: colour, shape, size, place, and a small random offset
@@ -45,8 +45,6 @@ SIDE = 36  # pixels: each place is 12 x 12, exactly 3 x 3 patches of a VQ-VAE th
 HELD_OUT = frozenset({("purple", "star"), ("green", "triangle")})
 JITTER = 1 / 48  # largest random offset of a thing from its place, in picture widths
 BLOB = 0.25  # above this squared error per covered pixel, the reader recognizes no shape
-
-
 FIELDS = ("colour", "shape", "size", "place")  # of a thing, as words name them
 
 
@@ -189,7 +187,7 @@ def coverage(shape: str, y: np.ndarray, x: np.ndarray, radius: float) -> np.ndar
 
 
 def render(scene: Scene, side: int = SIDE) -> np.ndarray:
-    """scene -> picture (N, N, 3) uint8, `side` pixels wide."""
+    """scene -> picture (N, N, 3) uint8, where N is `side`."""
     picture = np.full((side, side, 3), BACKGROUNDS[scene.background], np.float32)  # (N, N, 3)
     y, x = np.indices((side, side), np.float32) + 0.5  # (N, N), (N, N): the middles of the pixels
     for thing in scene.things:
@@ -204,14 +202,14 @@ def render(scene: Scene, side: int = SIDE) -> np.ndarray:
 
 
 def render_pixels(scenes: Sequence[Scene]) -> np.ndarray:
-    """B scenes -> pixels (B, 3, H, W) fp32, as ChameleonImageProcessor computes them.
+    """B scenes -> pixels (B, 3, N, N) fp32, as ChameleonImageProcessor computes them.
 
     White is 255 * 0.0078 - 1 = 0.989.
     """
-    pictures = np.stack([render(scene) for scene in scenes])  # (B, H, W, 3)
+    pictures = np.stack([render(scene) for scene in scenes])  # (B, N, N, 3)
     pixels = (pictures * 0.0078).astype(np.float32) - 1
     # Contiguous, since on a permuted view every convolution would run in channels_last: slower.
-    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # (B, 3, H, W)
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # (B, 3, N, N)
 
 
 # ---------------------------------------------------------------------------------------------
