@@ -368,8 +368,8 @@ HUB_OPTIONS = ("token", "cache_dir", "revision", "local_files_only", "force_down
 def find_folder(name: str | PathLike, weights: bool = True, **options: object) -> Path:
     """A folder, or a hub id such as "facebook/chameleon-7b" -> the folder that holds its files.
 
-    `options` are those of HUB_OPTIONS. ValueError for any other option, and for a hub id that
-    cannot be loaded: it says how to get the folder.
+    Without `weights`, the hub is not asked for them. `options` are those of HUB_OPTIONS. ValueError
+    for any other option, and for a hub id that cannot be loaded: it says how to get the folder.
     """
     if unknown := sorted(options.keys() - set(HUB_OPTIONS)):
         raise ValueError(f"from_pretrained has no option {', '.join(unknown)} here; for the hub it "

@@ -36,6 +36,7 @@ NEUTRAL = dict.fromkeys((
     "diversity_penalty": 0.0, "no_repeat_ngram_size": 0, "min_length": 0, "guidance_scale": 1.0,
     "encoder_repetition_penalty": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
     "logits_processor": [], "stopping_criteria": [], "cache_implementation": "dynamic"}
+# mode -> beginnings of the names of options that change nothing in it
 IDLE = {"text": ("image_", "guidance_text", "guidance_image"), "image": ("max_", "min_")}
 ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
 # What else a GenerationConfig holds.

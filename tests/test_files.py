@@ -1,5 +1,6 @@
 """chameleon_extras/files.py alone: signals, lines of errors, files that are written whole."""
 
+import shutil
 import signal
 import sys
 import types
@@ -7,7 +8,8 @@ import types
 import pytest
 import torch
 
-from chameleon_extras import files
+from chameleon import ChameleonConfig, ChameleonImageProcessor, ChameleonProcessor
+from chameleon_extras import convert, files
 from chameleon_extras.files import (
     Stored,
     exit_code,
@@ -22,6 +24,7 @@ from chameleon_extras.files import (
     stoppable,
     write_atomically,
 )
+from tokenizer import AutoTokenizer
 
 STOPS = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
 on_posix = pytest.mark.skipif(None in STOPS, reason="a signal that Windows has not")
@@ -196,6 +199,14 @@ def test_the_hub_is_asked_for_all_that_a_folder_needs_and_with_ones_own_options(
                  "pytorch_model-00001-of-00002.bin", "chat_template.jinja"):
         assert any(files.Path(file).match(pattern) for pattern in patterns), file
     assert not any(files.Path("consolidated.00.pth").match(pattern) for pattern in patterns)
+    shutil.copytree(files.Path(__file__).parent.parent / "tiny", tmp_path, dirs_exist_ok=True)
+    for part in (ChameleonConfig, ChameleonImageProcessor, ChameleonProcessor, AutoTokenizer):
+        part.from_pretrained("org/small")
+        patterns = asked.pop("allow_patterns")
+        assert any(files.Path("tokenizer.model").match(pattern) for pattern in patterns)
+        for file in ("model.safetensors", "pytorch_model.bin"):  # they may take hours
+            assert not any(files.Path(file).match(pattern) for pattern in patterns)
+
     def refused(*_, **__):
         raise RuntimeError("gated\nlog in")
 
@@ -206,3 +217,17 @@ def test_the_hub_is_asked_for_all_that_a_folder_needs_and_with_ones_own_options(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "small").mkdir(parents=True)
     assert find_folder("org/small") == files.Path("org/small")  # a folder comes first
+
+
+def test_convert_takes_a_hub_id(monkeypatch, tmp_path):
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, **_: files.Path(__file__).parent.parent / "tiny"
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert convert.main(["org/small", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new" / "config.json").is_file()
+
+
+def test_a_pickle_of_numbers_of_8_bits_is_refused(tmp_path):
+    torch.save({"a": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match="'a' is no plain tensor"):
+        load_pickle(tmp_path / "a.bin")

@@ -383,7 +383,7 @@ def test_an_answer_needs_an_end(bpe, monkeypatch):
 
 def test_options_of_the_hub_reach_every_part_of_a_processor(untrained_folder, monkeypatch):
     given = []
-    monkeypatch.setattr("chameleon_extras.files.find_folder", lambda name, **options: (
+    monkeypatch.setattr("chameleon_extras.files.find_folder", lambda name, weights, **options: (
         given.append(options), untrained_folder)[1])
     processor = ChameleonProcessor.from_pretrained("org/small", revision="a", image_seq_length=3)
     assert processor.image_seq_length == 3 and given[0] == {"revision": "a"}
