@@ -296,13 +296,17 @@ def packed_when_read(model: nn.Module, tensors: dict[str, Stored], kind: str,
 
 
 def load_checkpoint(cls: type, folder: Path, dtype: torch.dtype | None, device,
-                    vqgan: Path | None = None, quantize: str | None = None) -> nn.Module:
+                    vqgan: Path | None = None, quantize: str | None = None, draws: bool = False
+                    ) -> nn.Module:
     """A folder of any layout -> model. `dtype` is that of from_pretrained.
 
     Weights are quantized from the numbers of the file, whatever `dtype` is. ValueError names the
     error, in one line. Inf and nan are errors: not every kernel would carry them to the answer.
+    With `draws`, so is a missing VQ-VAE decoder, before the weights are read.
     """
     model, tensors = open_model(cls, folder, device, vqgan, quantize, dtype)
+    if draws:
+        model.model.vqmodel.needed_decoder()
     state = {}
     for name, want in tensors_of(model).items():
         try:

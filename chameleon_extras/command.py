@@ -356,7 +356,7 @@ def load_model(options: argparse.Namespace) -> ChameleonForConditionalGeneration
     where = "cpu" if ranks() > 1 else device  # memory-mapped, until each rank takes its part
     model = load_checkpoint(
         ChameleonForConditionalGeneration, options.model, dtype, where, options.vqgan,
-        options.quantize)
+        options.quantize, options.reconstruct or options.mode != "text")
     if ranks() > 1:
         shard(model, device)
     return set_attention(model, options.attention)

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageColor
+from safetensors.torch import load_file, save_file
 from synthetic import png
 
 import generate as module
 from chameleon import ChameleonForConditionalGeneration, KVCache
-from chameleon_extras import chat, command, sheets, stats
+from chameleon_extras import chat, command, files, sheets, stats
 from chameleon_extras.decoding import ATTENTIONS
 from chameleon_extras.files import hold
 from chameleon_extras.quantize import quantize_model
@@ -563,6 +564,20 @@ def test_bad_input_is_one_line_and_exit_code_2_before_any_weight_is_read(run, tm
     arguments, message = BAD[name]
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [
+    ("--prompt", "a", "--mode", "image"), ("--prompt", "a", "--mode", "interleaved"),
+    ("--reconstruct", "--image", "red.png")])
+def test_weights_that_cannot_draw_are_not_read_for_a_drawing(
+        run, tmp_path, untrained_folder, monkeypatch, words):
+    folder = Path(shutil.copytree(untrained_folder, tmp_path / "blind"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: x for name, x in tensors.items() if ".decoder." not in name},
+              folder / "model.safetensors")
+    monkeypatch.setattr(files.Stored, "read", lambda _: pytest.fail("weights were read"))
+    code, out, err = run(*words, model=folder)
+    assert code == 2 and out == "" and "no VQ-VAE decoder" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("words, ranks, refused", [
