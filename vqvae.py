@@ -123,6 +123,9 @@ class PreTrainedConfig:
                   "quantization_config", "quantized_weights"}
     model_type = ""  # transformers' name for what the config describes
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @classmethod
     def from_dict(cls, values: dict) -> Self:
         """The object in a config.json, or what `to_dict` gives -> a config."""

@@ -135,10 +135,10 @@ def convert(source: Path, target: Path, vqgan: Path | None = None,
         raise ValueError(f"{part} is what an interrupted conversion left: remove it first")
     if not target.absolute().parent.is_dir():
         raise ValueError(f"the folder {target.absolute().parent} does not exist: make it first")
+    source = find_folder(source)  # of a hub id, after the checks: it may take hours
     model, tensors = open_model(ChameleonForConditionalGeneration, source, "cpu", vqgan, quantize)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    free = shutil.disk_usage(target.absolute().parent).free
-    if total > free:
+    if total > (free := shutil.disk_usage(target.absolute().parent).free):
         raise ValueError(f"{target} takes {total / 1e9:.1f} GB, the disk has {free / 1e9:.1f} left")
     part.mkdir()
     try:
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     """-> exit code, see `files.exit_code`."""
     parser = OneLineParser(
         "convert", description="Meta's, Anole's or Hugging Face's folder -> Hugging Face's.")
-    parser.add_argument("source", type=Path, metavar="SRC", help="folder with the weights")
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder of weights, or a hub id")
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write, not there yet")
     parser.add_argument("--vqgan", type=Path, metavar="FILE",
                         help="take the VQ-VAE, decoder included, of this vqgan.ckpt or safetensors")
@@ -164,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> None:
-        convert(find_folder(options.source), options.target, options.vqgan,
+        convert(options.source, options.target, options.vqgan,
                 byte_size(options.shard_size), options.quantize)
         say(f"{options.target}: written")
 

@@ -352,8 +352,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no tensors by name: it is no checkpoint")
     tensors = {name: tensor for name, tensor in data.items() if isinstance(tensor, Tensor)}
     for name, tensor in tensors.items():
-        dense = tensor.dtype in DTYPES.values() and tensor.layout == torch.strided
-        if not isinstance(name, str) or not dense or tensor.is_nested or not tensor.is_cpu:
+        odd = tensor.is_nested or tensor.itemsize == 1 and tensor.dtype not in DTYPES.values()
+        if odd or not isinstance(name, str) or tensor.layout != torch.strided or not tensor.is_cpu:
             raise ValueError(f"{path}: the tensor {name!r:.80} is no plain tensor under a name: "
                              "save a state_dict of plain CPU tensors")
     return tensors
@@ -365,7 +365,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
 HUB_OPTIONS = ("token", "cache_dir", "revision", "local_files_only", "force_download")
 
 
-def find_folder(name: str | PathLike, weights: bool = True, **options: object) -> Path:
+def find_folder(name: str | PathLike, weights: bool = True, /, **options: object) -> Path:
     """A folder, or a hub id such as "facebook/chameleon-7b" -> the folder that holds its files.
 
     Without `weights`, the hub is not asked for them. `options` are those of HUB_OPTIONS. ValueError

@@ -313,8 +313,10 @@ def swap_layers(model: nn.Module, kind: str) -> dict[str, nn.Linear]:
     """
     if kind not in KINDS:
         raise ValueError(f"quantization {kind!r} is none of {', '.join(KINDS)}")
+    if any("lora_magnitude" in name for name, _ in model.named_parameters()):
+        raise ValueError("DoRA computes with plain weights: call merge_and_unload() of it before")
     layers = {name: module for name, module in model.named_modules()
-              if is_linear(module) and (kind, name) != ("nf4", "lm_head")
+              if is_linear(module) and not (kind == "nf4" and "lm_head" in name)
               and not any(part in name for part in ("vqmodel", "lora_", "modules_to_save"))}
     twins = {name: KINDS[kind](layer.in_features, layer.out_features)
              for name, layer in layers.items()}

@@ -223,8 +223,19 @@ def test_convert_takes_a_hub_id(monkeypatch, tmp_path):
     hub = types.ModuleType("huggingface_hub")
     hub.snapshot_download = lambda name, **_: files.Path(__file__).parent.parent / "tiny"
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    asked = []
+    find = lambda name: asked.append(name) or find_folder(name)  # noqa: E731
+    monkeypatch.setattr(convert, "find_folder", find)
+    for target in (tmp_path, tmp_path / "missing" / "new"):  # refused before the hub is asked
+        assert convert.main(["org/small", str(target)]) == 2 and not asked
     assert convert.main(["org/small", str(tmp_path / "new")]) == 0
     assert (tmp_path / "new" / "config.json").is_file()
+
+
+def test_a_pickle_may_hold_numbers_that_nobody_needs(tmp_path):
+    ema = torch.tensor(3, dtype=torch.int)  # latent-diffusion's model_ema.num_updates
+    torch.save({"state_dict": {"a": torch.ones(2), "num_updates": ema}}, tmp_path / "a.ckpt")
+    assert torch.equal(load_pickle(tmp_path / "a.ckpt")["a"], torch.ones(2))
 
 
 def test_a_pickle_of_numbers_of_8_bits_is_refused(tmp_path):

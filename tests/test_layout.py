@@ -30,7 +30,7 @@ LATE = {
     ("generate", "decode_pictures"): "chameleon_extras.decoding",
 }
 LINES = {"chameleon.py": 909, "generate.py": 775, "README.md": 220}
-ALL_LINES, ALL_FILES = 10_917, 29
+ALL_LINES, ALL_FILES = 10_922, 29
 
 
 def own_modules(node: ast.stmt) -> list[str]:

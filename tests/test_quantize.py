@@ -373,6 +373,18 @@ def test_the_weights_of_an_adapter_are_not_packed(kind):
     assert trained.weight.grad.abs().sum() > 0
 
 
+def test_the_head_stays_plain_for_nf4_under_each_name_and_dora_is_refused():
+    peft = pytest.importorskip("peft")
+    model = small_model(intermediate_size=128)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head"]))
+    quantize_model(model, "nf4")
+    assert type(model.lm_head.base_layer) is torch.nn.Linear
+    model = small_model(intermediate_size=128)
+    peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(ValueError, match="DoRA computes with plain weights: call merge_and_unload"):
+        quantize_model(model, "int8")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_dict_replaces_packed_weights_and_plain_ones_are_refused(kind):
     """The kernel's copy of 4-bit weights, too; a cast of plain weights to int8 would give 0."""

@@ -197,7 +197,7 @@ def test_words_of_a_document_are_about_the_pictures_in_it(corpus, monkeypatch):
     edits = [tuple(number[scene] for scene in pair) for pair in corpus.pictures.edits]
     owner = {codes[scene].tobytes(): n for scene, n in number.items()}
 
-    def number_of(part):  # of a Scene or a Picture
+    def number_of(part):  # of a Scene or a Corrupted
         own = part.codes if isinstance(part, documents.Corrupted) else codes[part]
         return owner[own.tobytes()]
 

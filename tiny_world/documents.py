@@ -154,7 +154,7 @@ class Writer:
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def write(self, parts: Sequence, text_weight: float, code_weight: float) -> Document:
-        """Parts -> tokens, with these loss weights for a code and for all other tokens."""
+        """Parts -> tokens. Codes have `code_weight` in the loss, all others `text_weight`."""
         document = Document()
         for part in parts:
             if isinstance(part, str):
