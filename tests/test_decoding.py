@@ -102,6 +102,15 @@ def test_one_query_attends_as_the_readable_form_does(H, Hkv, masked):
         assert not attend(q, k, v, mask, 1.0)[0].any()  # dropout of all weights
 
 
+def test_the_loops_for_one_query_compute_in_fp32_and_round_once():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 4, n, 32, generator=g).bfloat16() * size
+               for n, size in ((1, 4), (19, 1), (19, 1)))
+    expected = eager_attention(q.float(), k.float(), v.float(), None, 0.0)[0]
+    y = one_query_attention(q, k, v, None, 0.0, loops=True)[0]
+    torch.testing.assert_close(y, expected.bfloat16(), atol=1e-4, rtol=2**-7)
+
+
 @pytest.mark.parametrize("name", ["auto", "eager", "sdpa", "flash", "math"])
 def test_every_attention_of_the_cpu_writes_the_same_ids(name):
     model = small_model(num_key_value_heads=2)
@@ -128,8 +137,9 @@ def test_an_attention_that_is_not_there_is_one_clear_line(name, device, dtype, c
 
 def test_a_kernel_that_refuses_a_case_says_so_and_what_to_use():
     q = torch.randn(1, 4, 3, 8)
-    with pytest.raises(ValueError, match="'efficient' cannot run .* on cpu: use 'auto'"):
-        ATTENTIONS["efficient"](q, q, q, None, 0.0)
+    for mask, what in ((None, "heads of 8"), (torch.ones(3, 3, dtype=torch.bool), "a mask")):
+        with pytest.raises(ValueError, match=f"cannot run {what} .* on cpu: use 'auto'"):
+            ATTENTIONS["efficient"](q, q, q, mask, 0.0)
 
 
 def test_an_error_that_has_nothing_to_do_with_kernels_is_passed_on(monkeypatch):
@@ -221,6 +231,10 @@ def test_generate_takes_fast_steps_unasked_and_compiled_ones_by_one_argument(tra
     for compile_ in (False, True):
         assert torch.equal(generate(model, prompt, **options, compile=compile_), expected)
     assert model.model.layers[0].self_attn.attend is eager_attention
+    model.model.layers[1].self_attn.attend = sdpa_attention  # also for some layers alone
+    generate(model, prompt, **options)
+    attends = [layer.self_attn.attend for layer in model.model.layers]
+    assert attends == [eager_attention, sdpa_attention, eager_attention]
 
 
 @pytest.mark.parametrize("name", ["auto", "sdpa"])
@@ -613,6 +627,15 @@ def test_the_form_of_a_product_is_measured_in_bf16_and_changes_nothing(monkeypat
     assert torch.equal(torch.cat(ids), torch.cat(plain))
 
 
+def test_a_cache_that_grows_is_measured_once_for_each_doubling_of_its_length(monkeypatch):
+    asked = set()
+    monkeypatch.setattr(decoding, "fastest", lambda a, b, *_: asked.add((a, b)) or "torch")
+    for L in (511, 512, 513, 700, 1024):
+        k, q, p = (torch.ones(size).bfloat16() for size in ((L, 8), (1, 8), (1, L)))
+        assert decoding.product(q, k.mT).shape == (1, L) and decoding.product(p, k).shape == (1, 8)
+    assert asked == {x for L in (512, 1024) for x in (((1, 8), (8, L)), ((1, L), (L, 8)))}
+
+
 def test_the_form_whose_best_time_is_the_shortest_is_taken(monkeypatch):
     """The first time of a loop is that of its compilation."""
     clock, took = [0.0], {"torch": [5.0] * 4, "loop": [90.0, 9.0, 1.0, 9.0], "fp32": [6.0] * 4}
@@ -729,6 +752,21 @@ def test_products_in_fp32_are_rounded_once(quantized, dtype, monkeypatch):
     exact = x.float() @ weight.T + layer.bias.float()
     torch.testing.assert_close(converted.float(), exact, rtol=2**-7, atol=2**-9)
     torch.testing.assert_close(converted, plain, rtol=2**-6, atol=2**-7)
+
+
+def test_weights_that_multiply_in_a_way_of_their_own_are_not_made_fp32(monkeypatch):
+    """As torchao's, a subclass of Tensor."""
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            called.append(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    monkeypatch.setattr(decoding, "LARGE", 0)
+    weight, called = torch.ones(8, 8).bfloat16().as_subclass(Own), []
+    with InFp32():
+        torch.nn.functional.linear(torch.ones(20, 8).bfloat16(), weight)
+    assert "linear" in called and "float" not in called
 
 
 def test_a_prompt_is_read_in_fp32_only_where_16_bits_are_emulated(monkeypatch):
@@ -916,6 +954,11 @@ def test_a_module_that_was_compiled_stays_in_a_compiled_step():
     assert twin[0] is own
 
 
+def test_a_class_of_ones_own_is_not_known_even_with_the_forward_of_torch():
+    mine = type("Mine", (torch.nn.Linear,), {})
+    assert decoding.is_known(torch.nn.Linear(4, 4)) and not decoding.is_known(mine(4, 4))
+
+
 def test_two_caches_are_never_there_at_one_time(monkeypatch):
     decoder, made = Decoder(small_model()), []
 
@@ -1037,6 +1080,14 @@ def test_code_of_ones_own_in_the_layers_acts_in_each_compiled_step(traced):
     assert len({str(answer) for answer in answers}) == len(answers)
 
 
+@pytest.mark.parametrize("part", ["embed_tokens", "norm"])
+def test_a_hook_beside_the_layers_is_not_recorded_for_the_next_answer_either(traced, part):
+    model = small_model()
+    getattr(model.model, part).register_forward_hook(lambda module, x, y: -y)
+    model.generate(torch.tensor([[0, 80]]), compile=True, max_new_tokens=2)
+    assert "spare" not in vars(model.compiled_decoder)
+
+
 def test_rope_of_ones_own_acts_in_compiled_steps_too(traced, monkeypatch):
     model, ids = small_model(), torch.tensor([[0, 80, 81]])
     options = dict(max_new_tokens=4, eos_token_id=[])
@@ -1046,7 +1097,7 @@ def test_rope_of_ones_own_acts_in_compiled_steps_too(traced, monkeypatch):
     assert torch.equal(model.generate(ids, compile=True, **options), expected)
 
 
-@pytest.mark.parametrize("change", ["hook", "class", "attend", "mask"])
+@pytest.mark.parametrize("change", ["hook", "class", "attend", "layer", "mask"])
 def test_what_compiled_steps_would_leave_out_is_refused(traced, monkeypatch, change):
     model, body = small_model(), type("Body", (ChameleonModel,), {"forward": lambda self, *_: None})
     model.generate(torch.tensor([[0, 80]]), compile=True, max_new_tokens=2)
@@ -1056,6 +1107,8 @@ def test_what_compiled_steps_would_leave_out_is_refused(traced, monkeypatch, cha
         model.model.__class__ = body
     elif change == "attend":
         model.model.layers[1].self_attn.attend = lambda *arguments: sdpa_attention(*arguments)
+    elif change == "layer":  # without an attention, so without a place in the cache
+        model.model.layers[1] = torch.nn.Identity()
     else:
         own = functools.wraps(chameleon.allowed_keys)(lambda *arguments: None)
         monkeypatch.setattr(chameleon, "allowed_keys", own)

@@ -1,6 +1,7 @@
 """Tensor parallelism: two processes on the CPU (gloo) write what one writes."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ for name, kind, changes in (("mha", None, {{}}), ("gqa", None, gqa | tied),
     everyone = [torch.empty_like(both) for _ in range(2)]
     torch.distributed.all_gather(everyone, both)
     print(name, "same", torch.equal(*everyone))
+    learning = [p for p in model.parameters() if p.requires_grad]  # it would learn wrongly
+    print(name, "learning", len(learning))
     for one in (model, model.model):
         try:
             one.save_pretrained("never")
@@ -88,7 +91,7 @@ def test_two_processes_write_what_one_writes(untrained_folder, tmp_path):
         found = re.search(rf"{name} error (\S+) part (\S+) ids (\S+)", written)
         error, part, ids = found.groups()
         assert float(error) < 1e-4 and ids == "True" and 0.5 <= float(part) < most, name
-        assert f"{name} same True" in lines
+        assert f"{name} same True" in lines and f"{name} learning 0" in lines
         assert written.count(f"{name} save: every rank has only a part") == 2
     assert "compiled True" in lines
     assert "text 0" in lines and "picture 0" in lines and "int8 0" in lines
@@ -125,6 +128,18 @@ def test_a_process_without_a_device_of_its_own_is_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="3 processes for 2 CUDA devices: start one for each"):
         join(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("rank, printed", [(0, "seen"), (1, "")])
+def test_only_the_first_process_prints(rank, printed, monkeypatch, capsys):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", getattr(sys, name))  # put back at the end
+    join(torch.device("cpu"))
+    print("seen", end="")
+    print("seen", end="", file=sys.stderr)
+    assert capsys.readouterr() == (printed, printed)
 
 
 def test_one_process_is_not_parallel(monkeypatch):

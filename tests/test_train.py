@@ -542,16 +542,18 @@ def test_a_processor_without_onednn_trains_in_fp32(monkeypatch):
 
 
 def test_the_loss_is_weighted_cross_entropy_plus_z_loss(small_model):
-    ids = torch.randint(74, V, (2, 9), generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(74, V, (2, 9), generator=g)
     weight = torch.tensor([[0.0] * 4 + [1.0] * 5, [0.0] * 3 + [0.5] * 6])
-    mask = torch.ones(2, 9, 9, dtype=torch.bool)
+    mask = (torch.rand(2, 9, 9, generator=g) < 0.5) | torch.eye(9, dtype=torch.bool)
     read = ids.roll(3, 1)  # what is read need not be what is to be predicted: see Corpus.drawn
-    position = torch.arange(9).expand(2, 9)
+    position = torch.randint(50, (2, 9), generator=g)
     batch = dict(ids=ids, read=read, weight=weight, mask=mask, position=position)
     with torch.no_grad():
         loss, _ = train.decoder_loss(small_model, batch, z_weight=0.3)
         with autocast(ids.device):
-            logits = small_model(read, mask_image_logits=False).logits[:, :-1].float()
+            logits = small_model(read, attention_mask=mask, position_ids=position,
+                                 mask_image_logits=False).logits[:, :-1].float()
     log_z = logits.logsumexp(-1)
     nll = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     w = weight[:, 1:]
@@ -568,6 +570,8 @@ def test_weight_decay_is_on_matrices_only(small_model, kind):
         here = [(names[id(p)], p) for p in group["params"]]
         matrices = {p.ndim >= 2 and "norm" not in name for name, p in here}
         assert matrices == {group["weight_decay"] == train.WEIGHT_DECAY}
+        if "eps" in group:  # AdamW's
+            assert (group["betas"], group["eps"]) == (train.BETAS, train.EPS)
         seen += [name for name, _ in here]
     assert sorted(seen) == sorted(name for name in names.values() if "vqmodel" not in name)
 
@@ -634,12 +638,16 @@ def test_the_curves_tell_text_from_pictures(small_model):
     nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
     assert curves["text_loss"] == pytest.approx(float(nll[1:3].mean()), rel=1e-3)
     assert curves["image_loss"] == pytest.approx(float(nll[3:6].mean()), rel=1e-3)
+    log_z = logits.logsumexp(-1)[1:6]  # of all that has weight; without a z-loss, too
+    assert curves["log_z"] == pytest.approx(float(log_z.mean()), rel=1e-3)
+    z_loss = train.Z_LOSS * float(log_z.square().mean())
+    assert curves["z_loss"] == pytest.approx(z_loss, rel=1e-3)
     nothing = batch | dict(weight=torch.zeros(1, 8), total=torch.tensor(5.0))  # of one rank
     assert train.decoder_loss(small_model, nothing, 1e-4)[1] == {}
 
 
 def test_what_a_layer_adds_begins_small_and_is_dropped_at_both_ends(tokenizer):
-    options = train.parse(["pretrain", "--out", "x", "--dropout", "0.5"])
+    options = train.parse(["pretrain", "--out", "x", "--dropout", "0.5", "--no-qk-norm"])
     model = train.build_model(tokenizer, ChameleonVQVAE(vqvae_stage.VQ), options)
     train.add_parts(model, options)
     for layer in model.model.layers:
@@ -648,6 +656,8 @@ def test_what_a_layer_adds_begins_small_and_is_dropped_at_both_ends(tokenizer):
             size = 0.02 / (12**0.5 if part in adding else 1)
             assert part.weight.std().item() == pytest.approx(size, rel=0.1)
             assert len(part._forward_hooks) == (part in adding)
+        norms = layer.self_attn.q_norm, layer.self_attn.k_norm
+        assert all(type(norm) is torch.nn.Identity for norm in norms)
 
 
 @pytest.mark.parametrize("swin_norm", [False, True])
@@ -661,6 +671,8 @@ def test_the_query_norm_is_that_of_the_projection_in_the_forward_pass(swin_norm)
     model(torch.arange(12).view(2, 6))
     heads = seen[0].unflatten(-1, (model.config.num_attention_heads, -1))  # (2, 6, H, D / H)
     assert measure() == pytest.approx(heads.norm(dim=-1).mean().item(), rel=1e-6)
+    measure.q = torch.tensor([[3.0, 4.0], [0.0, 0.0]])  # the second is padding
+    assert measure() == 5
 
 
 def test_dropout_from_outside_works_in_training_only(small_model):
@@ -1159,11 +1171,30 @@ def test_a_step_learns_its_own_gradient_and_no_more_than_the_limit(tmp_path, mon
 
 def test_each_line_is_learned_in_each_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "OWN_ROWS", 4)
-    folder = own_folder(tmp_path, *[HELLO] * 3)
-    options = train.parse(["sft", "--data", str(folder), "--out", str(tmp_path / "o")])
+    folder, seeds = own_folder(tmp_path, *[HELLO] * 3), []
+    options = train.parse(["sft", "--data", str(folder), "--out", str(tmp_path / "o"),
+                           "--seed", "3"])
+    assert options.optimizer == "adamw"  # the paper's; of the toy world it is Muon
+    monkeypatch.setattr(train, "OwnData", lambda *given: seeds.append(given[-1]) or (
+        documents.OwnData(*given)))
     assert train.own_data(train.Run(options))[2] == 3  # 9 lines, 4 a step
     options.epochs = 1
-    assert train.own_data(train.Run(options))[2] == 1
+    assert train.own_data(train.Run(options))[2] == 1 and seeds == [3, 3]
+
+
+def test_weights_that_learn_are_fp32_and_those_that_do_not_may_be_bf16(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fast_bf16", lambda device: True)
+    folder = own_folder(tmp_path, *ZEBRAS)
+    for kind, dtype in (("all", torch.float32), ("image-head", torch.bfloat16)):
+        options = train.parse(["sft", "--data", str(folder), "--out", str(tmp_path / "o"),
+                               "--train", kind])
+        assert train.own_data(train.Run(options))[0].dtype == dtype
+
+
+def test_a_smoke_run_asks_as_few_questions_as_it_makes_steps():
+    for more, wanted in (([], 200), (["--steps", "3"], 3), (["--steps", "300"], 200),
+                         (["--steps", "3", "--questions", "5"], 5)):
+        assert train.parse(["all", "--out", "x", *more]).questions == wanted
 
 
 def test_every_stage_begins_with_the_seed_and_the_processor_is_left_as_it_was(tmp_path,
@@ -1177,6 +1208,19 @@ def test_every_stage_begins_with_the_seed_and_the_processor_is_left_as_it_was(tm
     assert float(torch.tensor([1e-39]) * 1) > 0  # small numbers are numbers again
 
 
+def test_each_stage_draws_documents_of_its_own_and_so_does_each_seed(tmp_path, monkeypatch):
+    def prepare(stage, run, rng):
+        drawn.add(rng.random())
+        raise ValueError
+
+    drawn = set()
+    monkeypatch.setattr(train, "toy_world", prepare)
+    for stage in train.STEPS:
+        for seed in ("1", "1", "2"):
+            assert train.main([stage, "--seed", seed, "--out", str(tmp_path / "o")]) == 2
+    assert len(drawn) == 4
+
+
 def test_the_end_of_pretraining_reads_every_second_batch_as_sft(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "trained_tokenizer", lambda run: tokenizer)
     monkeypatch.setattr(train, "trained_vqvae", lambda run: ChameleonVQVAE(vqvae_stage.VQ))
@@ -1184,8 +1228,12 @@ def test_the_end_of_pretraining_reads_every_second_batch_as_sft(tokenizer, tmp_p
     for name in ("sft", "pretrain"):
         monkeypatch.setattr(Corpus, name, lambda self, room, name=name: drawn.append(name) or (
             Document([5] * 256, [1.0] * 256, [0] * 256, [5] * 256)))
-    options = train.parse(["pretrain", "--steps", "20", "--out", str(tmp_path / "o")])
+    sample, asked = Pictures.sample, []
+    monkeypatch.setattr(Pictures, "sample", lambda *given: asked.append(given) or sample(*given))
+    options = train.parse(["pretrain", "--steps", "20", "--out", str(tmp_path / "o"),
+                           "--seed", "3"])
     batch_of, kinds = train.toy_world("pretrain", Run(options), rng())[-1], []
+    assert asked == [(3, 2000)] and options.optimizer == "muon"
     for step in range(20):
         drawn = []
         batch_of(step)
@@ -1397,12 +1445,14 @@ def test_a_slow_run_is_saved_by_the_clock(tmp_path, monkeypatch, capsys):
     losses = iter([step, step])
 
     def stopped(*arguments):
-        assert arguments[0].training and arguments[2] == train.Z_LOSS
+        model, _, z_weight = arguments
+        assert model.training and model.is_gradient_checkpointing and z_weight == train.Z_LOSS
         for loss in losses:
             return loss(*arguments)
         raise KeyboardInterrupt
 
-    ask = ["sft", "--data", str(folder), "--steps", "4", "--out", str(tmp_path / "out")]
+    ask = ["sft", "--data", str(folder), "--steps", "4", "--out", str(tmp_path / "out"),
+           "--checkpointing"]
     monkeypatch.setattr(train, "decoder_loss", stopped)
     assert train.main(ask) == 130 and "goes on from the last save" in capsys.readouterr().err
     monkeypatch.setattr(train, "decoder_loss", step)
