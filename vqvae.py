@@ -178,7 +178,7 @@ class ChameleonVQVAEConfig(PreTrainedConfig):
     model_type = "chameleon_vqgan"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         self.channel_multiplier = tuple(self.channel_multiplier)
         if self.attn_resolutions is not None:
             self.attn_resolutions = tuple(self.attn_resolutions)

@@ -273,9 +273,9 @@ def check_folder(folder: Path) -> None:
 
 
 def choose_name(options: argparse.Namespace) -> None:
-    """Turns picture.png into picture-2.png, picture-3.png ... until no file would be replaced. The
-    file at a given --out is replaced, but not the pictures beside a sheet. Called just before a
-    file or folder is made: other processes may write, too.
+    """Turns picture.png into picture-2.png, picture-3.png ... until no file would be replaced, and
+    takes a file's name by an empty file: other processes may write, too. The file at a given --out
+    is replaced, but not the pictures beside a sheet. Called just before a file or folder is made.
     """
     path = options.out
     for n in count(2):

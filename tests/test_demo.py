@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -167,6 +168,18 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
     assert err == 'generate.py: --demo needs gradio: pip install -e ".[demo]"\n'
     assert module.main(["--demo", "--prompt", "a"]) == 2
     assert "not for --demo: leave --prompt out" in capsys.readouterr().err
+
+
+def test_what_is_typed_is_shown_as_text_and_no_html(tiny, monkeypatch):
+    """The page of the slow test below, with a gradio that only keeps what it is given."""
+    gradio = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    sampling = dict(temperature=0.0, guidance_text=1.0, guidance_image=1.0)
+    demo.page(lambda: Conversation(*tiny, whole=False), 0, sampling)
+    ask = gradio.MultimodalTextbox.return_value.submit.call_args[0][0]
+    shown = [messages for _, messages, *_ in ask(
+        None, {"text": "Is <s> & \"this\" here?", "files": []}, "Answer", 0, 0.0, 1.0, 1.0)][-1]
+    assert shown[0] == {"role": "user", "content": 'Is &lt;s&gt; &amp; "this" here?'}
 
 
 # ---------------------------------------------------------------------------- a real browser
